@@ -1,0 +1,189 @@
+"""/metrics: gauges straight from the index rows, and the counters of all processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from dicomnode import __version__, durable, metrics
+from dicomnode.admin.status import MEBIBYTE, library_versions, serving_models
+from dicomnode.index.catalogue import Catalogue
+from dicomnode.index.database import Database, Row
+from dicomnode.index.jobs import Jobs
+from dicomnode.index.operation import Figures, Models, Processes
+from dicomnode.index.outbox import Outbox
+from dicomnode.settings import Settings
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+SNAPSHOT_KEPT_SECONDS = 300.0
+"""Counters of a process that is silent longer are not shown any more (``process_up`` is)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What /metrics shows besides counters, read in one go."""
+
+    processes: list[Row] = field(default_factory=list)
+    jobs: Mapping[str, int] = field(default_factory=dict)
+    oldest_job_seconds: float = 0.0
+    deliveries: list[Row] = field(default_factory=list)
+    sync: Mapping[str, int] = field(default_factory=dict)
+    sync_rows: list[Row] = field(default_factory=list)
+    stored: Mapping[str, int] = field(default_factory=dict)
+    open_associations: int = 0
+    active: Mapping[str, str] = field(default_factory=dict)
+    pulls: list[Row] = field(default_factory=list)
+    events: Mapping[str, int] = field(default_factory=dict)
+    free_bytes: int = 0
+    reserve_bytes: int = 0
+
+
+def read_facts(db: Database, settings: Settings) -> Facts:
+    """Blocking: run it off the event loop."""
+    figures, models = Figures(db), Models(db)
+    return Facts(
+        processes=Processes(db).listing(),
+        jobs=Jobs(db).counts(),
+        oldest_job_seconds=figures.oldest_job_seconds(),
+        deliveries=figures.waiting("deliveries"),
+        sync=Outbox(db, "sync_items").counts(),
+        sync_rows=figures.waiting("sync_items"),
+        stored=Catalogue(db).counts(),
+        open_associations=figures.open_associations(),
+        active=models.active(),
+        pulls=models.pulls(),
+        events=figures.recent_events(),
+        free_bytes=durable.free_bytes(settings.node.data_dir),
+        reserve_bytes=settings.node.reserve_mb * MEBIBYTE,
+    )
+
+
+def exposition(db: Database, settings: Settings, own_process: str = "sidecar") -> bytes:
+    """The page of /metrics. ``own_process`` is shown live, the others from their heartbeats."""
+    facts = read_facts(db, settings)
+    snapshots = {
+        str(row["name"]): str(row["metrics"] or "")
+        for row in facts.processes
+        if row["silent_seconds"] < SNAPSHOT_KEPT_SECONDS
+    }
+    snapshots[own_process] = metrics.snapshot()
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Fixed([*gauges(facts), *metrics.families(snapshots)]))
+    return generate_latest(registry)
+
+
+class _Fixed(Collector):
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self._families = list(families)
+
+    def collect(self) -> Iterator[Metric]:
+        return iter(self._families)
+
+
+def _gauge(name: str, text: str, labels: tuple[str, ...], values: Iterable[tuple[tuple[str, ...], float]]) -> Metric:
+    family = GaugeMetricFamily(f"dicomnode_{name}", text, labels=labels)
+    for label_values, value in values:
+        family.add_metric(label_values, float(value))
+    return family
+
+
+def _by_state(counts: Mapping[str, int]) -> list[tuple[tuple[str, ...], float]]:
+    return [((state,), count) for state, count in counts.items()]
+
+
+def gauges(facts: Facts) -> list[Metric]:
+    """The families of the index; pure."""
+    build = InfoMetricFamily("dicomnode_build", "Version of the node and of its libraries")
+    build.add_metric((), {"version": __version__} | {k.replace("-", "_"): v for k, v in library_versions()})
+    unfinished = [r for r in facts.deliveries if r["state"] in {"pending", "sending"}]
+    oldest: dict[str, float] = {r["destination"]: 0.0 for r in facts.deliveries}
+    for row in unfinished:
+        oldest[row["destination"]] = max(oldest[row["destination"]], row["oldest_seconds"])
+    oldest_sync = max(
+        (r["oldest_seconds"] for r in facts.sync_rows if r["state"] in {"pending", "sending"}), default=0.0
+    )
+    serving = sorted({(m["name"], m["version"]) for m in serving_models(facts.processes).values()})
+    return [
+        build,
+        _gauge(
+            "process_up",
+            "1 when a process has a fresh heartbeat and says that it is ready",
+            ("process",),
+            [((r["name"],), 1.0 if r["alive"] else 0.0) for r in facts.processes],
+        ),
+        _gauge(
+            "process_silent_seconds",
+            "Time since a process's last heartbeat, seconds",
+            ("process",),
+            [((r["name"],), r["silent_seconds"]) for r in facts.processes],
+        ),
+        _gauge("queue_jobs", "Jobs in the index by state", ("state",), _by_state(facts.jobs)),
+        _gauge(
+            "queue_oldest_job_seconds",
+            "Age of the oldest job that is not finished, seconds",
+            (),
+            [((), facts.oldest_job_seconds)],
+        ),
+        _gauge(
+            "queue_deliveries",
+            "Deliveries in the index by destination and state",
+            ("destination", "state"),
+            [((r["destination"], r["state"]), r["count"]) for r in facts.deliveries],
+        ),
+        _gauge(
+            "queue_oldest_delivery_seconds",
+            "Age of the oldest delivery that still waits, seconds",
+            ("destination",),
+            [((destination,), seconds) for destination, seconds in oldest.items()],
+        ),
+        _gauge("queue_sync_items", "Items of the cloud outbox by state", ("state",), _by_state(facts.sync)),
+        _gauge(
+            "queue_oldest_sync_seconds", "Age of the oldest cloud item that waits, seconds", (), [((), oldest_sync)]
+        ),
+        *(
+            _gauge(f"stored_{level}", f"Number of {level} in the index", (), [((), facts.stored.get(level, 0))])
+            for level in ("studies", "series", "instances")
+        ),
+        _gauge("index_associations_open", "Associations open by the index", (), [((), facts.open_associations)]),
+        _gauge("disk_free_bytes", "Free space on the volume of data_dir, bytes", (), [((), facts.free_bytes)]),
+        _gauge(
+            "disk_reserve_bytes", "Space kept free; below it C-STORE answers 0xA700", (), [((), facts.reserve_bytes)]
+        ),
+        _gauge(
+            "model_active_info",
+            "1 for the version of a model that was activated",
+            ("model", "version"),
+            [((name, version), 1.0) for name, version in facts.active.items()],
+        ),
+        _gauge(
+            "model_serving_info",
+            "1 for a verified version that a live worker serves",
+            ("model", "version"),
+            [((name, version), 1.0) for name, version in serving],
+        ),
+        _gauge(
+            "model_pull_info",
+            "1 for the state of a configured model pull",
+            ("model", "version", "state"),
+            [((r["name"], r["version"], r["state"]), 1.0) for r in facts.pulls],
+        ),
+        _gauge("recent_events", "Events of the last hour by severity", ("severity",), _by_state(facts.events)),
+    ]
+
+
+def metric_names() -> frozenset[str]:
+    """Every sample name that /metrics can show; dashboards and alert rules are tested against it."""
+    names: set[str] = set()
+    for family in [*gauges(Facts()), *metrics.REGISTRY.collect()]:
+        suffixes: dict[str, tuple[str, ...]] = {
+            "counter": ("_total",),
+            "histogram": ("_bucket", "_count", "_sum"),
+            "info": ("_info",),
+        }
+        names |= {family.name + suffix for suffix in suffixes.get(family.type, ("",))}
+    return frozenset(names)

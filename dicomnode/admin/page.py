@@ -1,0 +1,288 @@
+"""The dashboard: one server-rendered page from one value; pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dicomnode.admin.markup import Child, Markup, document, element, join
+from dicomnode.admin.ready import Check
+from dicomnode.admin.words import Language, word
+from dicomnode.index.jobs import PRIORITIES
+from dicomnode.logs import uid_hash
+from dicomnode.settings import Settings
+
+REFRESH_SECONDS = 10
+_GOOD = {"done", "stored", "ready", "ok", "info", "activated", "superseded"}
+_BAD = {"failed", "rejected", "error", "silent_state", "problem"}
+_WARN = {"refused", "warning", "starting", "stopping", "retried"}
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """All that the page shows. ``report`` is :func:`dicomnode.admin.status.status_report`."""
+
+    settings: Settings
+    report: Mapping[str, Any]
+    checks: Mapping[str, Check]
+    jobs: Sequence[Mapping[str, Any]]
+    deliveries: Sequence[Mapping[str, Any]]
+    sync: Sequence[Mapping[str, Any]]
+    language: Language
+    changes_allowed: bool
+
+
+def render(view: View) -> str:
+    """The page as HTML. Patient data is not in the view; UIDs are shown as short hashes."""
+
+    def w(key: str) -> str:
+        return word(key, view.language)
+
+    ready = all(check.ok for check in view.checks.values())
+    other = "en" if view.language == "zh" else "zh"
+    head = element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("meta", http_equiv="refresh", content=str(REFRESH_SECONDS)),
+        element("title", f"{view.settings.node.ae_title} · {w('title')}"),
+        element("link", rel="stylesheet", href="/static/style.css"),
+        element("link", rel="icon", href="/static/icon.svg", type="image/svg+xml"),
+        element("script", src="/static/app.js", defer=True) if view.changes_allowed else None,
+    )
+    header = element(
+        "header",
+        element("h1", view.settings.node.ae_title, element("small", w("title"))),
+        element("span", w("ready" if ready else "not_ready"), class_=f"pill {'good' if ready else 'bad'} large"),
+        element("nav", element("a", w("language"), href=f"/?lang={other}", hreflang=other)),
+    )
+    main = element(
+        "main",
+        _numbers(view, w),
+        _checks(view, w),
+        _jobs(view, w),
+        _deliveries(view, w),
+        _sync(view, w),
+        _peers(view, w),
+        _models(view, w),
+        _processes(view, w),
+        _schedule(view, w),
+        _events(view, w),
+    )
+    footer = element(
+        "footer",
+        element("p", w("disclaimer")),
+        element("p", w("no_changes")) if not view.changes_allowed else None,
+        element(
+            "p", f"dicomnode {view.report['node']['version']} · {w('updated')} {_time(view.report['node']['time'])}"
+        ),
+    )
+    body = element("body", header, main, footer)
+    return document(element("html", head, body, lang="zh-CN" if view.language == "zh" else "en"))
+
+
+Words = Callable[[str], str]
+
+
+def _numbers(view: View, w: Words) -> Markup:
+    report, jobs, deliveries = view.report, view.report["jobs"], view.report["deliveries"]
+    failed = jobs["failed"] + jobs["refused"]
+    cards: list[tuple[str, Child, str]] = [
+        ("studies", report["instances"]["studies"], ""),
+        ("series", report["instances"]["series"], ""),
+        ("instances", report["instances"]["instances"], ""),
+        ("waiting_jobs", jobs["pending"], ""),
+        ("running_jobs", jobs["running"], ""),
+        ("failed_jobs", failed, "bad" if failed else ""),
+        ("waiting_deliveries", deliveries["pending"] + deliveries["sending"], ""),
+        ("rejected_deliveries", deliveries["rejected"], "bad" if deliveries["rejected"] else ""),
+        ("disk_free", _size(report["disk"]["free_mb"]), "" if report["disk"]["above_reserve"] else "bad"),
+    ]
+    return element(
+        "section",
+        *(
+            element("div", element("b", value), element("span", w(key)), class_=f"card {tone}")
+            for key, value, tone in cards
+        ),
+        class_="cards",
+    )
+
+
+def _checks(view: View, w: Words) -> Markup:
+    items = (
+        element(
+            "li",
+            _pill("ok" if check.ok else "problem", w),
+            element("b", w(name)),
+            element("span", check.detail),
+            element("em", check.hint) if check.hint and not check.ok else None,
+        )
+        for name, check in view.checks.items()
+    )
+    return _section(w("checks"), element("ul", *items, class_="checks"))
+
+
+def _jobs(view: View, w: Words) -> Markup:
+    priorities = {number: name for name, number in PRIORITIES.items()}
+    rows = [
+        [
+            str(job["id"]),
+            element("code", uid_hash(job["StudyInstanceUID"])),
+            join(job["model"], " ", element("small", job["model_version"] or "")),
+            str(job["revision"]),
+            str(job["instances"]),
+            w(priorities.get(job["priority"], "")),
+            _pill(job["state"], w),
+            job["reason"] or "",
+            _error(job["last_error"]),
+            _time(job["created_time"]),
+            _retry(view, w, "jobs", job, ("failed", "refused")),
+        ]
+        for job in view.jobs
+    ]
+    heads = ["id", "study", "model", "revision", "instances", "priority", "state", "reason", "error", "created"]
+    return _section(w("jobs"), _table([*heads, ""], rows, w))
+
+
+def _deliveries(view: View, w: Words) -> Markup:
+    return _section(w("deliveries"), _outbox(view, w, "deliveries", view.deliveries))
+
+
+def _sync(view: View, w: Words) -> Markup:
+    if not view.settings.cloud.stow_url and not view.sync:
+        return _section(w("sync"), element("p", w("sync_off"), class_="empty"))
+    return _section(w("sync"), _outbox(view, w, "sync", view.sync))
+
+
+def _outbox(view: View, w: Words, collection: str, items: Sequence[Mapping[str, Any]]) -> Markup:
+    rows = [
+        [
+            str(item["id"]),
+            item["destination"],
+            item["kind"],
+            element("code", uid_hash(item["StudyInstanceUID"])),
+            _pill(item["state"], w),
+            str(item["attempts"]),
+            _error(item["last_error"]),
+            _time(item["created_time"]),
+            _retry(view, w, collection, item, ("rejected", "pending")),
+        ]
+        for item in items
+    ]
+    heads = ["id", "destination", "kind", "study", "state", "attempts", "error", "created"]
+    return _table([*heads, ""], rows, w)
+
+
+def _peers(view: View, w: Words) -> Markup:
+    waiting: dict[str, int] = {}
+    for row in view.report["destinations"]:
+        if row["outbox"] == "deliveries" and row["state"] in {"pending", "sending"}:
+            waiting[row["destination"]] = waiting.get(row["destination"], 0) + row["count"]
+    rows = [
+        [
+            peer.name,
+            element("code", peer.ae_title),
+            f"{peer.host}:{peer.port}" if peer.port else peer.host,
+            " ".join(peer.allow),
+            w("yes" if peer.commitment else "no"),
+            str(waiting.get(peer.name, 0)),
+        ]
+        for peer in view.settings.peers
+    ]
+    return _section(w("peers"), _table(["name", "ae_title", "address", "services", "commitment", "waiting"], rows, w))
+
+
+def _models(view: View, w: Words) -> Markup:
+    models = view.report["models"]
+    names = sorted({*models["active"], *models["serving"], *models["wanted"], *models["failed"]})
+    rows = [
+        [
+            name,
+            models["active"].get(name, ""),
+            join(*(f"{models['serving'].get(name, {}).get(key, '')} " for key in ("version", "engine"))),
+            w("yes" if name in models["wanted"] else "no"),
+            _error(models["failed"].get(name)),
+        ]
+        for name in names
+    ]
+    table = _table(["model", "active", "serving", "wanted", "error"], rows, w)
+    if not models["pulls"]:
+        return _section(w("models"), table)
+    pulls = [
+        [p["name"], p["version"], _pill(p["state"], w), str(p["attempts"]), _error(p["last_error"])]
+        for p in models["pulls"]
+    ]
+    heads = ["model", "version", "state", "attempts", "error"]
+    return _section(w("models"), join(table, element("h3", w("pulls")), _table(heads, pulls, w)))
+
+
+def _processes(view: View, w: Words) -> Markup:
+    rows = [
+        [
+            process["name"],
+            _pill(process["state"] if process["alive"] or process["state"] != "ready" else "silent_state", w),
+            str(process["pid"]),
+            w("ago").format(f"{process['silent_seconds']:.0f}"),
+            _time(process["started_time"]),
+        ]
+        for process in view.report["processes"]
+    ]
+    return _section(w("processes"), _table(["name", "state", "pid", "silent", "started"], rows, w))
+
+
+def _schedule(view: View, w: Words) -> Markup:
+    rows = [
+        [
+            name,
+            _time(task.get("last_time") or ""),
+            f"{float(task.get('seconds') or 0):.2f} s",
+            str(task.get("runs", 0)),
+            _error(task.get("error")),
+        ]
+        for name, task in sorted(view.report["scheduled"].items())
+    ]
+    return _section(w("schedule"), _table(["name", "last_run", "duration", "runs", "error"], rows, w))
+
+
+def _events(view: View, w: Words) -> Markup:
+    rows = [
+        [_time(e["time"]), _pill(e["severity"], w), e["kind"], e["subject"], e["text"]] for e in view.report["events"]
+    ]
+    return _section(w("events"), _table(["time", "severity", "kind", "subject", "text"], rows, w))
+
+
+def _section(title: str, content: Markup) -> Markup:
+    return element("section", element("h2", title), content)
+
+
+def _table(keys: Sequence[str], rows: Sequence[Iterable[Child]], w: Words) -> Markup:
+    if not rows:
+        return element("p", w("nothing"), class_="empty")
+    head = element("thead", element("tr", *(element("th", w(key), scope="col") for key in keys)))
+    body = element("tbody", *(element("tr", *(element("td", cell) for cell in row)) for row in rows))
+    return element("div", element("table", head, body), class_="scroll")
+
+
+def _pill(state: str, w: Words) -> Markup:
+    tone = "good" if state in _GOOD else "bad" if state in _BAD else "warn" if state in _WARN else "plain"
+    return element("span", w(state), class_=f"pill {tone}")
+
+
+def _retry(view: View, w: Words, collection: str, row: Mapping[str, Any], states: tuple[str, ...]) -> Markup | None:
+    if not view.changes_allowed or row["state"] not in states:
+        return None
+    return element("button", w("retry"), type="button", data_retry=f"/api/v1/{collection}/{int(row['id'])}/retry")
+
+
+def _error(text: str | None) -> Markup | None:
+    return element("span", text, class_="error") if text else None
+
+
+def _time(moment: str | None) -> Markup | None:
+    """ISO time, seconds are enough to read."""
+    return element("time", moment[:19].replace("T", " "), datetime=moment) if moment else None
+
+
+def _size(mebibytes: int) -> str:
+    return f"{mebibytes / 1024:.1f} GiB" if mebibytes >= 1024 else f"{mebibytes} MiB"

@@ -1,0 +1,134 @@
+"""One report of the node's state, for ``dicomnode status``, the API and the dashboard.
+
+Everything is read from the index, the disk and the settings; nothing here needs the other
+processes to answer. No patient data: UIDs stay out, peers and models have names of ours.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from functools import cache
+from importlib import metadata
+from typing import Any, Literal
+
+from dicomnode import __version__, durable
+from dicomnode.clock import iso
+from dicomnode.index.catalogue import Catalogue
+from dicomnode.index.database import Database, Row
+from dicomnode.index.jobs import Jobs
+from dicomnode.index.operation import Events, Figures, Models, Processes
+from dicomnode.index.outbox import Outbox
+from dicomnode.settings import Settings
+
+RECENT_EVENTS = 20
+MEBIBYTE = 1 << 20
+_LIBRARIES = ("pydicom", "pynetdicom", "highdicom", "apsw", "aiohttp", "onnxruntime", "onnxruntime-gpu", "tensorrt")
+
+
+def status_report(db: Database, settings: Settings) -> dict[str, Any]:
+    """The whole state as one JSON-ready value; the keys are part of the API (openapi.yaml)."""
+    processes = Processes(db).listing()
+    figures, models = Figures(db), Models(db)
+    return {
+        "node": {
+            "ae_title": settings.node.ae_title,
+            "version": __version__,
+            "python": platform.python_version(),
+            "libraries": dict(library_versions()),
+            "time": iso(db.clock.wall()),
+        },
+        "processes": [_process(row) for row in processes],
+        "instances": {k: n for k, n in Catalogue(db).counts().items() if k != "patients"},
+        "associations_open": figures.open_associations(),
+        "jobs": Jobs(db).counts(),
+        "oldest_job_seconds": round(figures.oldest_job_seconds(), 1),
+        "deliveries": Outbox(db, "deliveries").counts(),
+        "sync_items": Outbox(db, "sync_items").counts(),
+        "destinations": [*_destinations(figures, "deliveries"), *_destinations(figures, "sync_items")],
+        "models": {
+            "active": models.active(),
+            "wanted": sorted(wanted_models(settings)),
+            "serving": serving_models(processes),
+            "failed": failed_models(processes),
+            "pulls": models.pulls(),
+        },
+        "disk": disk(settings),
+        "scheduled": scheduled(processes),
+        "rejections": figures.rejections(RECENT_EVENTS),
+        "events": Events(db).listing(RECENT_EVENTS),
+    }
+
+
+def _process(row: Row) -> dict[str, Any]:
+    kept = ("name", "pid", "state", "alive", "started_time", "detail")
+    return {k: row[k] for k in kept} | {"silent_seconds": round(row["silent_seconds"], 1)}
+
+
+def _destinations(figures: Figures, table: Literal["deliveries", "sync_items"]) -> list[Row]:
+    return [
+        {"outbox": table, **row, "oldest_seconds": round(row["oldest_seconds"], 1)} for row in figures.waiting(table)
+    ]
+
+
+def disk(settings: Settings) -> dict[str, Any]:
+    """Free space on the volume of ``data_dir``; ``above_reserve`` is what intake asks."""
+    free = durable.free_bytes(settings.node.data_dir)
+    reserve = settings.node.reserve_mb * MEBIBYTE
+    return {
+        "free_mb": free // MEBIBYTE,
+        "reserve_mb": settings.node.reserve_mb,
+        "above_reserve": free > reserve,
+    }
+
+
+def wanted_models(settings: Settings) -> frozenset[str]:
+    """References of the bundles that the rules use: ``name`` or ``name@version``."""
+    return frozenset(model for rule in settings.rules for model in rule.models)
+
+
+def serving_models(processes: list[Row]) -> dict[str, dict[str, str]]:
+    """Reference -> ``name``, ``version``, ``engine`` of what live workers verified and serve.
+
+    A worker's heartbeat detail has ``models``: ``{"ready": {reference: {...}}, "failed": {...}}``.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for models in _worker_models(processes):
+        for reference, entry in models.get("ready", {}).items():
+            found[reference] = {k: str(entry.get(k, "")) for k in ("name", "version", "engine")}
+    return dict(sorted(found.items()))
+
+
+def failed_models(processes: list[Row]) -> dict[str, str]:
+    """Reference -> why live workers cannot serve it."""
+    return {
+        reference: str(why)
+        for models in _worker_models(processes)
+        for reference, why in models.get("failed", {}).items()
+    }
+
+
+def _worker_models(processes: list[Row]) -> list[Mapping[str, Any]]:
+    rows = [r for r in processes if r["alive"] and str(r["name"]).startswith("worker")]
+    return [m for r in rows if isinstance(m := r["detail"].get("models"), Mapping)]
+
+
+def scheduled(processes: list[Row]) -> dict[str, Any]:
+    """Periodic jobs of the sidecar as its heartbeat tells: last run, duration, error."""
+    for row in processes:
+        if row["name"] == "sidecar":
+            tasks = row["detail"].get("scheduled")
+            return dict(tasks) if isinstance(tasks, Mapping) else {}
+    return {}
+
+
+@cache
+def library_versions() -> tuple[tuple[str, str], ...]:
+    """Versions of the libraries that shape results or storage; absent ones are left out."""
+    found = []
+    for name in _LIBRARIES:
+        try:
+            found.append((name, metadata.version(name)))
+        except metadata.PackageNotFoundError:
+            continue
+    return tuple(found)

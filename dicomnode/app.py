@@ -1,0 +1,336 @@
+"""Composition root: builds the processes from the stages and runs them.
+
+``serve`` supervises receiver, worker, courier and sidecar for a laptop or a demo; under
+systemd each is a unit of its own. Only this module and its neighbours (cli, sidecar,
+doctor) import more than one stage.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dicomnode import __version__, doorbell, durable, lifeline, logs, metrics
+from dicomnode.errors import NodeError, OperatorError
+from dicomnode.index.database import Database
+from dicomnode.index.operation import BEAT_SECONDS, Events, Processes
+from dicomnode.records import Analysis, EncodedObject, ModelIdentity, ResultIdentity, SourceInstance
+from dicomnode.settings import Settings
+from dicomnode.supervisor import EXIT_CONFIGURATION, Child, Supervisor
+
+PROCESSES = ("receiver", "worker", "courier", "sidecar")
+MANUFACTURER = "dicomnode"
+
+
+class Shell:
+    """What every process has: logs, single instance, index, stop flag and heartbeat.
+
+    The heartbeat row, and systemd's watchdog, are served from a thread that first asks
+    ``healthy``.
+    """
+
+    def __init__(self, settings: Settings, name: str, *, lock: bool = True) -> None:
+        logs.configure(name, settings.logging.level, settings.logging.format)
+        metrics.prepare(name)
+        self.settings = settings
+        self.name = name
+        self.log = logs.get()
+        self.stop = lifeline.StopFlag()
+        durable.make_directory(settings.node.data_dir)
+        self._lock = lifeline.hold_single_instance(settings.node.data_dir, name) if lock else -1
+        self.db = Database(settings.node.data_dir)
+        self.detail: Callable[[], dict[str, Any]] = dict
+        self.healthy: Callable[[], bool] = lambda: True
+        self._state = "starting"
+        self._beat = threading.Thread(target=self._beat_loop, name="heartbeat", daemon=True)
+        self._wake = threading.Event()
+
+    def ready(self) -> None:
+        """Tell the index and systemd that this process does its work now."""
+        self._state = "ready"
+        self.beat()
+        if not self._beat.is_alive():
+            self._beat.start()
+        lifeline.notify("READY=1")
+        self.log.info("ready", pid=os.getpid())
+
+    def beat(self) -> None:
+        Processes(self.db).beat(self.name, self._state, self.detail(), metrics.snapshot())
+
+    def _beat_loop(self) -> None:
+        while not self._wake.wait(BEAT_SECONDS):
+            try:
+                if not self.healthy():
+                    self.log.error("process is not healthy, it will be restarted")
+                    os._exit(1)
+                self.beat()
+                lifeline.notify("WATCHDOG=1")
+            except NodeError as error:
+                self.log.warning("heartbeat not written", error=str(error))
+
+    def close(self) -> None:
+        lifeline.notify("STOPPING=1")
+        self._wake.set()
+        self._state = "stopping"
+        try:
+            self.beat()
+        except NodeError as error:
+            self.log.warning("heartbeat not written", error=str(error))
+        self.db.close()
+        self.log.info("stopped")
+
+
+def command(process: str, config: Path | None, *extra: str) -> list[str]:
+    """The command line that runs one process of this node."""
+    argv = [sys.executable, "-m", "dicomnode", "run", process, *extra]
+    return [*argv, "--config", str(config)] if config else argv
+
+
+def run_receiver(settings: Settings, config: Path | None, *, fd: int = -1, slot: int = 0) -> int:
+    """Accept associations; with several workers, supervise them on one listening socket."""
+    from dicomnode.receive.listener import Listener, listen
+
+    if fd >= 0:
+        return _run_listener(settings, socket.socket(fileno=fd), f"receiver-{slot}", Listener)
+    listening = listen(settings.dimse.host, settings.dimse.port)
+    if settings.dimse.workers == 1:
+        return _run_listener(settings, listening, "receiver-1", Listener)
+    shell = Shell(settings, "receiver")
+    host, port = listening.getsockname()[:2]
+    shell.detail = lambda: {"host": host, "port": port, "workers": settings.dimse.workers}
+    number = listening.fileno()
+    os.set_inheritable(number, True)
+    children = [
+        Child(f"receiver-{n}", command("receiver", config, "--fd", str(number), "--slot", str(n)), (number,))
+        for n in range(1, settings.dimse.workers + 1)
+    ]
+    shell.ready()
+    try:
+        return Supervisor(children, _restart_event(shell.db)).run(shell.stop)
+    finally:
+        shell.close()
+
+
+def _run_listener(settings: Settings, listening: socket.socket, name: str, listener_type: Any) -> int:
+    shell = Shell(settings, name)
+    host, port = listening.getsockname()[:2]
+    listener = listener_type(settings, shell.db, listening, name)
+    shell.detail = lambda: {"host": host, "port": port, "associations": listener.open_associations()}
+    shell.healthy = listener.accepting
+    listener.start()
+    shell.ready()
+    while not shell.stop.wait(1.0):
+        pass
+    listener.close()
+    shell.close()
+    return 0
+
+
+def run_worker(settings: Settings) -> int:
+    """Select complete series and do their jobs; one job at a time on this box's engine."""
+    from dicomnode.infer.decode import PoolDecoder
+    from dicomnode.infer.engine import choose_engine
+    from dicomnode.infer.serving import ServingModels
+    from dicomnode.infer.worker import Worker
+    from dicomnode.select.selector import Selector
+
+    shell = Shell(settings, "worker")
+    data_dir = settings.node.data_dir
+    engine, rejected = choose_engine(settings.inference.engine.value)
+    for rejection in rejected:
+        shell.log.info("engine not used", engine=rejection.engine, code=rejection.code, cause=rejection.text)
+    models = ServingModels(
+        shell.db,
+        engine,
+        models_dir=settings.inference.models_dir,
+        data_dir=data_dir,
+        threads=settings.inference.threads,
+    )
+    shell.detail = lambda: {
+        "engine": engine.name,
+        "engines_rejected": {r.engine: f"{r.code}: {r.text}" for r in rejected},
+        "models": models.report(),
+    }
+    durable.ObjectStore(data_dir).prepare()
+    bell = doorbell.Doorbell(data_dir, "worker")
+    jobs_bell = threading.Event()
+    selector = Selector(settings, shell.db, on_jobs=jobs_bell.set)
+    decoder = PoolDecoder(max(1, os.cpu_count() or 1))
+
+    def ring_senders() -> None:
+        doorbell.ring(data_dir, "courier")
+        doorbell.ring(data_dir, "sidecar")
+
+    worker = Worker(
+        settings,
+        shell.db,
+        models,
+        encoder(settings),
+        owner="worker",
+        decoder=decoder,
+        on_results=ring_senders,
+    )
+    worker.start()
+    wanted = list(dict.fromkeys(m for rule in settings.rules for m in rule.models))
+    models.prepare(wanted)
+    decoder.warm_up()
+
+    def select() -> None:
+        wait = 0.0
+        while not shell.stop.is_set():
+            bell.wait(wait)
+            try:
+                wait = selector.run_once()
+            except NodeError as error:
+                shell.log.error("selection failed, trying again", error=str(error))
+                wait = doorbell.SLOW_BEAT_SECONDS
+
+    thread = threading.Thread(target=select, name="select", daemon=True)
+    shell.healthy = thread.is_alive
+    thread.start()
+    shell.ready()
+    while not shell.stop.is_set():
+        jobs_bell.clear()
+        if not worker.run_once():
+            _wait_either(jobs_bell, shell.stop, doorbell.SLOW_BEAT_SECONDS)
+            models.prepare(wanted)
+    decoder.close()
+    shell.close()
+    return 0
+
+
+def _wait_either(first: threading.Event, stop: lifeline.StopFlag, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not first.wait(0.1) and not stop.is_set() and time.monotonic() < deadline:
+        pass
+
+
+def encoder(settings: Settings) -> Callable[..., Sequence[EncodedObject]]:
+    """The encode stage as the worker needs it."""
+    from dicomnode.encode import Station, encode_results
+
+    station = Station(
+        manufacturer=MANUFACTURER,
+        model_name="DICOM AI node",
+        software_versions=__version__,
+        serial_number=settings.node.ae_title,
+        institution=settings.node.institution,
+    )
+
+    def encode(
+        analysis: Analysis, identity: ResultIdentity, model: ModelIdentity, sources: Sequence[SourceInstance]
+    ) -> Sequence[EncodedObject]:
+        return encode_results(analysis, identity, model, sources, station=station)
+
+    return encode
+
+
+def run_courier(settings: Settings) -> int:
+    """Send results to DICOM peers."""
+    from dicomnode.deliver.courier import Courier
+
+    shell = Shell(settings, "courier")
+    bell = doorbell.Doorbell(settings.node.data_dir, "courier")
+    courier = Courier(settings, shell.db, "courier")
+    courier.start()
+    shell.ready()
+    wait = 0.0
+    while not shell.stop.is_set():
+        bell.wait(min(wait, doorbell.SLOW_BEAT_SECONDS))
+        try:
+            wait = courier.run_once()
+        except NodeError as error:
+            shell.log.error("delivery failed, trying again", error=str(error))
+            wait = doorbell.SLOW_BEAT_SECONDS
+    shell.close()
+    return 0
+
+
+def run_sidecar(settings: Settings) -> int:
+    """Admin API, dashboard, metrics, cloud outbox and model pull."""
+    import asyncio
+
+    from dicomnode import sidecar
+
+    shell = Shell(settings, "sidecar")
+
+    async def main() -> None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        await sidecar.run_sidecar(settings, shell.db, verify=lambda path: verify_model(settings, path), stop=stop)
+
+    asyncio.run(main())
+    return 0
+
+
+def verify_model(settings: Settings, path: Path) -> None:
+    """Digests and golden cases of a bundle on this box's engine. Raises BundleError or EngineError."""
+    from dicomnode.infer.engine import choose_engine
+    from dicomnode.infer.golden import open_model
+
+    engine, _ = choose_engine(settings.inference.engine.value)
+    open_model(path, engine, threads=settings.inference.threads).close()
+
+
+def run_process(process: str, settings: Settings, config: Path | None, *, fd: int = -1, slot: int = 0) -> int:
+    """Entry of ``dicomnode run``; returns the exit code."""
+    if process == "receiver":
+        return run_receiver(settings, config, fd=fd, slot=slot)
+    if process == "worker":
+        return run_worker(settings)
+    if process == "courier":
+        return run_courier(settings)
+    return run_sidecar(settings)
+
+
+def serve(settings: Settings, config: Path | None) -> int:
+    """Run the whole node in the foreground until SIGTERM or Ctrl-C."""
+    shell = Shell(settings, "serve")
+    processes = Processes(shell.db)
+    announced = False
+
+    def announce() -> None:
+        nonlocal announced
+        if announced:
+            return
+        alive = {p["name"]: p for p in processes.listing() if p["alive"]}
+        if {"worker", "courier", "sidecar"} <= set(alive) and any(n.startswith("receiver-") for n in alive):
+            announced = True
+            receiver = next(p for n, p in alive.items() if n.startswith("receiver-"))
+            sidecar = alive["sidecar"]["detail"]
+            shell.log.info(
+                "node is ready",
+                ae=settings.node.ae_title,
+                address=receiver["detail"].get("host"),
+                port=receiver["detail"].get("port"),
+                url=f"http://{settings.http.host}:{sidecar.get('port', settings.http.port)}/",
+            )
+
+    shell.ready()
+    children = [Child(name, command(name, config)) for name in PROCESSES]
+    try:
+        return Supervisor(children, _restart_event(shell.db)).run(shell.stop, announce)
+    finally:
+        shell.close()
+
+
+def _restart_event(db: Database) -> Callable[[str, int], None]:
+    def record(name: str, code: int) -> None:
+        Events(db).add("error", "process-restarted", name, f"it ended with exit code {code} and was started again")
+
+    return record
+
+
+def explain_and_exit(error: NodeError) -> int:
+    """Print an operator's error; the exit code says whether starting again can help."""
+    sys.stderr.write(f"dicomnode: {error}\n")
+    return EXIT_CONFIGURATION if isinstance(error, OperatorError) and not error.retryable else 1

@@ -1,0 +1,485 @@
+"""Command line: thin verbs over the stages. Every verb takes --config; lists print --json."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from dicomnode import __version__, logs
+from dicomnode.errors import NodeError, OperatorError
+from dicomnode.settings import Settings, load_settings
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="DICOM-native AI node.", rich_markup_mode=None)
+jobs_app = typer.Typer(no_args_is_help=True, help="Analyses: list, show, retry.")
+deliveries_app = typer.Typer(no_args_is_help=True, help="Results on their way to DICOM peers: list, retry.")
+models_app = typer.Typer(no_args_is_help=True, help="Model bundles: list, verify, activate, rollback.")
+app.add_typer(jobs_app, name="jobs")
+app.add_typer(deliveries_app, name="deliveries")
+app.add_typer(models_app, name="models")
+
+Config = Annotated[
+    Path | None, typer.Option("--config", envvar="DICOMNODE_CONFIG", help="TOML file; default from DICOMNODE_CONFIG.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Limit = Annotated[int, typer.Option("--limit", min=1, help="Most rows to print.")]
+console = Console(highlight=False, markup=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Entry point; an error of ours is one readable line, not a traceback."""
+    try:
+        app()
+    except NodeError as error:
+        from dicomnode.app import explain_and_exit
+
+        sys.exit(explain_and_exit(error))
+
+
+def _settings(config: Path | None) -> Settings:
+    if config is None:
+        raise OperatorError("start", "no configuration given", "Use --config FILE or set DICOMNODE_CONFIG")
+    logs.configure("cli", "warning", "console")
+    return load_settings(config)
+
+
+@contextmanager
+def _index(settings: Settings) -> Iterator[Any]:
+    from dicomnode.index.database import Database
+
+    if not settings.node.data_dir.is_dir():
+        raise OperatorError(
+            "open index", f"{settings.node.data_dir} does not exist", "Start the node once, or check node.data_dir"
+        )
+    try:
+        db = Database(settings.node.data_dir)
+    except PermissionError:
+        raise OperatorError(
+            "open index",
+            f"no permission for {settings.node.data_dir}",
+            "Run as the node's user, e.g. sudo -u dicomnode",
+        ) from None
+    try:
+        yield db
+    finally:
+        db.close()
+
+
+def _print(data: Any, as_json: bool, show: Callable[[Any], None]) -> None:
+    if as_json:
+        sys.stdout.write(json.dumps(data, indent=2, default=str, ensure_ascii=False) + "\n")
+    else:
+        show(data)
+
+
+def _table(rows: list[dict[str, Any]], columns: dict[str, str], empty: str) -> None:
+    if not rows:
+        console.print(empty)
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in columns.values():
+        table.add_column(title, overflow="fold")
+    for row in rows:
+        table.add_row(*("" if row.get(key) is None else str(row.get(key)) for key in columns))
+    console.print(table)
+
+
+@app.command()
+def serve(config: Config = None) -> None:
+    """Run the node in the foreground: receiver, worker, courier and sidecar."""
+    from dicomnode import app as node
+
+    raise typer.Exit(node.serve(_settings(config), config))
+
+
+@app.command()
+def run(
+    process: Annotated[str, typer.Argument(help="receiver, worker, courier or sidecar")],
+    config: Config = None,
+    fd: Annotated[int, typer.Option(hidden=True)] = -1,
+    slot: Annotated[int, typer.Option(hidden=True)] = 0,
+) -> None:
+    """Run one process of the node; systemd units use this."""
+    from dicomnode import app as node
+    from dicomnode.lifeline import die_with_parent
+
+    if process not in node.PROCESSES:
+        raise OperatorError("run", f"there is no process '{process}'", f"One of: {', '.join(node.PROCESSES)}")
+    if not os.environ.get("NOTIFY_SOCKET"):
+        die_with_parent()
+    raise typer.Exit(node.run_process(process, _settings(config), config, fd=fd, slot=slot))
+
+
+@app.command("check-config")
+def check_config(config: Config = None, as_json: Json = False) -> None:
+    """Read the configuration, check every key and say what it means; exit 78 when it is wrong."""
+    settings = _settings(config)
+
+    def show(data: dict[str, Any]) -> None:
+        console.print(f"{config}: OK")
+        console.print(
+            f"  AE title {data['node']['ae_title']}, DICOM on {data['dimse']['host']}:{data['dimse']['port']}"
+        )
+        console.print(f"  data in {data['node']['data_dir']}")
+        console.print(f"  peers: {', '.join(p['name'] for p in data['peers']) or 'none: every caller is rejected'}")
+        for rule in data["rules"]:
+            targets = ", ".join(rule["send_to"]) or "nowhere"
+            console.print(f"  rule {rule['name']}: {', '.join(rule['models'])} -> {targets}")
+        if not data["rules"]:
+            console.print("  rules: none: what arrives is stored and indexed, nothing is analysed")
+
+    _print(settings.model_dump(mode="json"), as_json, show)
+
+
+@app.command()
+def doctor(config: Config = None, as_json: Json = False) -> None:
+    """Check ports, disk, clock, engine, models and peers, and say what to do; exit 1 on a fault."""
+    from dicomnode.doctor import examine
+
+    findings = [f.as_dict() for f in examine(_settings(config))]
+
+    def show(rows: list[dict[str, Any]]) -> None:
+        _table(rows, {"level": "", "check": "check", "text": "finding", "hint": "what to do"}, "nothing to check")
+
+    _print(findings, as_json, show)
+    if any(f["level"] == "FAULT" for f in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def status(config: Config = None, as_json: Json = False) -> None:
+    """What runs, what is stored, what waits and what went wrong."""
+    from dicomnode.admin.status import status_report
+
+    settings = _settings(config)
+
+    def show(data: dict[str, Any]) -> None:
+        console.print(f"dicomnode {__version__}, {settings.node.ae_title}")
+        rows = [{**p, "alive": "up" if p["alive"] else "DOWN"} for p in data["processes"]]
+        _table(rows, {"name": "process", "alive": "", "pid": "pid", "started_time": "since"}, "no process has run yet")
+        for title, counts in (
+            ("stored", data["instances"]),
+            ("jobs", data["jobs"]),
+            ("deliveries", data["deliveries"]),
+            ("cloud", data["sync_items"]),
+        ):
+            text = ", ".join(f"{n} {name}" for name, n in counts.items() if n) or "none"
+            console.print(f"{title}: {text}")
+        disk = data["disk"]
+        console.print(f"disk: {disk['free_mb']} MiB free, {disk['reserve_mb']} MiB reserved")
+        if data["events"]:
+            console.print()
+            _table(
+                data["events"][:10],
+                {"time": "time", "severity": "", "kind": "event", "subject": "about", "text": "what"},
+                "",
+            )
+
+    with _index(settings) as db:
+        _print(status_report(db, settings), as_json, show)
+
+
+@app.command()
+def events(config: Config = None, as_json: Json = False, limit: Limit = 50) -> None:
+    """Rejections, refusals, restarts and failures, newest first."""
+    from dicomnode.index.operation import Events
+
+    with _index(_settings(config)) as db:
+        columns = {"time": "time", "severity": "", "kind": "event", "subject": "about", "text": "what"}
+        _print(Events(db).listing(limit), as_json, lambda rows: _table(rows, columns, "no events"))
+
+
+@app.command()
+def echo(
+    peer: Annotated[str, typer.Argument(help="name of a peer")], config: Config = None, as_json: Json = False
+) -> None:
+    """C-ECHO to a peer of the configuration."""
+    import time
+
+    from dicomnode.deliver.scu import echo as c_echo
+
+    settings = _settings(config)
+    target = _peer(settings, peer)
+    begin = time.perf_counter()
+    c_echo(settings.node.ae_title, target, settings.delivery)
+    seconds = round(time.perf_counter() - begin, 3)
+    data = {"peer": peer, "ae_title": target.ae_title, "status": "success", "seconds": seconds}
+    _print(data, as_json, lambda d: console.print(f"{peer} ({target.ae_title}) answered in {d['seconds']} s"))
+
+
+def _peer(settings: Settings, name: str) -> Any:
+    target = settings.peer(name)
+    if target is None:
+        known = ", ".join(p.name for p in settings.peers) or "none"
+        raise OperatorError("find peer", f"there is no peer '{name}'", f"Listed in [[peers]]: {known}")
+    return target
+
+
+@app.command()
+def send(
+    peer: Annotated[str, typer.Argument(help="name of a peer")],
+    paths: Annotated[list[Path], typer.Argument(help="DICOM files or folders")],
+    config: Config = None,
+    as_json: Json = False,
+) -> None:
+    """C-STORE files to a peer, as they are; exit 1 when one was not stored."""
+    from dicomnode.deliver.files import find_files, send_files
+
+    settings = _settings(config)
+    target = _peer(settings, peer)
+    found, skipped = find_files(paths)
+    with _progress(len(found), f"sending to {peer}") as advance:
+        report = send_files(settings.node.ae_title, target, settings.delivery, found, lambda _: advance())
+    data = {
+        "peer": peer,
+        "stored": sum(o.sent == "stored" for o in report),
+        "failed": [{"file": str(found[o.key].path), "cause": o.cause} for o in report if o.sent != "stored"],
+        "skipped": [str(p) for p in skipped],
+    }
+
+    def show(result: dict[str, Any]) -> None:
+        console.print(f"{result['stored']} stored at {peer}, {len(result['failed'])} failed")
+        for item in result["failed"]:
+            console.print(f"  {item['file']}: {item['cause']}")
+        if skipped:
+            console.print(f"  {len(skipped)} file(s) are not DICOM Part 10 and were skipped")
+
+    _print(data, as_json, show)
+    if data["failed"]:
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _progress(total: int, label: str) -> Iterator[Callable[[], None]]:
+    """A bar on a terminal, nothing else anywhere."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    stderr = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=stderr, disable=not stderr.is_terminal) as progress:
+        task = progress.add_task(label, total=total)
+        yield lambda: progress.advance(task)
+
+
+@jobs_app.command("list")
+def jobs_list(
+    config: Config = None,
+    as_json: Json = False,
+    limit: Limit = 50,
+    state: Annotated[str | None, typer.Option(help="only this state")] = None,
+) -> None:
+    """Jobs, newest first."""
+    from dicomnode.index.jobs import Jobs
+
+    columns = {
+        "id": "job", "state": "state", "model": "model", "revision": "rev", "instances": "images",
+        "created_time": "made", "reason": "why complete", "last_error": "error",
+    }  # fmt: skip
+    with _index(_settings(config)) as db:
+        _print(Jobs(db).listing(limit, state), as_json, lambda rows: _table(rows, columns, "no jobs"))
+
+
+@jobs_app.command("show")
+def jobs_show(job: Annotated[int, typer.Argument()], config: Config = None, as_json: Json = False) -> None:
+    """One job: why it ran, on what, what it found, how long each stage took, where results went."""
+    from dicomnode.index.jobs import Jobs
+
+    def show(data: dict[str, Any]) -> None:
+        console.print(f"job {data['id']}: {data['state']}, {data['model']} {data['model_version'] or ''}")
+        console.print(f"  complete because: {data['reason']}")
+        console.print(f"  study {data['StudyInstanceUID']}\n  series {data['SeriesInstanceUID']}")
+        console.print(f"  {data['instances']} images, revision {data['revision']}, rules {', '.join(data['rules'])}")
+        if data["last_error"]:
+            console.print(f"  error: {data['last_error']}")
+        for note in data["notes"] or []:
+            console.print(f"  note: {note}")
+        for m in (data["summary"] or {}).get("measurements", []):
+            console.print(f"  {m['segment'] or 'series'}: {m['key']} = {m['value']:.4g} {m['unit']}")
+        if data["seconds"]:
+            console.print("  seconds: " + ", ".join(f"{k} {v:.3f}" for k, v in data["seconds"].items()))
+        for result in data["results"]:
+            console.print(f"  {result['kind']} {result['SOPInstanceUID']}")
+        for d in data["deliveries"]:
+            console.print(f"  delivery {d['id']} to {d['destination']}: {d['state']} {d['last_error'] or ''}")
+
+    with _index(_settings(config)) as db:
+        found = Jobs(db).show(job)
+        if found is None:
+            raise OperatorError("show job", f"there is no job {job}", "See 'dicomnode jobs list'")
+        _print(found, as_json, show)
+
+
+@jobs_app.command("retry")
+def jobs_retry(job: Annotated[int, typer.Argument()], config: Config = None, as_json: Json = False) -> None:
+    """Put a failed or refused job back into the queue."""
+    from dicomnode import doorbell
+    from dicomnode.index.jobs import Jobs
+
+    settings = _settings(config)
+    with _index(settings) as db:
+        Jobs(db).retry(job)
+        doorbell.ring(settings.node.data_dir, "worker")
+    _print({"job": job, "state": "pending"}, as_json, lambda _: console.print(f"job {job} waits again"))
+
+
+@deliveries_app.command("list")
+def deliveries_list(
+    config: Config = None,
+    as_json: Json = False,
+    limit: Limit = 50,
+    state: Annotated[str | None, typer.Option(help="only this state")] = None,
+) -> None:
+    """Deliveries, newest first: state, attempts and the last answer of the peer."""
+    from dicomnode.index.outbox import Outbox
+
+    columns = {
+        "id": "delivery", "job_id": "job", "kind": "object", "destination": "to", "state": "state",
+        "attempts": "tries", "created_time": "made", "finished_time": "stored", "last_error": "last error",
+    }  # fmt: skip
+    with _index(_settings(config)) as db:
+        _print(
+            Outbox(db, "deliveries").listing(limit, state), as_json, lambda rows: _table(rows, columns, "no deliveries")
+        )
+
+
+@deliveries_app.command("retry")
+def deliveries_retry(delivery: Annotated[int, typer.Argument()], config: Config = None, as_json: Json = False) -> None:
+    """Send a rejected delivery again, or a waiting one at once."""
+    from dicomnode import doorbell
+    from dicomnode.index.outbox import Outbox
+
+    settings = _settings(config)
+    with _index(settings) as db:
+        Outbox(db, "deliveries").requeue(delivery)
+        doorbell.ring(settings.node.data_dir, "courier")
+    _print({"delivery": delivery}, as_json, lambda _: console.print(f"delivery {delivery} is sent again"))
+
+
+@models_app.command("list")
+def models_list(config: Config = None, as_json: Json = False) -> None:
+    """Bundles on this box, which version serves, and what they are for."""
+    from dicomnode.index.operation import Models
+    from dicomnode.infer.serving import bundle_folders, resolve
+
+    settings = _settings(config)
+    folders = bundle_folders(settings.inference.models_dir, settings.node.data_dir)
+    active: dict[str, str] = {}
+    if settings.node.data_dir.is_dir():
+        with _index(settings) as db:
+            active = Models(db).active()
+    rows = []
+    for folder in folders:
+        try:
+            serving = resolve(folders, folder.name, active).version == folder.version
+        except NodeError:
+            serving = False
+        rows.append(
+            {
+                "name": folder.name,
+                "version": folder.version,
+                "serves": "yes" if serving else "",
+                "path": str(folder.path),
+            }
+        )
+    columns = {"name": "model", "version": "version", "serves": "serves", "path": "folder"}
+    _print(rows, as_json, lambda data: _table(data, columns, f"no bundles in {settings.inference.models_dir}"))
+
+
+@models_app.command("verify")
+def models_verify(
+    reference: Annotated[str | None, typer.Argument(help="NAME or NAME@VERSION; all when left out")] = None,
+    config: Config = None,
+    as_json: Json = False,
+) -> None:
+    """Check digests and golden cases on this box's engine; exit 78 when one fails."""
+    from dicomnode.app import verify_model
+    from dicomnode.infer.serving import bundle_folders, resolve
+
+    settings = _settings(config)
+    folders = bundle_folders(settings.inference.models_dir, settings.node.data_dir)
+    chosen = [resolve(folders, reference, {})] if reference else folders
+    rows = []
+    for folder in chosen:
+        verify_model(settings, folder.path)
+        rows.append({"name": folder.name, "version": folder.version, "verified": True})
+
+    def show(data: list[dict[str, Any]]) -> None:
+        for row in data:
+            console.print(f"{row['name']} {row['version']}: digests and golden cases OK")
+
+    _print(rows, as_json, show)
+
+
+@models_app.command("activate")
+def models_activate(
+    reference: Annotated[str, typer.Argument(help="NAME@VERSION")], config: Config = None, as_json: Json = False
+) -> None:
+    """Verify a version and make it the one that serves, without a restart."""
+    from dicomnode.app import verify_model
+    from dicomnode.infer.serving import bundle_folders, resolve
+
+    settings = _settings(config)
+    if "@" not in reference:
+        raise OperatorError("activate model", "no version given", "Use NAME@VERSION, see 'dicomnode models list'")
+    folder = resolve(bundle_folders(settings.inference.models_dir, settings.node.data_dir), reference, {})
+    verify_model(settings, folder.path)
+    _switch(settings, folder.name, folder.version, as_json)
+
+
+@models_app.command("rollback")
+def models_rollback(
+    name: Annotated[str, typer.Argument(help="NAME")], config: Config = None, as_json: Json = False
+) -> None:
+    """Return to the version that served before."""
+    from dicomnode.app import verify_model
+    from dicomnode.index.operation import Models
+    from dicomnode.infer.serving import bundle_folders, resolve
+
+    settings = _settings(config)
+    with _index(settings) as db:
+        previous = Models(db).previous(name)
+    if previous is None:
+        raise OperatorError(
+            "roll back model", f"no earlier version of '{name}' was active", "See 'dicomnode models list'"
+        )
+    folder = resolve(bundle_folders(settings.inference.models_dir, settings.node.data_dir), f"{name}@{previous}", {})
+    verify_model(settings, folder.path)
+    _switch(settings, name, previous, as_json)
+
+
+def _switch(settings: Settings, name: str, version: str, as_json: bool) -> None:
+    from dicomnode import doorbell
+    from dicomnode.index.operation import Models
+
+    with _index(settings) as db:
+        Models(db).activate(name, version)
+        doorbell.ring(settings.node.data_dir, "worker")
+    _print({"name": name, "version": version}, as_json, lambda _: console.print(f"{name} {version} serves now"))
+
+
+@app.command()
+def demo(
+    path: Annotated[Path | None, typer.Argument(help="folder with DICOM of your own")] = None,
+    once: Annotated[bool, typer.Option("--once", help="exit after one full round trip")] = False,
+    output: Annotated[Path, typer.Option(help="where the results go")] = Path("demo-output"),
+    slices: Annotated[int, typer.Option(min=24, help="slices of the phantom")] = 128,
+    as_json: Json = False,
+) -> None:
+    """Send a study through a node and a loopback PACS and show what comes back."""
+    from dicomnode.demo.run import run_demo
+
+    raise typer.Exit(run_demo(path, once=once, output=output, slices=slices, as_json=as_json))
+
+
+@app.command()
+def version(as_json: Json = False) -> None:
+    """The version of the node."""
+    _print({"version": __version__}, as_json, lambda d: console.print(d["version"]))

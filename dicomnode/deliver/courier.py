@@ -1,0 +1,112 @@
+"""The courier: carries results from outbox rows to DICOM peers until each has them."""
+
+from __future__ import annotations
+
+import time
+
+from dicomnode import doorbell, logs, metrics
+from dicomnode.deliver.scu import Outgoing, SendOutcome, Sent, send_batch
+from dicomnode.durable import ObjectStore
+from dicomnode.errors import PeerError
+from dicomnode.index.database import Database, Row
+from dicomnode.index.operation import Events
+from dicomnode.index.outbox import Outbox
+from dicomnode.settings import Peer, Settings
+
+
+class Courier:
+    def __init__(self, settings: Settings, db: Database, owner: str) -> None:
+        self._settings = settings
+        self._db = db
+        self._owner = owner
+        self._outbox = Outbox(db, "deliveries")
+        self._store = ObjectStore(settings.node.data_dir)
+        self._events = Events(db)
+        self._log = logs.get()
+
+    def start(self) -> None:
+        """Take back what a former life of this courier held."""
+        count = self._outbox.expire(self._owner)
+        if count:
+            self._log.info("deliveries resumed", count=count)
+
+    def run_once(self) -> float:
+        """Send what is due; returns seconds until the next look is needed at most."""
+        self._outbox.expire()
+        for destination in self._outbox.due_destinations():
+            self._serve(destination)
+        due = self._outbox.next_due_in()
+        return doorbell.SLOW_BEAT_SECONDS if due is None else min(doorbell.SLOW_BEAT_SECONDS, max(due, 0.01))
+
+    def _serve(self, destination: str) -> None:
+        delivery = self._settings.delivery
+        lease = delivery.response_seconds * 2 + delivery.connect_seconds
+        items = self._outbox.lease(destination, self._owner, lease, delivery.batch)
+        if not items:
+            return
+        peer = self._settings.peer(destination)
+        if peer is None or not peer.reachable:
+            for item in items:
+                self._retry(item, f"peer '{destination}' is not in [[peers]] or lacks host and port")
+            return
+        self._send(peer, items, lease)
+
+    def _send(self, peer: Peer, items: list[Row], lease: float) -> None:
+        by_id = {int(item["id"]): item for item in items}
+        begin = time.perf_counter()
+        waiting = set(by_id)
+
+        def report(outcome: SendOutcome) -> None:
+            nonlocal begin
+            waiting.discard(outcome.key)
+            self._record(by_id[outcome.key], peer, outcome, time.perf_counter() - begin)
+            begin = time.perf_counter()
+            if waiting:
+                self._outbox.extend(sorted(waiting), self._owner, lease)
+
+        outgoing = [
+            Outgoing(int(i["id"]), self._store.path(i["file"]), i["SOPClassUID"], i["TransferSyntaxUID"]) for i in items
+        ]
+        try:
+            send_batch(self._settings.node.ae_title, peer, self._settings.delivery, outgoing, report)
+        except PeerError as error:
+            self._log.warning("peer away", peer=peer.name, cause=error.cause, hint=error.hint, count=len(waiting))
+            for key in sorted(waiting):
+                self._retry(by_id[key], error.cause)
+
+    def _record(self, item: Row, peer: Peer, outcome: SendOutcome, seconds: float) -> None:
+        uid = logs.uid_hash(item["SOPInstanceUID"])
+        if outcome.sent is Sent.stored:
+            self._outbox.stored(item["id"], self._owner)
+            metrics.delivery("stored")
+            metrics.observe("deliver", seconds)
+            self._log.info(
+                "result stored at peer",
+                peer=peer.name,
+                kind=item["kind"],
+                instance=uid,
+                delivery=item["id"],
+                seconds=round(seconds, 3),
+                cause=outcome.cause,
+            )
+        elif outcome.sent is Sent.retry:
+            self._retry(item, outcome.cause)
+        else:
+            self._outbox.reject(item["id"], self._owner, outcome.cause)
+            metrics.delivery("rejected")
+            self._log.error(
+                "result rejected by peer",
+                peer=peer.name,
+                kind=item["kind"],
+                instance=uid,
+                delivery=item["id"],
+                cause=outcome.cause,
+            )
+            self._events.add("error", "delivery-rejected", peer.name, f"delivery {item['id']}: {outcome.cause}")
+
+    def _retry(self, item: Row, cause: str) -> None:
+        delivery = self._settings.delivery
+        metrics.delivery("retried")
+        self._outbox.retry(
+            item["id"], self._owner, cause, first=delivery.backoff_seconds, longest=delivery.backoff_max_seconds
+        )

@@ -1,0 +1,1 @@
+"""Demonstration: a procedural phantom and pictures of what a model made of it."""

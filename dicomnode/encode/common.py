@@ -1,0 +1,183 @@
+"""What SEG and SR share: provenance, times, character set and bytes that never vary."""
+
+from __future__ import annotations
+
+import io
+import json
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+
+import highdicom as hd
+import pydicom
+from pydicom.dataset import Dataset
+from pydicom.uid import ExplicitVRLittleEndian
+
+from dicomnode.encode.headers import SourceHeaders
+from dicomnode.encode.station import Station
+from dicomnode.errors import NodeError, UnsuitableSeries
+from dicomnode.records import Code, EncodedObject, ModelIdentity, ResultIdentity, SourceInstance
+
+ARTIFICIAL_INTELLIGENCE = hd.sr.CodedConcept("123110", "DCM", "Artificial Intelligence")  # CID 7162
+PROCESSING_EQUIPMENT = hd.sr.CodedConcept("109102", "DCM", "Processing Equipment")  # CID 7005
+ANATOMICAL_STRUCTURE = ("123037004", "SCT")  # CID 7150
+LONG_STRING = 64
+SHORT_TEXT = 1024
+
+_library_lock = threading.RLock()
+
+
+@contextmanager
+def quiet_pydicom() -> Iterator[None]:
+    """Keep pydicom from judging values, and its warnings, which quote them, from the log.
+
+    pydicom's switches are global to the process, so one encoding runs at a time.
+    """
+    with _library_lock, warnings.catch_warnings(), pydicom.config.disable_value_validation():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
+def refuse_what_the_library_refuses(operation: str) -> Iterator[None]:
+    """Turn the library's complaint about a source, e.g. a retired SOP class, into ``UnsuitableSeries``.
+
+    Chaining it is safe: the library sees no patient (``with_empty_patient``).
+    """
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        cause = f"this kind of source cannot carry the result ({type(error).__name__})"
+        raise UnsuitableSeries(operation, "NOT_ENCODABLE", cause) from error
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Names in the one form in which they appear in every place (IHE AIR, STANDARDS.md)."""
+
+    name: str
+    version: str
+    manufacturer: str
+    device_uid: str
+    description: str
+    date: str
+    time: str
+    timestamp: str
+
+    @classmethod
+    def of(cls, model: ModelIdentity, identity: ResultIdentity, engine: str) -> Provenance:
+        """Raises ``NodeError`` where ``content_datetime`` is not ISO 8601 or a name is empty."""
+        try:
+            when = datetime.fromisoformat(identity.content_datetime)
+        except ValueError:
+            raise NodeError("encode result", "content_datetime is not ISO 8601") from None
+        if not all(map(clean_text, (model.name, model.version, model.manufacturer, model.device_uid))):
+            raise NodeError("encode result", "the model's name, version, manufacturer or device UID is empty")
+        parameters = json.dumps(dict(model.parameters), sort_keys=True, ensure_ascii=False, default=str)
+        parts = [f"bundle SHA-256 {model.digest}"]
+        parts += [f"engine {engine}"] if engine else []
+        parts += [f"parameters {parameters}"] if model.parameters else []
+        return cls(
+            name=long_string(model.name),
+            version=long_string(model.version),
+            manufacturer=long_string(model.manufacturer),
+            device_uid=model.device_uid,
+            description=clean_text("; ".join(parts))[:SHORT_TEXT],
+            date=when.strftime("%Y%m%d"),
+            time=when.strftime("%H%M%S.%f"),
+            timestamp=when.strftime("%Y%m%d%H%M%S.%f%z"),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """Everything around an analysis that SEG and SR both need.
+
+    ``sources``: every instance of the analysed series.
+    """
+
+    identity: ResultIdentity
+    model: ModelIdentity
+    provenance: Provenance
+    headers: SourceHeaders
+    sources: tuple[SourceInstance, ...]
+    station: Station
+
+
+def clean_text(text: str) -> str:
+    """Text without control characters; a backslash, which separates values, becomes a slash."""
+    return "".join(c if c.isprintable() else " " for c in text).replace("\\", "/").strip()
+
+
+def long_string(text: str) -> str:
+    """Text for VR LO: at most 64 characters (PS3.5 6.2)."""
+    return clean_text(text)[:LONG_STRING].strip()
+
+
+def concept(code: Code) -> hd.sr.CodedConcept:
+    """A coded concept with its meaning cut to 64 characters."""
+    return hd.sr.CodedConcept(code.value, code.scheme, long_string(code.meaning))
+
+
+def contributing_equipment(provenance: Provenance) -> Dataset:
+    """Item of Contributing Equipment Sequence for the model (PS3.3 C.12.1, IHE AIR)."""
+    item = Dataset()
+    item.Manufacturer = provenance.manufacturer
+    item.ManufacturerModelName = provenance.name
+    item.SoftwareVersions = provenance.version
+    item.DeviceUID = provenance.device_uid
+    item.ContributionDateTime = provenance.timestamp
+    item.ContributionDescription = provenance.description
+    item.PurposeOfReferenceCodeSequence = [PROCESSING_EQUIPMENT]
+    return item
+
+
+def finish(ds: Dataset, kind: str, context: Context) -> EncodedObject:
+    """Put on patient, study, equipment and times; the object as a Part 10 file.
+
+    Everything that the library took from the clock or from chance is replaced here or by the
+    caller, so the same inputs give the same bytes.
+    """
+    provenance, station = context.provenance, context.station
+    for element in context.headers.common:
+        ds[element.tag] = element
+    ds.Manufacturer = long_string(station.manufacturer)
+    ds.ManufacturerModelName = long_string(station.model_name)
+    ds.SoftwareVersions = long_string(station.software_versions)
+    ds.DeviceSerialNumber = long_string(station.serial_number)
+    if station.institution:
+        ds.InstitutionName = long_string(station.institution)
+    ds.InstanceCreationDate = ds.ContentDate = ds.SeriesDate = provenance.date
+    ds.InstanceCreationTime = ds.ContentTime = ds.SeriesTime = provenance.time
+    ds.ContributingEquipmentSequence = [contributing_equipment(provenance)]
+    if "SpecificCharacterSet" in ds:
+        del ds.SpecificCharacterSet
+    if not _is_ascii(ds):
+        ds.SpecificCharacterSet = "ISO_IR 192"
+    buffer = io.BytesIO()
+    pydicom.dcmwrite(buffer, ds, enforce_file_format=True)
+    return EncodedObject(
+        kind=kind,
+        sop_class_uid=str(ds.SOPClassUID),
+        sop_instance_uid=str(ds.SOPInstanceUID),
+        series_instance_uid=str(ds.SeriesInstanceUID),
+        study_instance_uid=str(ds.StudyInstanceUID),
+        transfer_syntax_uid=str(ExplicitVRLittleEndian),
+        part10=buffer.getvalue(),
+    )
+
+
+def _is_ascii(ds: Dataset) -> bool:
+    """Whether all text fits the default repertoire; per-frame groups hold no free text."""
+    for element in ds:
+        if element.keyword == "PerFrameFunctionalGroupsSequence":
+            continue
+        if element.VR == "SQ":
+            if not all(_is_ascii(item) for item in element.value):
+                return False
+        elif element.VR in {"LO", "LT", "PN", "SH", "ST", "UC", "UT"} and not str(element.value).isascii():
+            return False
+    return True

@@ -1,0 +1,344 @@
+"""Jobs: one analysis of one series by one model, leased by a worker.
+
+A lease is a row, so a worker that dies loses it by silence and the work is redone with the
+same result UIDs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dicomnode.clock import iso
+from dicomnode.errors import LeaseLost, OperatorError
+from dicomnode.identity import input_digest
+from dicomnode.index.catalogue import Catalogue, NewInstance
+from dicomnode.index.database import Database, Row
+from dicomnode.index.states import JobEvent, JobState, backoff_seconds, next_job_state
+
+PRIORITIES: Mapping[str, int] = {"stat": 0, "routine": 1, "batch": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Select's wish for a job: which model, for which rules, to which peers."""
+
+    model: str
+    rules: tuple[str, ...]
+    destinations: tuple[str, ...]
+    priority: str
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A finished object of a job, its file durable. ``kind`` is ``SEG`` or ``SR``."""
+
+    kind: str
+    instance: NewInstance
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a worker hands over when a job is finished."""
+
+    results: Sequence[Result]
+    notes: Sequence[str] = ()
+    summary: Mapping[str, Any] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+class Jobs:
+    def __init__(self, db: Database) -> None:
+        self.db = db
+
+    # Select's side
+
+    def select(self, series_id: int, generation: int, reason: str, requests: Iterable[Request]) -> list[int]:
+        """Close the series' generation and make its jobs, in one transaction.
+
+        The input set is what the index holds now. A job for the same model and the same
+        inputs is not made twice; a job for changed inputs is the next revision, and what
+        was still waiting for the old set is superseded. Returns the new job ids; does
+        nothing when the series has grown meanwhile.
+        """
+        db = self.db
+        made: list[int] = []
+        with db.transaction():
+            series = db.row("SELECT generation, last_received_at FROM series WHERE id = ?", (series_id,))
+            if series is None or series["generation"] != generation:
+                return []
+            db.execute(
+                "UPDATE series SET selected_generation = ?, selected_reason = ? WHERE id = ?",
+                (generation, reason, series_id),
+            )
+            inputs = [
+                (str(r["SOPInstanceUID"]), str(r["dataset_sha256"]))
+                for r in db.rows(
+                    "SELECT SOPInstanceUID, dataset_sha256 FROM instances WHERE series_id = ?", (series_id,)
+                )
+            ]
+            digest = input_digest(inputs)
+            for request in requests:
+                job_id = self._make(series_id, generation, reason, request, digest, float(series["last_received_at"]))
+                if job_id:
+                    made.append(job_id)
+                    for uid, content in inputs:
+                        db.insert("job_inputs", {"job_id": job_id, "SOPInstanceUID": uid, "sha256": content})
+        return made
+
+    def _make(
+        self,
+        series_id: int,
+        generation: int,
+        reason: str,
+        request: Request,
+        digest: str,
+        last_received_at: float,
+    ) -> int:
+        db = self.db
+        latest = db.row(
+            "SELECT id, revision, inputs_sha256 FROM jobs WHERE series_id = ? AND model = ?"
+            " ORDER BY revision DESC LIMIT 1",
+            (series_id, request.model),
+        )
+        if latest is not None and latest["inputs_sha256"] == digest:
+            return 0
+        for old in db.rows(
+            "SELECT id, state FROM jobs WHERE series_id = ? AND model = ? AND state NOT IN ('done', 'superseded')",
+            (series_id, request.model),
+        ):
+            state = next_job_state(old["state"], JobEvent.supersede)
+            db.execute("UPDATE jobs SET state = ?, lease_owner = NULL WHERE id = ?", (state, old["id"]))
+        return db.insert(
+            "jobs",
+            {
+                "series_id": series_id,
+                "model": request.model,
+                "rules": json.dumps(request.rules),
+                "destinations": json.dumps(request.destinations),
+                "priority": PRIORITIES[request.priority],
+                "revision": int(latest["revision"]) + 1 if latest else 1,
+                "inputs_sha256": digest,
+                "generation": generation,
+                "reason": reason,
+                "state": JobState.pending,
+                "last_received_at": last_received_at,
+                "created_at": db.clock.ticks(),
+                "created_time": iso(db.clock.wall()),
+            },
+        )
+
+    # The worker's side
+
+    def lease(self, owner: str, seconds: float) -> Row | None:
+        """Take the most urgent job that is due, or None. Counts an attempt."""
+        db = self.db
+        now = db.clock.ticks()
+        candidate = "SELECT * FROM jobs WHERE state = 'pending' AND next_at <= ? ORDER BY priority, id LIMIT 1"
+        if db.row(candidate, (now,)) is None:  # look before taking the write lock
+            return None
+        with db.transaction():
+            job = db.row(candidate, (now,))
+            if job is None:
+                return None
+            state = next_job_state(job["state"], JobEvent.lease)
+            db.execute(
+                "UPDATE jobs SET state = ?, lease_owner = ?, lease_until = ?, attempts = attempts + 1,"
+                " started_at = ? WHERE id = ?",
+                (state, owner, now + seconds, now, job["id"]),
+            )
+            return db.row("SELECT * FROM jobs WHERE id = ?", (job["id"],))
+
+    def extend(self, job_id: int, owner: str, seconds: float) -> None:
+        """Keep a lease alive. Raises LeaseLost when it is not ours any more."""
+        with self.db.transaction():
+            changed = self.db.execute(
+                "UPDATE jobs SET lease_until = ? WHERE id = ? AND lease_owner = ? AND state = 'running'",
+                (self.db.clock.ticks() + seconds, job_id, owner),
+            )
+        if not changed:
+            raise LeaseLost("extend the lease", f"job {job_id} was taken over or superseded")
+
+    def fix_identity(self, job_id: int, owner: str, *, version: str, digest: str, make: Callable[[Row], Row]) -> Row:
+        """Store the identity of the results before anything is encoded; the first one stays.
+
+        ``make(job)`` builds it; it is used when none was stored for this model digest.
+        """
+        db = self.db
+        with db.transaction():
+            job = self._owned(job_id, owner)
+            if job["identity"] and job["model_digest"] == digest:
+                stored: Row = json.loads(job["identity"])
+                return stored
+            identity = make(job)
+            db.execute(
+                "UPDATE jobs SET identity = ?, model_version = ?, model_digest = ? WHERE id = ?",
+                (json.dumps(identity), version, digest, job_id),
+            )
+            return identity
+
+    def predecessor(self, job: Row) -> Row | None:
+        """The SR that the latest finished earlier revision for the same series and model made."""
+        return self.db.row(
+            "SELECT r.*, st.StudyInstanceUID FROM jobs j JOIN results r ON r.job_id = j.id AND r.kind = 'SR'"
+            " JOIN series se ON se.id = j.series_id JOIN studies st ON st.id = se.study_id"
+            " WHERE j.series_id = ? AND j.model = ? AND j.revision < ? AND j.state = 'done'"
+            " ORDER BY j.revision DESC LIMIT 1",
+            (job["series_id"], job["model"], job["revision"]),
+        )
+
+    def finish(self, job_id: int, owner: str, outcome: Outcome, *, sync_destination: str = "") -> None:
+        """Commit results, deliveries and cloud items together with the end of the job."""
+        db = self.db
+        now, moment = db.clock.ticks(), iso(db.clock.wall())
+        with db.transaction():
+            job = self._owned(job_id, owner)
+            study_id = db.value("SELECT study_id FROM series WHERE id = ?", (job["series_id"],))
+            for result in outcome.results:
+                Catalogue(db).add(result.instance)
+                attributes = result.instance.attributes
+                result_id = db.insert(
+                    "results",
+                    {
+                        "job_id": job_id,
+                        "kind": result.kind,
+                        "SOPClassUID": attributes["SOPClassUID"],
+                        "SOPInstanceUID": attributes["SOPInstanceUID"],
+                        "SeriesInstanceUID": attributes["SeriesInstanceUID"],
+                        "TransferSyntaxUID": result.instance.transfer_syntax_uid,
+                        "file": result.instance.file,
+                        "sha256": result.instance.sha256,
+                        "created_time": moment,
+                    },
+                )
+                wanted = [("deliveries", d) for d in json.loads(job["destinations"])]
+                wanted += [("sync_items", sync_destination)] if sync_destination else []
+                for table, destination in wanted:
+                    db.insert(
+                        table,
+                        {
+                            "result_id": result_id,
+                            "job_id": job_id,
+                            "study_id": study_id,
+                            "destination": destination,
+                            "state": "pending",
+                            "created_at": now,
+                            "created_time": moment,
+                        },
+                    )
+            self._leave(job, JobEvent.finish)
+            db.execute(
+                "UPDATE jobs SET notes = ?, summary = ?, seconds = ?, last_error = NULL, finished_at = ?,"
+                " finished_time = ? WHERE id = ?",
+                (
+                    json.dumps(list(outcome.notes)),
+                    json.dumps(dict(outcome.summary)),
+                    json.dumps(dict(outcome.seconds)),
+                    now,
+                    moment,
+                    job_id,
+                ),
+            )
+
+    def refuse(self, job_id: int, owner: str, error: str) -> None:
+        """The input does not meet the model's contract; final until requeued or superseded."""
+        with self.db.transaction():
+            self._leave(self._owned(job_id, owner), JobEvent.refuse, error)
+
+    def fail(self, job_id: int, owner: str, error: str, *, max_attempts: int, backoff: float = 2.0) -> JobState:
+        """An error that may pass: retried later, parked as failed after ``max_attempts``."""
+        with self.db.transaction():
+            job = self._owned(job_id, owner)
+            event = JobEvent.give_up if job["attempts"] >= max_attempts else JobEvent.retry
+            state = self._leave(job, event, error)
+            self.db.execute(
+                "UPDATE jobs SET next_at = ? WHERE id = ?",
+                (self.db.clock.ticks() + backoff_seconds(job["attempts"], backoff, 300.0), job_id),
+            )
+            return state
+
+    def expire(self, max_attempts: int, dead_owners: Sequence[str] = ()) -> list[Row]:
+        """Take back leases that ran out, or whose owner is known to be gone.
+
+        A job that took its worker with it ``max_attempts`` times is parked, so that one
+        poisonous study cannot stop the others.
+        """
+        db = self.db
+        now = db.clock.ticks()
+        marks = ", ".join("?" * len(dead_owners))
+        query = f"SELECT * FROM jobs WHERE state = 'running' AND (lease_until < ? OR lease_owner IN ({marks}))"
+        if not db.rows(query, (now, *dead_owners)):
+            return []
+        with db.transaction():
+            lost = db.rows(query, (now, *dead_owners))
+            for job in lost:
+                event = JobEvent.give_up if job["attempts"] >= max_attempts else JobEvent.lose
+                self._leave(job, event, "the worker died or fell silent while it held the job")
+            return lost
+
+    # The operator's side
+
+    def retry(self, job_id: int) -> None:
+        """Requeue a failed or refused job. Raises OperatorError for an unknown one."""
+        with self.db.transaction():
+            job = self.db.row("SELECT * FROM jobs WHERE id = ?", (job_id,))
+            if job is None:
+                raise OperatorError("retry job", f"there is no job {job_id}", "See 'dicomnode jobs list'")
+            self._leave(job, JobEvent.requeue)
+            self.db.execute("UPDATE jobs SET attempts = 0, next_at = 0 WHERE id = ?", (job_id,))
+
+    def listing(self, limit: int = 100, state: str | None = None) -> list[Row]:
+        where, parameters = ("WHERE j.state = ?", [state]) if state else ("", [])
+        return self.db.rows(
+            "SELECT j.id, j.state, j.model, j.model_version, j.revision, j.priority, j.reason, j.attempts,"
+            " j.last_error, j.created_time, j.finished_time, j.rules, st.StudyInstanceUID, se.SeriesInstanceUID,"
+            " (SELECT count(*) FROM job_inputs i WHERE i.job_id = j.id) AS instances"
+            " FROM jobs j JOIN series se ON se.id = j.series_id JOIN studies st ON st.id = se.study_id"
+            f" {where} ORDER BY j.id DESC LIMIT ?",
+            (*parameters, limit),
+        )
+
+    def show(self, job_id: int) -> Row | None:
+        """One job with its results and deliveries, JSON columns parsed."""
+        job = self.db.row(
+            "SELECT j.*, st.StudyInstanceUID, se.SeriesInstanceUID FROM jobs j JOIN series se ON se.id = j.series_id"
+            " JOIN studies st ON st.id = se.study_id WHERE j.id = ?",
+            (job_id,),
+        )
+        if job is None:
+            return None
+        for column in ("rules", "destinations", "identity", "notes", "summary", "seconds"):
+            job[column] = json.loads(job[column]) if job[column] else None
+        job["instances"] = self.db.value("SELECT count(*) FROM job_inputs WHERE job_id = ?", (job_id,))
+        job["results"] = self.db.rows("SELECT * FROM results WHERE job_id = ? ORDER BY id", (job_id,))
+        job["deliveries"] = self.db.rows("SELECT * FROM deliveries WHERE job_id = ? ORDER BY id", (job_id,))
+        return job
+
+    def counts(self) -> dict[str, int]:
+        found = {r["state"]: int(r["n"]) for r in self.db.rows("SELECT state, count(*) AS n FROM jobs GROUP BY state")}
+        return {state.value: found.get(state.value, 0) for state in JobState}
+
+    def inputs(self, job_id: int) -> list[Row]:
+        """The stored instances that the job was made for; a replaced one has its newest file."""
+        return self.db.rows(
+            "SELECT n.* FROM job_inputs i JOIN instances n ON n.SOPInstanceUID = i.SOPInstanceUID"
+            " WHERE i.job_id = ? ORDER BY n.id",
+            (job_id,),
+        )
+
+    def _owned(self, job_id: int, owner: str) -> Row:
+        job = self.db.row("SELECT * FROM jobs WHERE id = ?", (job_id,))
+        if job is None or job["state"] != JobState.running or job["lease_owner"] != owner:
+            raise LeaseLost("change job", f"job {job_id} was taken over or superseded")
+        return job
+
+    def _leave(self, job: Row, event: JobEvent, error: str | None = None) -> JobState:
+        state = next_job_state(job["state"], event)
+        self.db.execute(
+            "UPDATE jobs SET state = ?, lease_owner = NULL, lease_until = NULL, last_error = coalesce(?, last_error)"
+            " WHERE id = ?",
+            (state, error, job["id"]),
+        )
+        return state

@@ -1,0 +1,147 @@
+"""Outboxes: results that still have to reach a DICOM peer or the cloud.
+
+Rows are made in the transaction that commits the result. There is no attempt limit while
+the cause can pass.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from dicomnode.clock import iso
+from dicomnode.errors import OperatorError
+from dicomnode.index.database import Database, Row
+from dicomnode.index.states import SendEvent, SendState, backoff_seconds, next_send_state
+
+Table = Literal["deliveries", "sync_items"]
+
+_JOINED = (
+    "SELECT d.*, r.kind, r.SOPClassUID, r.SOPInstanceUID, r.SeriesInstanceUID, r.TransferSyntaxUID, r.file, r.sha256,"
+    " st.StudyInstanceUID FROM {table} d JOIN results r ON r.id = d.result_id JOIN studies st ON st.id = d.study_id"
+)
+
+
+class Outbox:
+    """``table`` is ``deliveries`` (DICOM peers) or ``sync_items`` (cloud)."""
+
+    def __init__(self, db: Database, table: Table) -> None:
+        self.db = db
+        self.table = table
+        self._joined = _JOINED.format(table=table)
+
+    def due_destinations(self) -> list[str]:
+        """Destinations whose oldest unfinished item may be tried now."""
+        rows = self.db.rows(
+            f"SELECT destination, min(next_at) AS soonest FROM {self.table} WHERE state = 'pending'"
+            " GROUP BY destination HAVING soonest <= ? ORDER BY soonest",
+            (self.db.clock.ticks(),),
+        )
+        return [str(r["destination"]) for r in rows]
+
+    def next_due_in(self) -> float | None:
+        """Seconds until the next item is due; None when nothing waits."""
+        soonest = self.db.value(f"SELECT min(next_at) FROM {self.table} WHERE state = 'pending'")
+        return None if soonest is None else max(0.0, float(soonest) - self.db.clock.ticks())
+
+    def lease(self, destination: str, owner: str, seconds: float, limit: int) -> list[Row]:
+        """Take up to ``limit`` due items for one destination, oldest first.
+
+        Order is kept per study: an item waits while an older one of its study for the same
+        destination is unfinished and not due.
+        """
+        db = self.db
+        now = db.clock.ticks()
+        with db.transaction():
+            due = db.rows(
+                f"SELECT d.id, d.state FROM {self.table} d WHERE d.destination = ? AND d.state = 'pending'"
+                f" AND d.next_at <= ? AND NOT EXISTS (SELECT 1 FROM {self.table} o WHERE o.destination = d.destination"
+                " AND o.study_id = d.study_id AND o.id < d.id AND (o.state = 'sending' OR"
+                " (o.state = 'pending' AND o.next_at > ?))) ORDER BY d.id LIMIT ?",
+                (destination, now, now, limit),
+            )
+            for item in due:
+                state = next_send_state(item["state"], SendEvent.lease)
+                db.execute(
+                    f"UPDATE {self.table} SET state = ?, lease_owner = ?, lease_until = ?,"
+                    " attempts = attempts + 1 WHERE id = ?",
+                    (state, owner, now + seconds, item["id"]),
+                )
+            ids = [item["id"] for item in due]
+            marks = ", ".join("?" * len(ids))
+            return db.rows(f"{self._joined} WHERE d.id IN ({marks}) ORDER BY d.id", ids) if ids else []
+
+    def extend(self, ids: list[int], owner: str, seconds: float) -> None:
+        marks = ", ".join("?" * len(ids))
+        with self.db.transaction():
+            self.db.execute(
+                f"UPDATE {self.table} SET lease_until = ?"
+                f" WHERE lease_owner = ? AND state = 'sending' AND id IN ({marks})",
+                (self.db.clock.ticks() + seconds, owner, *ids),
+            )
+
+    def stored(self, item_id: int, owner: str) -> None:
+        """The other side said that it has the object."""
+        self._leave(item_id, owner, SendEvent.store, None, 0.0)
+
+    def retry(self, item_id: int, owner: str, error: str, *, first: float, longest: float) -> None:
+        """A passing cause: wait and try again, for ever."""
+        attempts = self.db.value(f"SELECT attempts FROM {self.table} WHERE id = ?", (item_id,))
+        self._leave(item_id, owner, SendEvent.retry, error, backoff_seconds(int(attempts or 1), first, longest))
+
+    def reject(self, item_id: int, owner: str, error: str) -> None:
+        """Refused for good: parked with its reason until requeued by hand."""
+        self._leave(item_id, owner, SendEvent.reject, error, 0.0)
+
+    def expire(self, own: str | None = None) -> int:
+        """Take back items whose lease ran out, or all of ``own``'s former life."""
+        db = self.db
+        query = f"SELECT id, state FROM {self.table} WHERE state = 'sending' AND (lease_until < ? OR lease_owner = ?)"
+        if not db.rows(query, (db.clock.ticks(), own)):
+            return 0
+        with db.transaction():
+            lost = db.rows(query, (db.clock.ticks(), own))
+            for item in lost:
+                state = next_send_state(item["state"], SendEvent.lose)
+                db.execute(f"UPDATE {self.table} SET state = ?, lease_owner = NULL WHERE id = ?", (state, item["id"]))
+        return len(lost)
+
+    def requeue(self, item_id: int) -> None:
+        """The operator wants a rejected item sent again, or a waiting one at once."""
+        db = self.db
+        with db.transaction():
+            item = db.row(f"SELECT id, state FROM {self.table} WHERE id = ?", (item_id,))
+            if item is None:
+                raise OperatorError(
+                    "retry delivery", f"there is no delivery {item_id}", "See 'dicomnode deliveries list'"
+                )
+            if item["state"] != SendState.pending:
+                state = next_send_state(item["state"], SendEvent.requeue)
+                db.execute(f"UPDATE {self.table} SET state = ?, attempts = 0 WHERE id = ?", (state, item_id))
+            db.execute(f"UPDATE {self.table} SET next_at = 0 WHERE id = ?", (item_id,))
+
+    def listing(self, limit: int = 100, state: str | None = None) -> list[Row]:
+        where, parameters = ("WHERE d.state = ?", [state]) if state else ("", [])
+        return self.db.rows(f"{self._joined} {where} ORDER BY d.id DESC LIMIT ?", (*parameters, limit))
+
+    def counts(self) -> dict[str, int]:
+        rows = self.db.rows(f"SELECT state, count(*) AS n FROM {self.table} GROUP BY state")
+        found = {r["state"]: int(r["n"]) for r in rows}
+        return {state.value: found.get(state.value, 0) for state in SendState}
+
+    def _leave(self, item_id: int, owner: str, event: SendEvent, error: str | None, wait: float) -> None:
+        db = self.db
+        with db.transaction():
+            item = db.row(
+                f"SELECT state FROM {self.table} WHERE id = ? AND lease_owner = ?",
+                (item_id, owner),
+            )
+            if item is None or item["state"] != SendState.sending:
+                return  # the lease ran out; whoever has it now decides (sending again is harmless: same UID)
+            state = next_send_state(item["state"], event)
+            now = db.clock.ticks()
+            finished = now if state is SendState.stored else None
+            db.execute(
+                f"UPDATE {self.table} SET state = ?, lease_owner = NULL, next_at = ?, last_error = ?,"
+                " finished_at = ?, finished_time = ? WHERE id = ?",
+                (state, now + wait, error, finished, iso(db.clock.wall()) if finished else None, item_id),
+            )

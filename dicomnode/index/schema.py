@@ -1,0 +1,239 @@
+"""The schema as a list of recorded migrations (sqlite-utils). Never edit one that shipped.
+
+Columns that hold DICOM attributes are named by keyword and hold the decoded text as in the
+data set, multiple values joined by a backslash. ``*_at`` columns are node time in seconds
+(:mod:`dicomnode.clock`), ``*_time`` columns are ISO 8601 for people.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlite_utils import Database, Migrations
+
+from dicomnode.index.keys import INSTANCE_KEYS, PATIENT_KEYS, SERIES_KEYS, STUDY_KEYS
+
+migrations: Any = Migrations("dicomnode")
+
+
+def _text(keys: tuple[str, ...]) -> dict[str, Any]:
+    return dict.fromkeys(keys, str)
+
+
+@migrations()
+def m0001_boots(db: Database) -> None:
+    db["boots"].create({"boot_id": str, "base": float, "last_at": float}, pk="boot_id")
+
+
+@migrations()
+def m0002_catalogue(db: Database) -> None:
+    db["associations"].create(
+        {
+            "id": str,
+            "receiver": str,
+            "peer": str,
+            "calling_ae": str,
+            "address": str,
+            "state": str,
+            "instances": int,
+            "opened_at": float,
+            "opened_time": str,
+            "closed_at": float,
+        },
+        pk="id",
+        not_null={"state"},
+        defaults={"instances": 0},
+    )
+    db["associations"].create_index(["state"])
+    db["patients"].create({"id": int, **_text(PATIENT_KEYS)}, pk="id", not_null={"PatientID"})
+    db["patients"].create_index(["PatientID", "IssuerOfPatientID"], unique=True)
+    db["patients"].create_index(["PatientName"])
+    db["studies"].create(
+        {"id": int, "patient_id": int, **_text(STUDY_KEYS), "PatientName": str, "received_time": str},
+        pk="id",
+        foreign_keys=[("patient_id", "patients", "id")],
+        not_null={"StudyInstanceUID", "patient_id"},
+    )
+    db["studies"].create_index(["StudyInstanceUID"], unique=True)
+    for key in ("patient_id", "StudyDate", "AccessionNumber"):
+        db["studies"].create_index([key])
+    db["series"].create(
+        {
+            "id": int,
+            "study_id": int,
+            **_text(SERIES_KEYS),
+            "origin": str,
+            "generation": int,
+            "selected_generation": int,
+            "selected_reason": str,
+            "last_received_at": float,
+            "received_time": str,
+        },
+        pk="id",
+        foreign_keys=[("study_id", "studies", "id")],
+        not_null={"SeriesInstanceUID", "study_id", "generation", "selected_generation"},
+        defaults={"generation": 0, "selected_generation": 0},
+    )
+    db["series"].create_index(["SeriesInstanceUID"], unique=True)
+    db["series"].create_index(["study_id"])
+    db.execute("CREATE INDEX idx_series_open ON series(id) WHERE selected_generation < generation")
+    db["instances"].create(
+        {
+            "id": int,
+            "series_id": int,
+            **_text(INSTANCE_KEYS),
+            "TransferSyntaxUID": str,
+            "attributes": str,
+            "file": str,
+            "size": int,
+            "sha256": str,
+            "dataset_sha256": str,
+            "association_id": str,
+            "received_at": float,
+            "received_time": str,
+        },
+        pk="id",
+        foreign_keys=[("series_id", "series", "id")],
+        not_null={"SOPInstanceUID", "series_id", "file", "sha256"},
+    )
+    db["instances"].create_index(["SOPInstanceUID"], unique=True)
+    db["instances"].create_index(["series_id"])
+    db["former_instances"].create(
+        {
+            "id": int,
+            "SOPInstanceUID": str,
+            "TransferSyntaxUID": str,
+            "file": str,
+            "sha256": str,
+            "replaced_by_sha256": str,
+            "association_id": str,
+            "replaced_time": str,
+        },
+        pk="id",
+    )
+
+
+@migrations()
+def m0003_work(db: Database) -> None:
+    db["jobs"].create(
+        {
+            "id": int,
+            "series_id": int,
+            "model": str,
+            "rules": str,
+            "destinations": str,
+            "priority": int,
+            "revision": int,
+            "inputs_sha256": str,
+            "generation": int,
+            "reason": str,
+            "state": str,
+            "model_version": str,
+            "model_digest": str,
+            "identity": str,
+            "attempts": int,
+            "next_at": float,
+            "lease_owner": str,
+            "lease_until": float,
+            "last_error": str,
+            "notes": str,
+            "summary": str,
+            "seconds": str,
+            "last_received_at": float,
+            "created_at": float,
+            "created_time": str,
+            "started_at": float,
+            "finished_at": float,
+            "finished_time": str,
+        },
+        pk="id",
+        foreign_keys=[("series_id", "series", "id")],
+        not_null={"series_id", "model", "state", "revision", "priority"},
+        defaults={"attempts": 0, "next_at": 0.0},
+    )
+    db["jobs"].create_index(["state", "priority", "id"])
+    db["jobs"].create_index(["series_id", "model", "revision"], unique=True)
+    db["job_inputs"].create(
+        {"job_id": int, "SOPInstanceUID": str, "sha256": str},
+        pk=("job_id", "SOPInstanceUID"),
+        foreign_keys=[("job_id", "jobs", "id")],
+    )
+    db["results"].create(
+        {
+            "id": int,
+            "job_id": int,
+            "kind": str,
+            "SOPClassUID": str,
+            "SOPInstanceUID": str,
+            "SeriesInstanceUID": str,
+            "TransferSyntaxUID": str,
+            "file": str,
+            "sha256": str,
+            "created_time": str,
+        },
+        pk="id",
+        foreign_keys=[("job_id", "jobs", "id")],
+    )
+    db["results"].create_index(["SOPInstanceUID"], unique=True)
+    db["results"].create_index(["job_id"])
+    for table in ("deliveries", "sync_items"):
+        db[table].create(
+            {
+                "id": int,
+                "result_id": int,
+                "job_id": int,
+                "study_id": int,
+                "destination": str,
+                "state": str,
+                "attempts": int,
+                "next_at": float,
+                "lease_owner": str,
+                "lease_until": float,
+                "last_error": str,
+                "created_at": float,
+                "created_time": str,
+                "finished_at": float,
+                "finished_time": str,
+            },
+            pk="id",
+            foreign_keys=[("result_id", "results", "id"), ("job_id", "jobs", "id")],
+            not_null={"result_id", "destination", "state"},
+            defaults={"attempts": 0, "next_at": 0.0},
+        )
+        db[table].create_index(["result_id", "destination"], unique=True)
+        db[table].create_index(["state", "destination", "id"])
+
+
+@migrations()
+def m0004_operation(db: Database) -> None:
+    db["events"].create(
+        {"id": int, "time": str, "at": float, "severity": str, "kind": str, "subject": str, "text": str},
+        pk="id",
+    )
+    db["processes"].create(
+        {
+            "name": str,
+            "pid": int,
+            "state": str,
+            "started_time": str,
+            "beat_at": float,
+            "detail": str,
+            "metrics": str,
+        },
+        pk="name",
+    )
+    db["models"].create({"name": str, "version": str, "previous_version": str, "activated_time": str}, pk="name")
+    db["model_pulls"].create(
+        {
+            "sha256": str,
+            "name": str,
+            "version": str,
+            "state": str,
+            "attempts": int,
+            "next_at": float,
+            "last_error": str,
+            "finished_time": str,
+        },
+        pk="sha256",
+        defaults={"attempts": 0, "next_at": 0.0},
+    )

@@ -1,0 +1,92 @@
+"""State tables as data: what may follow what, and by which event. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+
+from dicomnode.errors import IllegalTransition
+
+
+class JobState(StrEnum):
+    pending = "pending"
+    running = "running"
+    done = "done"
+    refused = "refused"
+    failed = "failed"
+    superseded = "superseded"
+
+
+class JobEvent(StrEnum):
+    lease = "lease"
+    finish = "finish"
+    refuse = "refuse"  # the input does not meet the model's contract
+    retry = "retry"  # passing cause: wait, then again
+    give_up = "give_up"  # attempts exhausted or a cause that cannot pass
+    lose = "lose"  # the lease ran out: the worker died
+    supersede = "supersede"  # late images made a newer revision
+    requeue = "requeue"  # the operator wants it again
+
+
+class SendState(StrEnum):
+    pending = "pending"
+    sending = "sending"
+    stored = "stored"
+    rejected = "rejected"
+
+
+class SendEvent(StrEnum):
+    lease = "lease"
+    store = "store"
+    retry = "retry"
+    reject = "reject"
+    lose = "lose"
+    requeue = "requeue"
+
+
+JOB_TABLE: Mapping[tuple[JobState, JobEvent], JobState] = {
+    (JobState.pending, JobEvent.lease): JobState.running,
+    (JobState.pending, JobEvent.supersede): JobState.superseded,
+    (JobState.running, JobEvent.finish): JobState.done,
+    (JobState.running, JobEvent.refuse): JobState.refused,
+    (JobState.running, JobEvent.retry): JobState.pending,
+    (JobState.running, JobEvent.give_up): JobState.failed,
+    (JobState.running, JobEvent.lose): JobState.pending,
+    (JobState.running, JobEvent.supersede): JobState.superseded,
+    (JobState.failed, JobEvent.requeue): JobState.pending,
+    (JobState.failed, JobEvent.supersede): JobState.superseded,
+    (JobState.refused, JobEvent.requeue): JobState.pending,
+    (JobState.refused, JobEvent.supersede): JobState.superseded,
+}
+"""Jobs. ``done`` and ``superseded`` are final: a new revision is a new job."""
+
+SEND_TABLE: Mapping[tuple[SendState, SendEvent], SendState] = {
+    (SendState.pending, SendEvent.lease): SendState.sending,
+    (SendState.sending, SendEvent.store): SendState.stored,
+    (SendState.sending, SendEvent.retry): SendState.pending,
+    (SendState.sending, SendEvent.reject): SendState.rejected,
+    (SendState.sending, SendEvent.lose): SendState.pending,
+    (SendState.rejected, SendEvent.requeue): SendState.pending,
+}
+"""Deliveries to DICOM peers and items of the cloud outbox. ``stored`` is final."""
+
+
+def next_job_state(state: str, event: JobEvent) -> JobState:
+    """Raises IllegalTransition when the table does not know it."""
+    try:
+        return JOB_TABLE[JobState(state), event]
+    except (KeyError, ValueError):
+        raise IllegalTransition("change job state", f"'{event}' is not possible in state '{state}'") from None
+
+
+def next_send_state(state: str, event: SendEvent) -> SendState:
+    """Raises IllegalTransition when the table does not know it."""
+    try:
+        return SEND_TABLE[SendState(state), event]
+    except (KeyError, ValueError):
+        raise IllegalTransition("change delivery state", f"'{event}' is not possible in state '{state}'") from None
+
+
+def backoff_seconds(attempts: int, first: float, longest: float) -> float:
+    """Exponential back-off: ``first`` after the first failure, doubled up to ``longest``."""
+    return min(longest, first * 2.0 ** min(max(attempts - 1, 0), 30))

@@ -1,0 +1,151 @@
+"""Pixel data of one Part 10 file as an array, in this process or in a pool of processes.
+
+The codecs (GDCM above all) are native code fed with bytes from the network, and GDCM holds
+the interpreter lock while it decodes. A pool of child processes therefore both uses all
+cores and turns a crash of a codec into an error of this one series.
+"""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from itertools import islice
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from dicomnode.errors import UnsuitableSeries
+from dicomnode.lifeline import die_with_parent
+
+_IN_FLIGHT = 4
+"""Slices handed to each process ahead of use; bounds the compressed bytes in memory."""
+
+Pixels = npt.NDArray[np.integer[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Undecodable(Exception):
+    """The pixel data cannot be turned into one 2-D array: stable code and a sentence."""
+
+    code: str
+    text: str
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Undecodable, (self.code, self.text))
+
+
+def decode_frame(part10: bytes, rows: int, columns: int) -> Pixels:
+    """Stored values of the single frame in ``part10``: integer array (rows, columns).
+
+    No rescale is applied. Raises Undecodable: NO_PIXEL_DATA, or DECODE_FAILED when no
+    plug-in can read it or the result has not the announced shape.
+    """
+    from pydicom import dcmread
+    from pydicom.pixels import pixel_array
+
+    try:
+        ds = dcmread(io.BytesIO(part10), force=False)
+    except Exception as cause:
+        raise Undecodable("DECODE_FAILED", f"the file cannot be read ({type(cause).__name__})") from cause
+    if "PixelData" not in ds:
+        raise Undecodable("NO_PIXEL_DATA", "an instance has no pixel data")
+    try:
+        array = pixel_array(ds)
+    except Exception as cause:
+        syntax = getattr(ds.file_meta, "TransferSyntaxUID", "")
+        name = getattr(syntax, "name", "unknown")
+        raise Undecodable(
+            "DECODE_FAILED", f"pixel data in {name} cannot be decoded ({type(cause).__name__})"
+        ) from cause
+    if array.shape != (rows, columns) or array.dtype.kind not in "iu":
+        raise Undecodable("DECODE_FAILED", f"decoded to {array.shape}, expected {(rows, columns)}")
+    return np.ascontiguousarray(array)
+
+
+class Decoder(Protocol):
+    """Turns (Part 10 bytes, rows, columns) into stored values, in the order given."""
+
+    def frames(self, files: Iterable[tuple[bytes, int, int]]) -> Iterator[Pixels]: ...
+
+
+class InlineDecoder:
+    """Decodes in this process: for small series and tests."""
+
+    def frames(self, files: Iterable[tuple[bytes, int, int]]) -> Iterator[Pixels]:
+        for part10, rows, columns in files:
+            yield decode_frame(part10, rows, columns)
+
+
+class PoolDecoder:
+    """Decodes in ``processes`` child processes that stay alive between series.
+
+    Children are spawned, so they share nothing with a process that holds a GPU context. A
+    child that dies (a codec crashed, or the kernel took its memory) breaks the pool: the
+    series is refused with DECODER_CRASHED and the next series gets fresh processes.
+    """
+
+    def __init__(self, processes: int) -> None:
+        if processes < 1:
+            raise ValueError("processes must be 1 or more")
+        self._processes = processes
+        self._pool: ProcessPoolExecutor | None = None
+
+    def frames(self, files: Iterable[tuple[bytes, int, int]]) -> Iterator[Pixels]:
+        pool = self._executor()
+        source = iter(files)
+        pending: list[Future[Pixels]] = []
+        try:
+            for item in islice(source, self._processes * _IN_FLIGHT):
+                pending.append(pool.submit(decode_frame, *item))
+            while pending:
+                frame = pending.pop(0).result()
+                for item in islice(source, 1):
+                    pending.append(pool.submit(decode_frame, *item))
+                yield frame
+        except BrokenProcessPool as cause:
+            self.close()
+            raise UnsuitableSeries(
+                "decode pixel data",
+                "DECODER_CRASHED",
+                "the program that decodes the images crashed on one of them",
+                "One of the files is damaged or made to do harm; look at the series before sending it again",
+            ) from cause
+        finally:
+            for future in pending:
+                future.cancel()
+
+    def warm_up(self) -> None:
+        """Start the children now, so that the first series does not wait for their imports."""
+        pool = self._executor()
+        for future in [pool.submit(time.sleep, 0.05) for _ in range(self._processes)]:
+            future.result()
+
+    def _executor(self) -> ProcessPoolExecutor:
+        if self._pool is None:
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(self._processes, mp_context=context, initializer=die_with_parent)
+        return self._pool
+
+    def close(self) -> None:
+        """End the children; the next use starts new ones."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
+
+    def __enter__(self) -> PoolDecoder:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()

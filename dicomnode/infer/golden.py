@@ -1,0 +1,182 @@
+"""The gate before serving: a bundle's golden cases on the engine that will serve it.
+
+Tolerances are GPU.md's: at most 1e-3 of the voxels differ, Dice 0.999 for each segment,
+measurements within 1e-3; NaN, Inf and constant outputs are refused whatever was expected.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dicomnode.errors import BundleError, EngineError
+from dicomnode.infer.bundle import Bundle, load_bundle
+from dicomnode.infer.decode import Decoder
+from dicomnode.infer.engine import Engine, Session
+from dicomnode.infer.manifest import GoldenCase
+from dicomnode.infer.pipeline import Progress, analyse_series, infer, run_bundle
+from dicomnode.infer.volume import Volume
+from dicomnode.records import Analysis, ModelIdentity, SourceInstance
+
+MAX_GOLDEN_VOXELS = 1 << 26
+
+
+@dataclass(frozen=True, slots=True)
+class CaseResult:
+    """Outcome of one golden case. ``problems`` is empty when it passed.
+
+    ``disagreement``: share of voxels with another label. ``dice``: the worst segment's.
+    """
+
+    name: str
+    problems: tuple[str, ...]
+    disagreement: float
+    dice: float
+
+
+@dataclass(frozen=True, slots=True)
+class GoldenReport:
+    """All golden cases of one bundle on one engine."""
+
+    engine: str
+    cases: tuple[CaseResult, ...]
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.cases) and all(not case.problems for case in self.cases)
+
+
+@dataclass(frozen=True, slots=True)
+class ReadyModel:
+    """A bundle with a session that has passed its golden cases. Made by ``open_model`` only."""
+
+    bundle: Bundle
+    session: Session
+    report: GoldenReport
+
+    @property
+    def identity(self) -> ModelIdentity:
+        return self.bundle.identity
+
+    def analyse(
+        self,
+        instances: Sequence[SourceInstance | Path],
+        *,
+        decoder: Decoder | None = None,
+        progress: Progress | None = None,
+    ) -> Analysis:
+        """See ``pipeline.analyse_series``."""
+        return analyse_series(self.bundle, self.session, instances, decoder=decoder, progress=progress)
+
+    def close(self) -> None:
+        self.session.close()
+
+
+def open_model(path: Path, engine: Engine, *, threads: int = 0) -> ReadyModel:
+    """Load, verify and make ready: the only way to a model that may serve.
+
+    Raises BundleError for the bundle and EngineError (GOLDEN_MISMATCH) when the engine does
+    not reproduce the golden cases.
+    """
+    bundle = load_bundle(path)
+    session = engine.load(bundle.read(bundle.manifest.engine.model), threads=threads)
+    report = check_golden(bundle, session)
+    if not report.passed:
+        session.close()
+        identity = bundle.manifest.identity
+        problems = "; ".join(f"{c.name}: {', '.join(c.problems)}" for c in report.cases if c.problems)
+        raise EngineError(
+            f"verify {identity.name} {identity.version} on {report.engine}",
+            "GOLDEN_MISMATCH",
+            problems,
+            "Do not use this model with this engine; choose another engine or another version",
+        )
+    return ReadyModel(bundle, session, report)
+
+
+def verify_bundle(bundle: Bundle, engine: Engine, *, threads: int = 0) -> GoldenReport:
+    """Digests again, then every golden case on a fresh session; never raises for a mismatch."""
+    for name in bundle.manifest.files:
+        bundle.read(name)
+    session = engine.load(bundle.read(bundle.manifest.engine.model), threads=threads)
+    try:
+        return check_golden(bundle, session)
+    finally:
+        session.close()
+
+
+def check_golden(bundle: Bundle, session: Session) -> GoldenReport:
+    """Run every golden case of ``bundle`` on ``session``."""
+    return GoldenReport(session.engine, tuple(_run(bundle, session, case) for case in bundle.manifest.golden))
+
+
+def golden_volume(bundle: Bundle, case: GoldenCase) -> Volume:
+    """The input of a golden case; spacing follows from the columns of its affine."""
+    values = _load(bundle, case.input, np.dtype("<i2"))
+    affine = np.array(case.affine, np.float64)
+    lengths = np.linalg.norm(affine[:3, :3], axis=0)
+    uids = tuple(f"2.25.{index + 1}" for index in range(values.shape[0]))
+    return Volume(values, affine, (float(lengths[0]), float(lengths[1]), float(lengths[2])), uids)
+
+
+def _run(bundle: Bundle, session: Session, case: GoldenCase) -> CaseResult:
+    volume = golden_volume(bundle, case)
+    expected = _load(bundle, case.labels, np.dtype("u1"))
+    if expected.shape != volume.values.shape:
+        raise BundleError("verify bundle", f"{case.labels} and {case.input} differ in shape")
+    try:
+        for name, output in infer(bundle.manifest, session, volume).items():
+            if output.min() == output.max():
+                return CaseResult(case.name, (f"output {name} is constant",), 1.0, 0.0)
+        analysis = run_bundle(bundle, session, volume)
+    except EngineError as cause:
+        return CaseResult(case.name, (cause.cause,), 1.0, 0.0)
+    assert analysis.labels is not None
+    by_key = {s.label: s.key for s in bundle.manifest.outputs.segments}
+    numbers = {s.key: s.number for s in bundle.manifest.outputs.segments}
+    table = np.zeros(256, np.uint8)  # numbers of the result back to those of the manifest
+    for segment in analysis.segments:
+        table[segment.number] = numbers[by_key[segment.label]]
+    labels = table[analysis.labels]
+    disagreement = float(np.mean(labels != expected))
+    dice = min((_dice(labels == n, expected == n) for n in numbers.values()), default=1.0)
+    keys = {segment.number: by_key[segment.label] for segment in analysis.segments}
+    got = {f"{keys[m.segment]}.{m.key}": m.value for m in analysis.measurements if m.segment is not None}
+    problems: list[str] = []
+    if disagreement > case.max_disagreement:
+        problems.append(f"{disagreement:.2%} of the voxels have another label")
+    if dice < case.min_dice:
+        problems.append(f"Dice {dice:.4f}")
+    if got.keys() != case.measurements.keys():
+        problems.append("other measurements than expected")
+    for key in sorted(got.keys() & case.measurements.keys()):
+        wanted = case.measurements[key]
+        if not abs(got[key] - wanted) <= case.relative_tolerance * max(abs(wanted), 1.0):
+            problems.append(f"{key} is {got[key]:.6g}, expected {wanted:.6g}")
+    return CaseResult(case.name, tuple(problems), disagreement, dice)
+
+
+def _dice(a: npt.NDArray[np.bool_], b: npt.NDArray[np.bool_]) -> float:
+    total = int(a.sum()) + int(b.sum())
+    return 1.0 if total == 0 else 2.0 * int((a & b).sum()) / total
+
+
+def _load(bundle: Bundle, name: str, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """A 3-D .npy array of exactly ``dtype``, without pickle, its size checked before reading."""
+    data = io.BytesIO(bundle.read(name))
+    try:
+        version = np.lib.format.read_magic(data)
+        shape, fortran, found = np.lib.format.read_array_header_1_0(data)
+        fits = version == (1, 0) and found == dtype and not fortran and len(shape) == 3 and 0 not in shape
+        if fits and int(np.prod(shape, dtype=object)) <= MAX_GOLDEN_VOXELS:
+            return np.frombuffer(data.read(), dtype).reshape(shape)
+        cause = f"holds {found} {shape}"
+    except ValueError as error:
+        cause = str(error)
+    raise BundleError("verify bundle", f"{name}: {cause}", "Fetch the bundle again")

@@ -1,0 +1,89 @@
+"""onnxruntime on the CPU. The library is imported on first use, in the worker only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from dicomnode.errors import EngineError
+from dicomnode.infer.engine import Array, Ok, Rejected, Session
+
+CPU_PROVIDER = "CPUExecutionProvider"
+
+
+class OnnxRuntimeCpu:
+    """Engine ``onnxruntime-cpu``: the reference that the other engines are measured against."""
+
+    name = "onnxruntime-cpu"
+
+    @property
+    def version(self) -> str:
+        try:
+            return str(_library().__version__)
+        except ImportError:
+            return ""
+
+    def probe(self) -> Ok | Rejected:
+        try:
+            available = _library().get_available_providers()
+        except (ImportError, AttributeError) as cause:
+            return Rejected(self.name, "LIB_MISSING", f"onnxruntime cannot be imported: {cause}")
+        if CPU_PROVIDER not in available:
+            return Rejected(self.name, "PROVIDER_MISSING", f"onnxruntime offers no {CPU_PROVIDER}")
+        return Ok()
+
+    def load(self, onnx: bytes, *, threads: int = 0) -> Session:
+        """Loading from bytes leaves external tensors without a folder to be resolved in."""
+        try:
+            library = _library()
+        except ImportError as cause:
+            raise EngineError(
+                "load model", "LIB_MISSING", "onnxruntime is not installed", "Install dicomnode[cpu]"
+            ) from cause
+        options = library.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        try:
+            session = library.InferenceSession(onnx, options, providers=[CPU_PROVIDER])
+        except Exception as cause:
+            raise EngineError("load model", "BUILD_FAILED", _first_line(cause)) from cause
+        if session.get_providers() != [CPU_PROVIDER]:
+            raise EngineError("load model", "PROVIDER_MISSING", f"runs on {session.get_providers()}")
+        return _OrtSession(session, f"{self.name} {library.__version__}")
+
+
+class _OrtSession:
+    def __init__(self, session: Any, engine: str) -> None:
+        self._session = session
+        self._engine = engine
+        self._outputs = [output.name for output in session.get_outputs()]
+
+    @property
+    def engine(self) -> str:
+        return self._engine
+
+    def run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        if self._session is None:
+            raise EngineError("run model", "BUILD_FAILED", "the session is closed")
+        try:
+            values = self._session.run(self._outputs, dict(inputs))
+        except Exception as cause:
+            code = "OOM" if "alloc" in str(cause).lower() else "BUILD_FAILED"
+            raise EngineError("run model", code, _first_line(cause)) from cause
+        return {name: np.asarray(value) for name, value in zip(self._outputs, values, strict=True)}
+
+    def close(self) -> None:
+        self._session = None
+
+
+def _library() -> Any:
+    import onnxruntime
+
+    return onnxruntime
+
+
+def _first_line(cause: BaseException) -> str:
+    return (str(cause).splitlines() or [type(cause).__name__])[0][:300]

@@ -1,0 +1,131 @@
+"""From a volume to an Analysis: steps, network, steps, measurements. Deterministic."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dicomnode.errors import EngineError, NodeError
+from dicomnode.infer.bundle import Bundle
+from dicomnode.infer.decode import Decoder
+from dicomnode.infer.engine import Session
+from dicomnode.infer.manifest import Manifest
+from dicomnode.infer.measure import measure
+from dicomnode.infer.steps import start
+from dicomnode.infer.volume import Volume, read_volume
+from dicomnode.records import Analysis, Measurement, SourceInstance
+
+Progress = Callable[[str, float], None]
+"""Called with the step (``read``, ``inference``, ``postprocess``) and the share done, 0..1."""
+
+Array = npt.NDArray[Any]
+
+
+def _silent(step: str, share: float) -> None:
+    """Report to nobody."""
+    del step, share
+
+
+def run_bundle(bundle: Bundle, session: Session, volume: Volume, progress: Progress | None = None) -> Analysis:
+    """Analyse ``volume``; ``session`` must hold the bundle's model.
+
+    ``labels`` of the result has the volume's shape. Segments that were not found are left
+    out and the others numbered from 1 without holes. Raises EngineError when the network
+    fails or gives something other than one finite value per voxel.
+    """
+    report: Progress = progress or _silent
+    manifest = bundle.manifest
+    began = time.perf_counter()
+    outputs = infer(manifest, session, volume, report)
+    inferred = time.perf_counter()
+    state = start(volume, outputs)
+    for index, step in enumerate(manifest.postprocess):
+        report("postprocess", index / len(manifest.postprocess))
+        state = step.apply(state)
+    if state.labels is None:
+        raise NodeError("post-process", "no step of the bundle makes labels", "Add one to the manifest")
+    found = [s for s in manifest.outputs.segments if bool(np.any(state.labels == s.number))]
+    renumber = np.zeros(256, np.uint8)
+    measurements: list[Measurement] = []
+    for number, segment in enumerate(found, start=1):
+        renumber[segment.number] = number
+        values = state.values[state.labels == segment.number]
+        measurements += [
+            Measurement(
+                key=entry.key,
+                name=entry.name.code(),
+                value=measure(entry.compute, values, volume.voxel_ml),
+                unit=entry.unit.code(),
+                segment=number,
+                derivation=entry.derivation.code() if entry.derivation else None,
+            )
+            for entry in manifest.outputs.measurements
+        ]
+    labels = np.zeros(volume.values.shape, np.uint8)
+    labels[state.box] = renumber[state.labels]
+    report("postprocess", 1.0)
+    return Analysis(
+        labels=labels,
+        source_uids=volume.source_uids,
+        segments=tuple(s.definition(n) for n, s in enumerate(found, start=1)),
+        measurements=tuple(measurements),
+        notes=(*volume.notes, *state.notes),
+        excluded_uids=volume.excluded_uids,
+        engine=session.engine,
+        seconds={"inference": inferred - began, "postprocess": time.perf_counter() - inferred},
+    )
+
+
+def infer(manifest: Manifest, session: Session, volume: Volume, report: Progress | None = None) -> Mapping[str, Array]:
+    """Network outputs by name, each of the volume's shape, computed slab by slab."""
+    report = report or _silent
+    spec = manifest.engine
+    slices = volume.values.shape[0]
+    whole: dict[str, Array] = {}
+    for first in range(0, slices, spec.slab_slices):
+        report("inference", first / slices)
+        slab: Array = volume.values[first : first + spec.slab_slices]
+        for step in manifest.preprocess:
+            slab = step.apply(slab)
+        result = session.run({spec.input: np.ascontiguousarray(slab[:, np.newaxis])})
+        for name in spec.outputs:
+            if name not in result:
+                raise EngineError("run model", "BUILD_FAILED", f"the model gave no output {name}")
+            part = result[name]
+            if part.shape != (slab.shape[0], 1, *slab.shape[1:]):
+                raise EngineError("run model", "BUILD_FAILED", f"output {name} has shape {part.shape}")
+            if part.dtype.kind == "f" and not np.isfinite(part).all():
+                raise EngineError("run model", "GOLDEN_MISMATCH", f"output {name} is not finite")
+            if name not in whole:
+                whole[name] = np.empty(volume.values.shape, part.dtype)
+            whole[name][first : first + len(slab)] = part[:, 0]
+    report("inference", 1.0)
+    return whole
+
+
+def analyse_series(
+    bundle: Bundle,
+    session: Session,
+    instances: Sequence[SourceInstance | Path],
+    *,
+    decoder: Decoder | None = None,
+    read_bytes: Callable[[Path], bytes] = Path.read_bytes,
+    progress: Progress | None = None,
+) -> Analysis:
+    """Read the series, then ``run_bundle``; ``seconds`` has ``read`` as well.
+
+    Raises UnsuitableSeries or MalformedDataSet for the input, EngineError for the engine.
+    """
+    began = time.perf_counter()
+    if progress:
+        progress("read", 0.0)
+    volume = read_volume(instances, bundle.manifest.input, decoder=decoder, read_bytes=read_bytes)
+    seconds = time.perf_counter() - began
+    analysis = run_bundle(bundle, session, volume, progress)
+    return replace(analysis, seconds={"read": seconds, **analysis.seconds})

@@ -1,0 +1,109 @@
+"""The models that serve: verified on this box's engine before their first job, then kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dicomnode import logs
+from dicomnode.errors import BundleError
+from dicomnode.index.database import Database
+from dicomnode.index.operation import Events, Models
+from dicomnode.infer.bundle import BundleFolder, compare_versions, find_bundles
+from dicomnode.infer.engine import Engine
+from dicomnode.infer.golden import ReadyModel, open_model
+
+
+def bundle_folders(models_dir: Path, data_dir: Path) -> list[BundleFolder]:
+    """Bundles that came with the node and those that were pulled; pulled ones go last."""
+    return [*find_bundles(models_dir), *find_bundles(data_dir / "models")]
+
+
+def resolve(folders: Sequence[BundleFolder], reference: str, active: dict[str, str]) -> BundleFolder:
+    """Which version of ``name`` or ``name@version`` serves. Pure.
+
+    A version in the reference wins, then the activated one, then the newest release.
+    Raises BundleError naming what there is.
+    """
+    name, _, version = reference.partition("@")
+    version = version or active.get(name, "")
+    candidates = [f for f in folders if f.name == name and version in ("", f.version)]
+    if not candidates:
+        known = ", ".join(f"{f.name}@{f.version}" for f in folders) or "none"
+        wanted = f"{name}@{version}" if version else name
+        raise BundleError("find model", f"there is no bundle {wanted}", f"Present: {known}. See inference.models_dir")
+    releases = [f for f in candidates if "-" not in f.version] or candidates
+    best = releases[0]
+    for folder in releases[1:]:
+        if compare_versions(folder.version, best.version) > 0:
+            best = folder
+    return best
+
+
+class ServingModels:
+    """Loads on demand and keeps what is loaded until another version takes its place."""
+
+    def __init__(self, db: Database, engine: Engine, *, models_dir: Path, data_dir: Path, threads: int) -> None:
+        self._models = Models(db)
+        self._events = Events(db)
+        self._engine = engine
+        self._models_dir = models_dir
+        self._data_dir = data_dir
+        self._threads = threads
+        self._ready: dict[str, ReadyModel] = {}
+        self._errors: dict[str, str] = {}
+        self._log = logs.get()
+
+    def get(self, reference: str) -> ReadyModel:
+        """A model that has passed its golden cases. Raises BundleError or EngineError."""
+        folders = bundle_folders(self._models_dir, self._data_dir)
+        folder = resolve(folders, reference, self._models.active())
+        known = self._ready.get(reference)
+        if known is not None and known.identity.version == folder.version:
+            return known
+        try:
+            ready = open_model(folder.path, self._engine, threads=self._threads)
+        except Exception as error:
+            self._fail(reference, str(error))
+            raise
+        if known is not None:
+            known.close()
+        self._ready[reference] = ready
+        self._errors.pop(reference, None)
+        self._log.info(
+            "model verified",
+            model=folder.name,
+            version=folder.version,
+            engine=ready.report.engine,
+            digest=ready.identity.digest[:16],
+        )
+        return ready
+
+    def prepare(self, references: Sequence[str]) -> None:
+        """Verify all of these now; what fails is reported and tried again with its next job."""
+        for reference in references:
+            try:
+                self.get(reference)
+            except Exception as error:  # noqa: BLE001 one bad bundle must not stop the others
+                self._fail(reference, str(error))
+                self._log.error("model cannot serve", model=reference, error=str(error))
+
+    def _fail(self, reference: str, error: str) -> None:
+        if self._errors.get(reference) != error:
+            self._errors[reference] = error
+            self._events.add("error", "model", reference, error)
+
+    def report(self) -> dict[str, object]:
+        """For the heartbeat: what serves, with version and engine, and what cannot."""
+        return {
+            "ready": {
+                reference: {
+                    "name": m.identity.name,
+                    "version": m.identity.version,
+                    "engine": m.report.engine,
+                    "digest": m.identity.digest,
+                }
+                for reference, m in self._ready.items()
+            },
+            "failed": dict(self._errors),
+        }

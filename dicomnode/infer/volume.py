@@ -1,0 +1,338 @@
+"""A series of single-frame images as one volume, or a plain reason why it is none."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dicomnode.errors import MalformedDataSet, UnsuitableSeries
+from dicomnode.geometry import SlicePlane, StackReport, analyse_stack
+from dicomnode.infer.contract import InputContract
+from dicomnode.infer.decode import Decoder, InlineDecoder, Undecodable
+from dicomnode.records import SourceInstance
+
+_TAGS = [
+    "SpecificCharacterSet", "SOPInstanceUID", "SOPClassUID", "SeriesInstanceUID", "FrameOfReferenceUID",
+    "Modality", "ImageType", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel",
+    "PhotometricInterpretation", "PixelSpacing", "ImageOrientationPatient", "ImagePositionPatient",
+    "RescaleSlope", "RescaleIntercept", "RescaleType",
+]  # fmt: skip
+
+_SHEAR_TOLERANCE_MM = 0.5
+"""Largest sideways deviation of a slice from the straight line through the stack."""
+
+
+@dataclass(frozen=True, slots=True)
+class SliceHeader:
+    """What the geometry and the pixel bomb check need of one instance, as read."""
+
+    uid: str
+    series_uid: str
+    frame_uid: str
+    sop_class_uid: str
+    modality: str
+    localizer: bool
+    rows: int
+    columns: int
+    frames: int
+    samples: int
+    photometric: str
+    pixel_spacing: tuple[float, float] | None
+    plane: SlicePlane | None
+    slope: float | None
+    intercept: float | None
+    rescale_type: str
+
+
+@dataclass(frozen=True, slots=True)
+class Volume:
+    """A regular stack of slices.
+
+    ``values``: int16 or float32 array (slices, rows, columns), C order, Hounsfield units for
+    CT; int16 when every rescaled value is an integer. ``affine``: float64 (4, 4) from
+    (slice, row, column, 1) to LPS millimetres; its slice axis is slanted for a tilted
+    gantry. ``spacing``: mm along the normal, between rows, between columns.
+    """
+
+    values: npt.NDArray[Any]
+    affine: npt.NDArray[np.float64]
+    spacing: tuple[float, float, float]
+    source_uids: tuple[str, ...]
+    excluded_uids: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def voxel_ml(self) -> float:
+        """Volume of one voxel in millilitres: the determinant of the affine."""
+        return abs(float(np.linalg.det(self.affine[:3, :3]))) / 1000.0
+
+
+@dataclass(frozen=True, slots=True)
+class StackPlan:
+    """The decision about a series before any pixel is decoded."""
+
+    headers: tuple[SliceHeader, ...]
+    affine: npt.NDArray[np.float64]
+    spacing: tuple[float, float, float]
+    excluded_uids: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def refuse(code: str, cause: str, hint: str = "") -> UnsuitableSeries:
+    return UnsuitableSeries("read series", code, cause, hint)
+
+
+def read_volume(
+    instances: Sequence[SourceInstance | Path],
+    contract: InputContract,
+    *,
+    decoder: Decoder | None = None,
+    read_bytes: Callable[[Path], bytes] = Path.read_bytes,
+) -> Volume:
+    """Read, check, decode and rescale a series; slices are sorted along their normal.
+
+    ``read_bytes`` is the seam for stores that are not plain files. Raises UnsuitableSeries
+    with a code when the series does not meet ``contract`` and MalformedDataSet when a file
+    is no DICOM file or is another instance than the index says.
+    """
+    paths: dict[str, Path] = {}
+    headers: list[SliceHeader] = []
+    for instance in instances:
+        path = instance if isinstance(instance, Path) else instance.path
+        header = read_header(read_bytes(path))
+        if isinstance(instance, SourceInstance) and header.uid != instance.sop_instance_uid:
+            raise MalformedDataSet("read series", "a file holds another SOP Instance UID than the index says")
+        if header.uid in paths:
+            raise refuse("DUPLICATE_INSTANCE", "the same SOP Instance UID occurs twice in the input")
+        paths[header.uid] = path
+        headers.append(header)
+    plan = plan_stack(headers, contract)
+    files = ((read_bytes(paths[h.uid]), h.rows, h.columns) for h in plan.headers)
+    try:
+        values = _assemble(plan, (decoder or InlineDecoder()).frames(files))
+    except Undecodable as cause:
+        raise refuse(cause.code, cause.text, "Ask the sender to send the series again") from cause
+    return Volume(
+        values=values,
+        affine=plan.affine,
+        spacing=plan.spacing,
+        source_uids=tuple(h.uid for h in plan.headers),
+        excluded_uids=plan.excluded_uids,
+        notes=plan.notes,
+    )
+
+
+def read_header(part10: bytes) -> SliceHeader:
+    """Parse the attributes of one Part 10 file that matter here; missing ones are tolerated."""
+    from pydicom import dcmread
+
+    try:
+        ds = dcmread(io.BytesIO(part10), stop_before_pixels=True, specific_tags=list(_TAGS))
+        uid = str(ds.get("SOPInstanceUID", ""))
+        position = _numbers(ds.get("ImagePositionPatient"), 3)
+        orientation = _numbers(ds.get("ImageOrientationPatient"), 6)
+        spacing = _numbers(ds.get("PixelSpacing"), 2)
+        image_type = [str(v) for v in _several(ds.get("ImageType"))]
+        plane = None
+        if position and orientation:
+            plane = SlicePlane(uid, (position[0], position[1], position[2]), _six(orientation))
+        header = SliceHeader(
+            uid=uid,
+            series_uid=str(ds.get("SeriesInstanceUID", "") or ""),
+            frame_uid=str(ds.get("FrameOfReferenceUID", "") or ""),
+            sop_class_uid=str(ds.get("SOPClassUID", "") or ""),
+            modality=str(ds.get("Modality", "") or ""),
+            localizer="LOCALIZER" in image_type[2:3],
+            rows=int(ds.get("Rows") or 0),
+            columns=int(ds.get("Columns") or 0),
+            frames=int(ds.get("NumberOfFrames") or 1),
+            samples=int(ds.get("SamplesPerPixel") or 1),
+            photometric=str(ds.get("PhotometricInterpretation", "") or ""),
+            pixel_spacing=(spacing[0], spacing[1]) if spacing else None,
+            plane=plane,
+            slope=_number(ds.get("RescaleSlope")),
+            intercept=_number(ds.get("RescaleIntercept")),
+            rescale_type=str(ds.get("RescaleType", "") or ""),
+        )
+    except Exception as cause:
+        raise MalformedDataSet("read series", f"a file is no readable DICOM file ({type(cause).__name__})") from cause
+    if not uid:
+        raise MalformedDataSet("read series", "a file has no SOP Instance UID")
+    return header
+
+
+def plan_stack(headers: Sequence[SliceHeader], contract: InputContract) -> StackPlan:
+    """Decide from headers alone whether they make the volume that ``contract`` asks for."""
+    localizers = [h for h in headers if h.localizer]
+    slices = [h for h in headers if not h.localizer]
+    notes: list[str] = []
+    if localizers:
+        notes.append(f"{len(localizers)} localizer image(s) in the series were left out")
+    _check_kind(slices, contract)
+    _check_size(slices, contract)
+    if len(slices) < contract.min_slices:
+        raise refuse(
+            "TOO_FEW_SLICES",
+            f"the series has {len(slices)} usable slice(s); the model needs {contract.min_slices} or more",
+            "Send the whole series, or a thin-slice reconstruction",
+        )
+    if contract.hounsfield:
+        _check_hounsfield(slices)
+    if len({h.frame_uid for h in slices}) > 1:
+        notes.append(
+            "The slices name different frames of reference; their positions were taken as one coordinate system"
+        )
+    stack, by_uid = _check_stack(slices, contract)
+    ordered = tuple(by_uid[uid] for uid in stack.order)
+    affine, spacing = _affine(ordered, stack, contract)
+    return StackPlan(ordered, affine, spacing, tuple(h.uid for h in localizers), tuple(notes))
+
+
+def _check_kind(slices: Sequence[SliceHeader], contract: InputContract) -> None:
+    for h in slices:
+        if h.modality != contract.modality:
+            raise refuse(
+                "WRONG_MODALITY", f"the series has modality {h.modality[:16] or 'none'}, not {contract.modality}"
+            )
+        if h.sop_class_uid not in contract.sop_classes:
+            raise refuse("WRONG_SOP_CLASS", "the model does not take images of this SOP class")
+    if len({h.series_uid for h in slices}) > 1:
+        raise refuse("MIXED_SERIES", "the images come from more than one series")
+
+
+def _check_size(slices: Sequence[SliceHeader], contract: InputContract) -> None:
+    """Sizes in integers, before anything is decoded or allocated."""
+    total = 0
+    for h in slices:
+        if h.rows < 1 or h.columns < 1:
+            raise refuse("NO_PIXEL_DATA", "an instance has no pixel data or no size")
+        if h.frames != 1:
+            raise refuse("MULTI_FRAME", "an instance has several frames; the model takes single-frame images")
+        if h.samples != 1 or h.photometric not in ("MONOCHROME2", ""):
+            raise refuse("NOT_GREYSCALE", "the images are not greyscale with bright for high values")
+        total += h.rows * h.columns * h.frames * h.samples
+    if total > contract.max_voxels or len(slices) > contract.max_slices:
+        raise refuse(
+            "TOO_LARGE",
+            f"the series has {len(slices)} slices with {total} voxels; "
+            f"the limits are {contract.max_slices} and {contract.max_voxels}",
+        )
+    if len({(h.rows, h.columns) for h in slices}) > 1:
+        raise refuse("SIZE_MISMATCH", "the slices differ in their number of rows or columns")
+    if any(h.pixel_spacing is None or min(h.pixel_spacing) <= 0 for h in slices):
+        raise refuse("NO_SPACING", "a slice does not say its pixel spacing")
+    spacings = np.array([h.pixel_spacing for h in slices], float).reshape(-1, 2)
+    if len(spacings) and np.any(np.ptp(spacings, axis=0) > 1e-3 * spacings[0]):
+        raise refuse("SPACING_MISMATCH", "the slices differ in pixel spacing")
+
+
+def _check_hounsfield(slices: Sequence[SliceHeader]) -> None:
+    for h in slices:
+        if h.slope is None or h.intercept is None or h.slope == 0:
+            raise refuse("NOT_HOUNSFIELD", "a slice has no rescale slope and intercept, so no Hounsfield units")
+        if h.rescale_type not in ("", "HU"):
+            raise refuse("NOT_HOUNSFIELD", "the pixel values are not in Hounsfield units")
+
+
+def _check_stack(slices: Sequence[SliceHeader], contract: InputContract) -> tuple[StackReport, dict[str, SliceHeader]]:
+    planes = [h.plane for h in slices if h.plane is not None]
+    if len(planes) != len(slices):
+        raise refuse("NO_GEOMETRY", f"{len(slices) - len(planes)} slice(s) do not say where they lie")
+    # Positions of equal distance sort by UID; the order of arrival must not matter.
+    stack = analyse_stack(sorted(planes, key=lambda p: p.uid))
+    hints = {
+        "MIXED_ORIENTATION": "Send localizers and reformats as series of their own",
+        "DUPLICATE_POSITION": "Send each reconstruction or contrast phase as a series of its own",
+        "GAP": "Send the missing slices",
+    }
+    for code in ("MIXED_ORIENTATION", "DUPLICATE_POSITION", "GAP", "NON_UNIFORM"):
+        if code in stack.problems:
+            raise refuse(code, stack.problems[code], hints.get(code, ""))
+    tilt = float(np.degrees(np.arccos(min(1.0, abs(stack.normal[2])))))
+    if contract.orientation == "axial" and tilt > contract.max_tilt_degrees:
+        raise refuse(
+            "NOT_AXIAL",
+            f"the slices are tilted by {tilt:.0f} degrees from axial; "
+            f"the model takes up to {contract.max_tilt_degrees:.0f}",
+        )
+    return stack, {h.uid: h for h in slices}
+
+
+def _affine(
+    ordered: Sequence[SliceHeader], stack: StackReport, contract: InputContract
+) -> tuple[npt.NDArray[np.float64], tuple[float, float, float]]:
+    """PS3.3 C.7.6.2.1.1, equation C.7.6.2.1-1, with the slice step as the mean of all steps."""
+    first = ordered[0]
+    assert first.plane is not None and first.pixel_spacing is not None
+    row_mm, column_mm = first.pixel_spacing
+    for name, value, (low, high) in (
+        ("slice spacing", stack.spacing, contract.slice_spacing_mm),
+        ("pixel spacing", row_mm, contract.pixel_spacing_mm),
+        ("pixel spacing", column_mm, contract.pixel_spacing_mm),
+    ):
+        if not low <= value <= high:
+            raise refuse(
+                "SPACING_OUT_OF_RANGE", f"the {name} is {value:.2f} mm; the model takes {low:g} to {high:g} mm"
+            )
+    positions = np.array([h.plane.position for h in ordered if h.plane is not None], float)
+    step = (positions[-1] - positions[0]) / (len(positions) - 1)
+    drift = positions - (positions[0] + np.arange(len(positions))[:, None] * step)
+    normal = np.array(stack.normal)
+    sideways = drift - (drift @ normal)[:, None] * normal
+    if float(np.abs(sideways).max()) > _SHEAR_TOLERANCE_MM:
+        raise refuse("NON_UNIFORM", "the slices are shifted sideways against each other")
+    affine = np.eye(4)
+    affine[:3, 0] = step
+    affine[:3, 1] = np.array(first.plane.orientation[3:]) * row_mm  # towards growing row index
+    affine[:3, 2] = np.array(first.plane.orientation[:3]) * column_mm
+    affine[:3, 3] = positions[0]
+    return affine, (float(step @ normal), row_mm, column_mm)
+
+
+def _assemble(plan: StackPlan, frames: Iterator[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    """Rescale (PS3.3 C.11.1.1.2: stored value x slope + intercept) into one array."""
+    headers = plan.headers
+    shape = (len(headers), headers[0].rows, headers[0].columns)
+    rescale = [(h.slope if h.slope is not None else 1.0, h.intercept or 0.0) for h in headers]
+    whole = all(slope.is_integer() and intercept.is_integer() for slope, intercept in rescale)
+    out: npt.NDArray[Any] = np.empty(shape, np.int16 if whole else np.float32)
+    for index, frame in enumerate(frames):
+        slope, intercept = rescale[index]
+        if out.dtype == np.int16:
+            exact = frame.astype(np.int64) * int(slope) + int(intercept)
+            if exact.min() < -32768 or exact.max() > 32767:
+                out = out.astype(np.float32)
+            else:
+                out[index] = exact
+                continue
+        out[index] = frame.astype(np.float64) * slope + intercept
+    return out
+
+
+def _several(value: Any) -> Sequence[Any]:
+    if value is None or isinstance(value, str):
+        return [] if not value else [value]
+    return list(value)
+
+
+def _numbers(value: Any, count: int) -> tuple[float, ...] | None:
+    numbers = tuple(float(v) for v in _several(value))
+    return numbers if len(numbers) == count and all(np.isfinite(numbers)) else None
+
+
+def _number(value: Any) -> float | None:
+    if value is None or value == "":
+        return None
+    number = float(value)
+    return number if np.isfinite(number) else None
+
+
+def _six(values: Sequence[float]) -> tuple[float, float, float, float, float, float]:
+    a, b, c, d, e, f = values
+    return (a, b, c, d, e, f)

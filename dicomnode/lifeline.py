@@ -1,0 +1,81 @@
+"""How a process lives with its supervisor: parent death, single instance, systemd, stop signals."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+from dicomnode.errors import OperatorError
+
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent dies, so that nothing is orphaned."""
+    parent = os.getppid()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the call
+        os._exit(1)
+
+
+def hold_single_instance(data_dir: Path, name: str) -> int:
+    """Lock ``run/<name>.lock`` for the life of this process; leases carry the same name.
+
+    Raises OperatorError when another process of that name runs on this data folder.
+    """
+    folder = data_dir / "run"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    fd = os.open(folder / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise OperatorError(
+            f"start {name}", f"another {name} runs on {data_dir}", "Stop the other node, or use another node.data_dir"
+        ) from None
+    return fd
+
+
+def notify(message: str) -> None:
+    """Tell systemd (sd_notify(3)); nothing when it did not start us."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.sendto(message.encode(), f"\0{address[1:]}" if address.startswith("@") else address)
+
+
+def on_stop(action: Callable[[], None]) -> None:
+    """Run ``action`` on SIGTERM and SIGINT; it must be quick and safe in a signal handler."""
+
+    def handle(_: int, __: FrameType | None) -> None:
+        action()
+
+    signal.signal(signal.SIGTERM, handle)
+    signal.signal(signal.SIGINT, handle)
+
+
+class StopFlag:
+    """An event that signal handlers set; ``wait`` returns True when it is time to end."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        on_stop(self._event.set)
+
+    def set(self) -> None:
+        self._event.set()
+
+    def is_set(self) -> bool:
+        return self._event.is_set()
+
+    def wait(self, seconds: float) -> bool:
+        return self._event.wait(seconds)

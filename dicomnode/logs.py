@@ -1,0 +1,133 @@
+"""Structured logs on stderr: JSON with ECS-style names, or readable lines on a terminal.
+
+Only fields on the allow-list pass, so that patient data cannot slip into a log by way of a
+new field. UIDs are hashed: they identify a study to anyone with access to the PACS.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import sys
+from collections.abc import MutableMapping
+from typing import Any
+
+import structlog
+
+ALLOWED = frozenset(
+    (
+        "event",
+        "level",
+        "timestamp",
+        "process",
+        "stage",
+        "operation",
+        "cause",
+        "hint",
+        "peer",
+        "ae",
+        "address",
+        "port",
+        "job",
+        "delivery",
+        "model",
+        "version",
+        "engine",
+        "state",
+        "attempts",
+        "seconds",
+        "count",
+        "bytes",
+        "status",
+        "reason",
+        "result",
+        "source",
+        "rule",
+        "revision",
+        "series",
+        "study",
+        "instance",
+        "signal",
+        "pid",
+        "exit",
+        "error",
+        "kind",
+        "url",
+        "path",
+        "name",
+        "digest",
+        "destination",
+        "free_mb",
+        "code",
+        "deadline",
+        "limit",
+        "association",
+        "sop_class",
+        "transfer_syntax",
+        "key",
+        "priority",
+        "worker",
+        "retry_in",
+        "exc_type",
+        "frames",
+    )
+)
+
+
+def uid_hash(uid: str) -> str:
+    """Short stable pseudonym of a UID for logs."""
+    return hashlib.sha256(uid.encode()).hexdigest()[:12]
+
+
+def _allow_listed(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    dropped = [key for key in event if key not in ALLOWED and not key.startswith("_")]
+    for key in dropped:
+        del event[key]
+    return event
+
+
+def _ecs(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    out: dict[str, Any] = {
+        "@timestamp": event.pop("timestamp", None),
+        "log.level": event.pop("level", "info"),
+        "message": event.pop("event", ""),
+        "process.name": event.pop("process", "dicomnode"),
+    }
+    out.update({f"dicomnode.{key}": value for key, value in event.items()})
+    return out
+
+
+def configure(process: str, level: str = "info", style: str = "auto") -> None:
+    """Set up logging for this process. ``style``: ``auto``, ``json`` or ``console``."""
+    console = style == "console" or (style == "auto" and sys.stderr.isatty())
+
+    def name_process(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        event["process"] = process
+        return event
+
+    shared: list[Any] = [
+        name_process,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        _allow_listed,
+    ]
+    tail: list[Any] = (
+        [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=0)]
+        if console
+        else [_ecs, structlog.processors.JSONRenderer(default=str, ensure_ascii=False)]
+    )
+    structlog.configure(
+        processors=shared + tail,
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
+        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        cache_logger_on_first_use=False,
+    )
+    # Libraries: pynetdicom logs identifiers and addresses of its own; only its silence is safe.
+    logging.basicConfig(stream=sys.stderr, level=logging.CRITICAL, force=True)
+    for name in ("pynetdicom", "pydicom", "highdicom"):
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+
+
+def get() -> Any:
+    """The logger of this process."""
+    return structlog.get_logger()

@@ -1,0 +1,209 @@
+"""The one metrics registry of a process, and how the sidecar shows those of the others.
+
+prometheus-client's multi-process mode breaks custom collectors, so it is not used. Each
+process counts here, puts :func:`snapshot` in its heartbeat row, and the sidecar exposes
+the snapshots of all processes with a ``process`` label (:func:`families`). A snapshot
+carries samples only; name, kind and help come from the definitions below, so a damaged or
+foreign snapshot cannot add series. Labels take values from small fixed sets, never from
+a peer's data.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from time import perf_counter
+from typing import Any, Literal
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.metrics_core import Metric
+
+REGISTRY = CollectorRegistry(auto_describe=False)
+"""Everything that this process counts."""
+
+Stage = Literal[
+    "receive",
+    "select",
+    "wait",
+    "read",
+    "inference",
+    "postprocess",
+    "encode",
+    "commit",
+    "deliver",
+    "sync",
+    "total",
+]
+AssociationOutcome = Literal["accepted", "rejected", "released", "aborted", "refused", "lost"]
+JobOutcome = Literal["done", "refused", "retried", "failed", "lost"]
+SendOutcome = Literal["stored", "retried", "rejected"]
+PullOutcome = Literal["activated", "retried", "rejected"]
+ScheduledOutcome = Literal["ok", "failed", "missed"]
+
+_FAST = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_SLOW = (0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 900.0, 3600.0)
+
+STORE_TOTAL = Counter(
+    "dicomnode_store",
+    "C-STORE requests answered, by DIMSE status (0x0000 is success, PS3.4 B.2.3)",
+    ["status"],
+    registry=REGISTRY,
+)
+STORE_SECONDS = Histogram(
+    "dicomnode_store_seconds",
+    "From the last P-DATA of an object to its C-STORE response, seconds",
+    buckets=_FAST,
+    registry=REGISTRY,
+)
+STORE_BYTES = Counter(
+    "dicomnode_store_bytes", "Data-set bytes of objects that were acknowledged with success", registry=REGISTRY
+)
+ASSOCIATIONS_TOTAL = Counter(
+    "dicomnode_associations",
+    "DICOM associations: accepted, rejected (A-ASSOCIATE-RJ), released, aborted, lost, or refused before one began",
+    ["outcome"],
+    registry=REGISTRY,
+)
+ASSOCIATIONS_OPEN = Gauge("dicomnode_associations_open", "DICOM associations open now", registry=REGISTRY)
+STAGE_SECONDS = Histogram(
+    "dicomnode_stage_seconds",
+    "Time in a stage of the pipeline, seconds; total is from the last image to the committed result",
+    ["stage"],
+    buckets=_SLOW,
+    registry=REGISTRY,
+)
+JOBS_TOTAL = Counter("dicomnode_jobs", "Ends of attempts at a job", ["outcome"], registry=REGISTRY)
+DELIVERIES_TOTAL = Counter(
+    "dicomnode_deliveries", "Attempts to send a result to a DICOM peer", ["outcome"], registry=REGISTRY
+)
+SYNC_TOTAL = Counter(
+    "dicomnode_sync", "Attempts to send a result to the cloud (STOW-RS)", ["outcome"], registry=REGISTRY
+)
+SYNC_BYTES = Counter("dicomnode_sync_bytes", "Bytes of objects that the cloud stored", registry=REGISTRY)
+MODEL_PULLS_TOTAL = Counter("dicomnode_model_pulls", "Attempts to pull a model bundle", ["outcome"], registry=REGISTRY)
+SCHEDULED_TOTAL = Counter(
+    "dicomnode_scheduled_runs", "Runs of the sidecar's periodic jobs", ["task", "outcome"], registry=REGISTRY
+)
+SCHEDULED_SECONDS = Gauge(
+    "dicomnode_scheduled_last_seconds", "Duration of a periodic job's last run, seconds", ["task"], registry=REGISTRY
+)
+SCHEDULED_TIME = Gauge(
+    "dicomnode_scheduled_last_success_timestamp_seconds",
+    "When a periodic job last ran without an error, Unix time",
+    ["task"],
+    registry=REGISTRY,
+)
+
+_FIRST_VALUES: Mapping[str, Iterable[tuple[Counter, tuple[str, ...]]]] = {
+    "receiver": (
+        (STORE_TOTAL, ("0x0000",)),
+        (ASSOCIATIONS_TOTAL, ("accepted", "rejected", "released", "aborted", "refused", "lost")),
+    ),
+    "worker": ((JOBS_TOTAL, ("done", "refused", "retried", "failed", "lost")),),
+    "courier": ((DELIVERIES_TOTAL, ("stored", "retried", "rejected")),),
+    "sidecar": (
+        (SYNC_TOTAL, ("stored", "retried", "rejected")),
+        (MODEL_PULLS_TOTAL, ("activated", "retried", "rejected")),
+    ),
+}
+
+
+def prepare(process: str) -> None:
+    """Start the counters of a process at zero, so that its first event shows as an increase.
+
+    ``process`` is the heartbeat name; what follows a hyphen (``receiver-2``) does not matter.
+    """
+    for counter, values in _FIRST_VALUES.get(process.partition("-")[0], ()):
+        for value in values:
+            counter.labels(value)
+
+
+def stored(status: int, seconds: float, size: int) -> None:
+    """Count one answered C-STORE; ``size`` is the data set in bytes."""
+    STORE_TOTAL.labels(f"0x{status:04X}").inc()
+    STORE_SECONDS.observe(seconds)
+    if status == 0:
+        STORE_BYTES.inc(size)
+
+
+def association(outcome: AssociationOutcome) -> None:
+    """Count one association and keep the number of open ones."""
+    ASSOCIATIONS_TOTAL.labels(outcome).inc()
+    if outcome == "accepted":
+        ASSOCIATIONS_OPEN.inc()
+    elif outcome in {"released", "aborted", "lost"}:
+        ASSOCIATIONS_OPEN.dec()
+
+
+def observe(stage: Stage, seconds: float) -> None:
+    """Record how long a stage took."""
+    STAGE_SECONDS.labels(stage).observe(max(0.0, seconds))
+
+
+@contextmanager
+def timed(stage: Stage) -> Iterator[None]:
+    """Record how long the block took, also when it raises."""
+    begin = perf_counter()
+    try:
+        yield
+    finally:
+        observe(stage, perf_counter() - begin)
+
+
+def job(outcome: JobOutcome) -> None:
+    JOBS_TOTAL.labels(outcome).inc()
+
+
+def delivery(outcome: SendOutcome) -> None:
+    DELIVERIES_TOTAL.labels(outcome).inc()
+
+
+def sync(outcome: SendOutcome) -> None:
+    SYNC_TOTAL.labels(outcome).inc()
+
+
+def model_pull(outcome: PullOutcome) -> None:
+    MODEL_PULLS_TOTAL.labels(outcome).inc()
+
+
+def snapshot(registry: CollectorRegistry = REGISTRY) -> str:
+    """This process's samples as compact JSON, for its heartbeat row.
+
+    ``{family: [[sample name, {label: value}, number], ...]}``; creation times are left out.
+    """
+    found: dict[str, list[list[Any]]] = {}
+    for family in registry.collect():
+        samples = [[s.name, s.labels, s.value] for s in family.samples if not s.name.endswith("_created")]
+        if samples:
+            found[family.name] = samples
+    return json.dumps(found, separators=(",", ":"))
+
+
+def families(snapshots: Mapping[str, str], registry: CollectorRegistry = REGISTRY) -> list[Metric]:
+    """The families of all ``snapshots`` (process name -> text) with a ``process`` label.
+
+    A snapshot or sample that does not parse, or that names a family unknown to this version,
+    is left out: during an upgrade processes of two versions run side by side.
+    """
+    known: dict[str, Metric] = {f.name: Metric(f.name, f.documentation, f.type) for f in registry.collect()}
+    for process, text in sorted(snapshots.items()):
+        for name, samples in _parsed(text).items():
+            family = known.get(name)
+            if family is None or not isinstance(samples, list):
+                continue
+            for sample in samples:
+                match sample:
+                    case [str(full), dict(labels), int(value) | float(value)] if full.startswith(name):
+                        family.add_sample(
+                            full, {**{str(k): str(v) for k, v in labels.items()}, "process": process}, value
+                        )
+    return [family for family in known.values() if family.samples]
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text) if text else {}
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}

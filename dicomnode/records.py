@@ -1,0 +1,140 @@
+"""Frozen values that pass between stages. No I/O, no behaviour beyond small look-ups."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """A coded concept (PS3.3 8.8): CodeValue, CodingSchemeDesignator, CodeMeaning."""
+
+    value: str
+    scheme: str
+    meaning: str
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentDefinition:
+    """One segment of a segmentation.
+
+    ``number`` is the value in the label map and the SegmentNumber, from 1 without holes.
+    ``rgb`` is the recommended display colour, 0..255.
+    """
+
+    number: int
+    label: str
+    category: Code
+    type: Code
+    type_modifier: Code | None = None
+    anatomic_region: Code | None = None
+    rgb: tuple[int, int, int] = (255, 0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One number: of a segment when ``segment`` is given, of the whole series otherwise.
+
+    ``unit`` is a UCUM code. ``key`` is the stable name in JSON, e.g. ``volume_ml``.
+    """
+
+    key: str
+    name: Code
+    value: float
+    unit: Code
+    segment: int | None = None
+    derivation: Code | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelIdentity:
+    """What the provenance of a result names.
+
+    ``digest`` is the SHA-256 (hex) of the verified bundle, ``device_uid`` the UID of this
+    model version (Device UID, TID 1004), ``parameters`` the settings that shape the output.
+    """
+
+    name: str
+    version: str
+    manufacturer: str
+    digest: str
+    device_uid: str
+    description: str = ""
+    intended_use: str = ""
+    licence: str = ""
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Analysis:
+    """What a model found in one series, in the geometry of the source.
+
+    ``labels``: uint8 array (slices, rows, columns), 0 background, else SegmentNumber; the
+    slice axis follows ``source_uids``; ``None`` when the model makes no segmentation.
+    ``source_uids``: SOPInstanceUID of each slice, in slice order along the normal.
+    ``excluded_uids``: instances of the series that were left out, ``notes`` say why.
+    ``engine``: engine name with version, e.g. ``onnxruntime-cpu 1.32.0``.
+    ``seconds``: duration of each step by name (``read``, ``inference``, ``postprocess``).
+    """
+
+    labels: npt.NDArray[np.uint8] | None
+    source_uids: tuple[str, ...]
+    segments: tuple[SegmentDefinition, ...]
+    measurements: tuple[Measurement, ...]
+    notes: tuple[str, ...] = ()
+    excluded_uids: tuple[str, ...] = ()
+    engine: str = ""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ResultIdentity:
+    """UIDs and time of a result, fixed and stored before anything is encoded or sent.
+
+    ``tracking_uids`` maps SegmentNumber to the Tracking UID shared by SEG and SR.
+    ``content_datetime`` is ISO 8601 with offset; dates and times in the objects are its
+    local parts. ``predecessor_sr`` is (StudyInstanceUID, SeriesInstanceUID, SOPClassUID,
+    SOPInstanceUID) of the SR that this revision replaces.
+    """
+
+    seg_series_uid: str
+    seg_uid: str
+    sr_series_uid: str
+    sr_uid: str
+    tracking_uids: Mapping[int, str]
+    content_datetime: str
+    revision: int = 1
+    predecessor_sr: tuple[str, str, str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SourceInstance:
+    """One stored instance that is the input of a job."""
+
+    sop_instance_uid: str
+    sop_class_uid: str
+    transfer_syntax_uid: str
+    path: Path
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedObject:
+    """A finished DICOM object as a Part 10 file in memory.
+
+    ``kind`` is ``SEG`` or ``SR``.
+    """
+
+    kind: str
+    sop_class_uid: str
+    sop_instance_uid: str
+    series_instance_uid: str
+    study_instance_uid: str
+    transfer_syntax_uid: str
+    part10: bytes

@@ -1,0 +1,92 @@
+"""Which models run on a series and who gets the results. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dicomnode.index.jobs import PRIORITIES, Request
+from dicomnode.settings import Range, Rule
+
+
+def value_matches(value: str, condition: Any) -> bool:
+    """One condition of a rule against an attribute's text (values joined by a backslash).
+
+    A list means any of its entries; a text with ``*`` or ``?`` is a glob; a number compares
+    as a number; a range is inclusive. Text compares without regard to case and surrounding
+    spaces. A multi-valued attribute matches when one of its values does.
+    """
+    if isinstance(condition, list | tuple):
+        return any(value_matches(value, one) for one in condition)
+    values = [part.strip() for part in value.split("\\")]
+    return any(_one_matches(part, condition) for part in values)
+
+
+def _one_matches(value: str, condition: Any) -> bool:
+    if isinstance(condition, Range):
+        return _in_range(value, condition)
+    if isinstance(condition, bool):
+        return False
+    if isinstance(condition, int | float):
+        number = _number(value)
+        return number is not None and number == float(condition)
+    wanted = str(condition).strip()
+    if "*" in wanted or "?" in wanted:
+        pattern = "".join({"*": ".*", "?": "."}.get(c, re.escape(c)) for c in wanted)
+        return re.fullmatch(pattern, value, re.IGNORECASE | re.DOTALL) is not None
+    return value.casefold() == wanted.casefold()
+
+
+def _in_range(value: str, condition: Range) -> bool:
+    bounds = [b for b in (condition.min, condition.max) if b is not None]
+    if all(isinstance(b, int | float) for b in bounds):
+        number = _number(value)
+        if number is None:
+            return False
+        return not (
+            (condition.min is not None and number < float(condition.min))
+            or (condition.max is not None and number > float(condition.max))
+        )
+    if not value:
+        return False
+    return not (
+        (condition.min is not None and value < str(condition.min))
+        or (condition.max is not None and value > str(condition.max))
+    )
+
+
+def _number(value: str) -> float | None:
+    try:
+        return float(value)
+    except ValueError:
+        return None
+
+
+def rule_matches(rule: Rule, attributes: Mapping[str, Any]) -> bool:
+    """Whether every condition holds; an attribute that is missing matches only ``"*"`` and ``""``."""
+    return all(value_matches(str(attributes.get(key) or ""), wanted) for key, wanted in rule.match.items())
+
+
+def requests_for(rules: Sequence[Rule], attributes: Mapping[str, Any]) -> list[Request]:
+    """One request for each model that a matching rule names.
+
+    Rules that name the same model share one analysis: it has the highest of their
+    priorities and goes to all their destinations.
+    """
+    found: dict[str, Request] = {}
+    for rule in rules:
+        if not rule_matches(rule, attributes):
+            continue
+        for model in rule.models:
+            known = found.get(model)
+            if known is None:
+                found[model] = Request(model, (rule.name,), tuple(dict.fromkeys(rule.send_to)), rule.priority)
+                continue
+            found[model] = Request(
+                model,
+                (*known.rules, rule.name),
+                tuple(dict.fromkeys((*known.destinations, *rule.send_to))),
+                min(known.priority, rule.priority, key=lambda p: PRIORITIES[p]),
+            )
+    return list(found.values())

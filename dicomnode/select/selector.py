@@ -1,0 +1,117 @@
+"""Looks at series that grew, decides when they are complete, and makes their jobs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from dicomnode import doorbell, logs, metrics
+from dicomnode.geometry import SlicePlane, StackReport, analyse_stack
+from dicomnode.index.catalogue import Catalogue
+from dicomnode.index.database import Database, Row
+from dicomnode.index.jobs import Jobs
+from dicomnode.index.operation import Events
+from dicomnode.select.completeness import AssociationEvidence, Evidence, Verdict, decide
+from dicomnode.select.rules import requests_for
+from dicomnode.settings import Settings
+
+
+class Selector:
+    """One pass looks at every open series; call it when rung and when its wait is over."""
+
+    def __init__(self, settings: Settings, db: Database, on_jobs: Callable[[], None] | None = None) -> None:
+        self._settings = settings
+        self._db = db
+        self._catalogue = Catalogue(db)
+        self._jobs = Jobs(db)
+        self._events = Events(db)
+        self._on_jobs = on_jobs or (lambda: None)
+        self._log = logs.get()
+
+    def run_once(self) -> float:
+        """Select what is complete; returns seconds until the next look is needed at most."""
+        wait = doorbell.SLOW_BEAT_SECONDS
+        for series in self._catalogue.open_series():
+            verdict = self._look(series)
+            wait = min(wait, verdict.wait_seconds) if not verdict.complete else wait
+        return max(wait, 0.01)
+
+    def _look(self, series: Row) -> Verdict:
+        begin = time.perf_counter()
+        associations = [
+            AssociationEvidence(str(a["state"]), int(a["instances"]))
+            for a in self._catalogue.series_associations(series["id"])
+        ]
+        expected = stated_count(self._catalogue.first_attributes(series["id"]))
+        count = sum(a.instances for a in associations)
+        silent = max(0.0, self._db.clock.ticks() - float(series["last_received_at"] or 0.0))
+        quiet = self._settings.completeness.quiet_seconds
+        if any(a.state == "open" for a in associations) and silent < quiet and (expected is None or count < expected):
+            # Cheap answer while the sender is at work; only a stated count could end it earlier.
+            return Verdict(False, "", quiet - silent)
+        instances = self._catalogue.series_instances(series["id"])
+        evidence = Evidence(
+            instances=len(instances),
+            associations=associations,
+            expected=expected,
+            stack=stack_of(instances),
+            silent_seconds=silent,
+        )
+        verdict = decide(evidence, quiet)
+        if verdict.complete:
+            self._select(series, instances, verdict.reason)
+            metrics.observe("select", time.perf_counter() - begin)
+        return verdict
+
+    def _select(self, series: Row, instances: Sequence[Row], reason: str) -> None:
+        attributes = dict(self._catalogue.series_attributes(series["id"]) or {})
+        first = self._catalogue.first_attributes(series["id"])
+        requests = requests_for(self._settings.rules, {**attributes, **first})
+        made = self._jobs.select(series["id"], int(series["generation"]), reason, requests)
+        if made:
+            self._log.info(
+                "series complete",
+                series=logs.uid_hash(str(attributes.get("SeriesInstanceUID"))),
+                count=len(instances),
+                reason=reason,
+                job=made,
+            )
+            self._on_jobs()
+        elif not requests:
+            self._log.info(
+                "series complete, no rule matches",
+                series=logs.uid_hash(str(attributes.get("SeriesInstanceUID"))),
+                count=len(instances),
+            )
+
+
+def stated_count(attributes: Mapping[str, str]) -> int | None:
+    """Number of Series Related Instances (0020,1209), where a sender puts it into its objects."""
+    stated = attributes.get("NumberOfSeriesRelatedInstances", "")
+    return int(stated) if stated.isdigit() and int(stated) > 0 else None
+
+
+def stack_of(instances: Sequence[Row]) -> StackReport | None:
+    """Geometry of the images that have one, localizers left out; None when none has."""
+    planes = [plane for row in instances if (plane := _plane(row)) is not None]
+    return analyse_stack(planes) if planes else None
+
+
+def _plane(row: Row) -> SlicePlane | None:
+    if "LOCALIZER" in str(row["ImageType"]).upper().split("\\"):
+        return None
+    position = _numbers(row["ImagePositionPatient"], 3)
+    orientation = _numbers(row["ImageOrientationPatient"], 6)
+    if position is None or orientation is None:
+        return None
+    return SlicePlane(row["SOPInstanceUID"], position, orientation)  # type: ignore[arg-type]  # lengths checked
+
+
+def _numbers(text: str, count: int) -> tuple[float, ...] | None:
+    parts = (text or "").split("\\")
+    if len(parts) != count:
+        return None
+    try:
+        return tuple(float(p) for p in parts)
+    except ValueError:
+        return None

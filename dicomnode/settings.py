@@ -1,0 +1,339 @@
+"""The node's configuration: one frozen, validated settings object.
+
+Read from TOML; each key can be overridden by ``DICOMNODE__SECTION__KEY``. Secrets are read
+from files that the settings only name. An unknown key is an error.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+import tomllib
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+
+from dicomnode.errors import SettingsError
+
+Service = Literal["echo", "store", "find", "move", "get", "commit", "mpps"]
+Priority = Literal["stat", "routine", "batch"]
+MatchScalar = str | int | float
+
+
+class EngineName(StrEnum):
+    auto = "auto"
+    tensorrt = "tensorrt"
+    onnxruntime_gpu = "onnxruntime-gpu"
+    onnxruntime_cpu = "onnxruntime-cpu"
+
+
+def _ae_title(value: str) -> str:
+    """PS3.5 6.2: AE is 1 to 16 characters of the default repertoire, no backslash or control."""
+    stripped = value.strip(" ")
+    if not re.fullmatch(r"[ -\[\]-~]{1,16}", stripped):
+        raise ValueError("an AE title has 1 to 16 printable ASCII characters and no backslash")
+    return stripped
+
+
+AETitle = Annotated[str, Field(description="AE title, PS3.5 6.2")]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Node(Section):
+    ae_title: AETitle = Field("DICOMNODE", description="AE title that peers call")
+    data_dir: Path = Field(Path("/var/lib/dicomnode"), description="objects, index and state")
+    institution: str = Field("", description="InstitutionName in results; empty: copied from nothing")
+    reserve_mb: int = Field(1024, ge=1, description="MiB kept free; below it C-STORE answers 0xA700")
+
+    _check = field_validator("ae_title")(_ae_title)
+
+
+class Dimse(Section):
+    host: str = Field("0.0.0.0", description="address to listen on")  # noqa: S104 modalities connect from the LAN
+    port: int = Field(11112, ge=0, le=65535, description="TCP port; 0 lets the system choose")
+    workers: int = Field(2, ge=1, le=64, description="receiver processes on the listening socket")
+    max_pdu_bytes: int = Field(131072, ge=4096, le=4194304, description="largest P-DATA PDU accepted, bytes")
+    pdu_seconds: float = Field(30.0, gt=0, description="absolute deadline for one PDU, from its first byte")
+    request_seconds: float = Field(10.0, gt=0, description="time for A-ASSOCIATE-RQ after connecting")
+    idle_seconds: float = Field(300.0, gt=0, description="an association without traffic is aborted")
+    max_connections: int = Field(256, ge=1, description="connections in total, each receiver process")
+    max_connections_per_address: int = Field(64, ge=1, description="connections from one address")
+    max_object_mb: int = Field(4096, ge=1, description="largest object in MiB; larger: 0xA700")
+    log_identifiers: Literal[False] = Field(False, description="query identifiers are never logged")
+
+
+class Http(Section):
+    host: str = Field("127.0.0.1", description="address of the sidecar's HTTP server")
+    port: int = Field(8080, ge=0, le=65535, description="TCP port; 0 lets the system choose")
+
+
+class Peer(Section):
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$", description="short name used in rules and logs")
+    ae_title: AETitle = Field(description="the peer's AE title")
+    host: str = Field("", description="address; where given, the caller's address must match")
+    port: int = Field(0, ge=0, le=65535, description="the peer's DICOM port, for sending to it")
+    allow: tuple[Service, ...] = Field((), description="services that the peer may use here")
+    commitment: bool = Field(False, description="ask for storage commitment after delivery")
+
+    _check = field_validator("ae_title")(_ae_title)
+
+    @property
+    def reachable(self) -> bool:
+        return bool(self.host and self.port)
+
+
+class Completeness(Section):
+    quiet_seconds: float = Field(10.0, gt=0, description="the longest wait after the last instance")
+
+
+class Inference(Section):
+    engine: EngineName = Field(EngineName.auto, description="which engine runs the models")
+    models_dir: Path = Field(Path("models"), description="bundles: <name>/<version>/")
+    threads: int = Field(0, ge=0, description="CPU threads of the engine; 0: all cores")
+    lease_seconds: float = Field(60.0, gt=1, description="a job whose worker is silent this long is redone")
+    max_attempts: int = Field(5, ge=1, description="crashes or errors before a job is parked as failed")
+
+
+class Delivery(Section):
+    backoff_seconds: float = Field(2.0, gt=0, description="first wait after a failed delivery")
+    backoff_max_seconds: float = Field(900.0, gt=0, description="longest wait between attempts")
+    connect_seconds: float = Field(10.0, gt=0, description="TCP connect time-out")
+    response_seconds: float = Field(60.0, gt=0, description="time for the peer's C-STORE response")
+    batch: int = Field(100, ge=1, description="objects on one association")
+
+
+class ModelPull(Section):
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$", description="bundle name")
+    version: str = Field(pattern=r"^\d+\.\d+\.\d+$", description="bundle version")
+    url: str = Field(pattern=r"^https?://", description="address of the bundle as .tar.gz or .zip")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the archive, lower-case hex")
+
+
+class Cloud(Section):
+    stow_url: str = Field("", description="STOW-RS address (…/studies); empty: nothing leaves the building")
+    token_file: Path | None = Field(None, description="file with a bearer token")
+    ca_file: Path | None = Field(None, description="PEM file with the authorities to trust")
+    timeout_seconds: float = Field(60.0, gt=0, description="time for one request")
+    max_bundle_mb: int = Field(1024, ge=1, description="largest model archive, MiB")
+    models: tuple[ModelPull, ...] = Field((), description="bundles to pull, verify and activate")
+
+    @field_validator("stow_url")
+    @classmethod
+    def _http(cls, value: str) -> str:
+        if value and not re.match(r"^https?://", value):
+            raise ValueError("must begin with https:// (or http:// on loopback)")
+        return value.rstrip("/")
+
+
+class Logging(Section):
+    level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe level logged")
+    format: Literal["auto", "json", "console"] = Field("auto", description="auto: console on a terminal, else JSON")
+
+
+class Range(Section):
+    """Inclusive range; numbers compare as numbers, text (dates) as text."""
+
+    min: float | str | None = None
+    max: float | str | None = None
+
+    @model_validator(mode="after")
+    def _one_given(self) -> Self:
+        if self.min is None and self.max is None:
+            raise ValueError("give min, max or both")
+        return self
+
+
+class Rule(Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_. -]{0,63}$", description="shown with each job")
+    match: dict[str, MatchScalar | tuple[MatchScalar, ...] | Range] = Field(
+        default_factory=dict, description="DICOM keyword -> value, list of values, glob or {min, max}"
+    )
+    models: tuple[str, ...] = Field(min_length=1, description="bundle names, or name@version")
+    priority: Priority = Field("routine", description="stat before routine before batch")
+    send_to: tuple[str, ...] = Field((), description="peer names that get the results")
+
+    @field_validator("match")
+    @classmethod
+    def _keywords(cls, value: dict[str, Any]) -> dict[str, Any]:
+        from pydicom.datadict import tag_for_keyword
+
+        for keyword in value:
+            if tag_for_keyword(keyword) is None:
+                raise ValueError(f"'{keyword}' is not a DICOM keyword (PS3.6), e.g. Modality or BodyPartExamined")
+        return value
+
+
+class Settings(BaseSettings):
+    """All settings of the node. Build it with :func:`load_settings`."""
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        env_prefix="DICOMNODE__",
+        env_nested_delimiter="__",
+        hide_input_in_errors=True,
+    )
+
+    node: Node = Node()
+    dimse: Dimse = Dimse()
+    http: Http = Http()
+    peers: tuple[Peer, ...] = ()
+    completeness: Completeness = Completeness()
+    inference: Inference = Inference()
+    delivery: Delivery = Delivery()
+    cloud: Cloud = Cloud()
+    logging: Logging = Logging()
+    rules: tuple[Rule, ...] = ()
+
+    @classmethod
+    def settings_customise_sources(  # type: ignore[override]  # the other sources are not used
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **_: object
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Environment first, then what the TOML file gave; no .env and no secrets directory."""
+        return EnvSettingsSource(settings_cls), init_settings
+
+    @model_validator(mode="after")
+    def _cross_check(self) -> Self:
+        names = [p.name for p in self.peers]
+        if len(set(names)) != len(names):
+            raise ValueError("peers: two peers have the same name; names must differ")
+        callers = [(p.ae_title, p.host) for p in self.peers]
+        if len(set(callers)) != len(callers):
+            raise ValueError("peers: two peers have the same ae_title and host; the caller would be ambiguous")
+        rule_names = [r.name for r in self.rules]
+        if len(set(rule_names)) != len(rule_names):
+            raise ValueError("rules: two rules have the same name; names must differ")
+        by_name = {p.name: p for p in self.peers}
+        for rule in self.rules:
+            for target in rule.send_to:
+                if target not in by_name:
+                    raise ValueError(f"rules '{rule.name}': send_to names the peer '{target}', which [[peers]] lacks")
+                if not by_name[target].reachable:
+                    raise ValueError(f"rules '{rule.name}': peer '{target}' needs host and port to be sent to")
+        return self
+
+    def peer(self, name: str) -> Peer | None:
+        return next((p for p in self.peers if p.name == name), None)
+
+    @property
+    def rule_keywords(self) -> frozenset[str]:
+        """DICOM keywords that rules look at; the header reader collects them."""
+        return frozenset(k for r in self.rules for k in r.match)
+
+
+def caller_matches(peer: Peer, address: str) -> bool:
+    """Whether a connection from ``address`` may speak for ``peer`` (its host, if it is an address)."""
+    if not peer.host:
+        return True
+    try:
+        wanted: Any = ipaddress.ip_address(peer.host)
+        actual: Any = ipaddress.ip_address(address)
+    except ValueError:
+        return _resolves_to(peer.host, address)
+    mapped = getattr(actual, "ipv4_mapped", None)
+    return bool(wanted == actual or (mapped is not None and mapped == wanted))
+
+
+def _resolves_to(host: str, address: str) -> bool:
+    import socket
+
+    try:
+        infos = socket.getaddrinfo(host, None)
+    except OSError:
+        return False
+    return any(info[4][0] == address for info in infos)
+
+
+def load_settings(path: Path | None) -> Settings:
+    """Read and validate the configuration.
+
+    Relative paths are taken from the folder of the TOML file. Raises SettingsError with
+    every wrong key, what is wrong with it and the file.
+    """
+    operation = "read configuration"
+    data: dict[str, Any] = {}
+    if path is not None:
+        try:
+            data = tomllib.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise SettingsError(operation, f"{path} does not exist", "Give --config FILE or DICOMNODE_CONFIG") from None
+        except OSError as error:
+            raise SettingsError(operation, f"{path}: {error.strerror}", "Check its permissions") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise SettingsError(operation, f"{path} is not TOML: {error}", "Mend the line that it names") from None
+    try:
+        settings = Settings(**data)
+    except ValidationError as error:
+        raise SettingsError(operation, _explain(error, data, path), "See config/dicomnode.toml for every key") from None
+    except Exception as error:  # pydantic-settings wraps bad JSON in environment variables
+        if type(error).__name__ != "SettingsError":
+            raise
+        raise SettingsError(operation, str(error), "Lists and tables in the environment are JSON") from None
+    return _anchored(settings, path.parent.resolve() if path else Path.cwd())
+
+
+def _explain(error: ValidationError, data: dict[str, Any], path: Path | None) -> str:
+    lines = []
+    for item in error.errors(include_url=False):
+        key = ".".join(str(part) for part in item["loc"]) or "configuration"
+        value = _value_at(data, item["loc"])
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            message = f"unknown key; {_near(item['loc'])}"
+            value = None
+        shown = f" = {value!r}" if isinstance(value, str | int | float | bool) else ""
+        lines.append(f"{key}{shown}: {message}")
+    where = f"{path}: " if path else ""
+    return where + "; ".join(lines)
+
+
+def _value_at(data: Any, loc: tuple[int | str, ...]) -> Any:
+    for part in loc:
+        try:
+            data = data[part]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return data
+
+
+def _near(loc: tuple[int | str, ...]) -> str:
+    """Name the keys that exist where the unknown one stands."""
+    import difflib
+
+    model: Any = Settings
+    for part in loc[:-1]:
+        if isinstance(part, int):
+            continue
+        model = {"peers": Peer, "rules": Rule, "models": ModelPull}.get(str(part)) or (
+            model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else None
+        )
+        if model is None:
+            return "remove it"
+    known = sorted(getattr(model, "model_fields", {}))
+    close = difflib.get_close_matches(str(loc[-1]), known, n=1)
+    return f"did you mean '{close[0]}'?" if close else f"known keys here: {', '.join(known)}"
+
+
+def _anchored(settings: Settings, base: Path) -> Settings:
+    """Make relative paths absolute, from the folder of the configuration file."""
+
+    def absolute(path: Path) -> Path:
+        return path if path.is_absolute() else Path(os.path.normpath(base / path))
+
+    node = settings.node.model_copy(update={"data_dir": absolute(settings.node.data_dir)})
+    models_dir = settings.inference.models_dir
+    if not models_dir.is_absolute() and not (base / models_dir).is_dir():
+        shipped = Path(__file__).resolve().parent.parent / models_dir
+        models_dir = shipped if shipped.is_dir() else models_dir
+    inference = settings.inference.model_copy(update={"models_dir": absolute(models_dir)})
+    cloud = settings.cloud.model_copy(
+        update={k: absolute(v) for k in ("token_file", "ca_file") if (v := getattr(settings.cloud, k)) is not None}
+    )
+    return settings.model_copy(update={"node": node, "inference": inference, "cloud": cloud})

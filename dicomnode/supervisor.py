@@ -1,0 +1,107 @@
+"""Keeps child processes running: starts, restarts with back-off, stops in order."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from dicomnode import logs
+from dicomnode.lifeline import StopFlag
+
+EXIT_CONFIGURATION = 78
+"""EX_CONFIG of sysexits.h: starting again cannot help until the operator has acted."""
+
+BACKOFF_FIRST = 0.2
+BACKOFF_LONGEST = 5.0
+STEADY_SECONDS = 10.0
+STOP_SECONDS = 20.0
+POLL_SECONDS = 0.05
+
+
+@dataclass(slots=True)
+class Child:
+    """One process to keep alive. ``argv`` is complete; ``pass_fds`` are inherited."""
+
+    name: str
+    argv: Sequence[str]
+    pass_fds: Sequence[int] = ()
+    process: subprocess.Popen[bytes] | None = None
+    started: float = 0.0
+    failures: int = 0
+    due: float = 0.0
+    restarts: int = field(default=0)
+
+
+class Supervisor:
+    """``on_restart(name, exit code)`` is told of each death that was not asked for."""
+
+    def __init__(self, children: Sequence[Child], on_restart: Callable[[str, int], None] | None = None) -> None:
+        self._children = list(children)
+        self._on_restart = on_restart or (lambda name, code: None)
+        self._log = logs.get()
+
+    def run(self, stop: StopFlag, while_running: Callable[[], None] | None = None) -> int:
+        """Supervise until ``stop``; returns the exit code for the parent.
+
+        ``while_running`` is called at each poll; it must be quick.
+        """
+        try:
+            while not stop.wait(POLL_SECONDS):
+                for child in self._children:
+                    if not self._tend(child):
+                        return EXIT_CONFIGURATION
+                if while_running is not None:
+                    while_running()
+            return 0
+        finally:
+            self.stop()
+
+    def _tend(self, child: Child) -> bool:
+        now = time.monotonic()
+        if child.process is None:
+            if now >= child.due:
+                child.process = subprocess.Popen(child.argv, pass_fds=child.pass_fds, start_new_session=True)
+                child.started = now
+            return True
+        code = child.process.poll()
+        if code is None:
+            return True
+        self._reap_group(child.process.pid)
+        child.process = None
+        if code == EXIT_CONFIGURATION:
+            return False
+        child.failures = 1 if now - child.started > STEADY_SECONDS else child.failures + 1
+        child.restarts += 1
+        wait = min(BACKOFF_LONGEST, BACKOFF_FIRST * 2 ** (child.failures - 1))
+        child.due = now + wait
+        self._log.error("process ended, restarting", name=child.name, exit=code, retry_in=wait)
+        with contextlib.suppress(Exception):
+            self._on_restart(child.name, code)
+        return True
+
+    @staticmethod
+    def _reap_group(pid: int) -> None:
+        """What the dead process left behind in its own session."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, signal.SIGKILL)
+
+    def stop(self) -> None:
+        """SIGTERM to all, wait, SIGKILL what is left."""
+        running = [c.process for c in self._children if c.process is not None]
+        for process in running:
+            with contextlib.suppress(ProcessLookupError):
+                process.terminate()
+        deadline = time.monotonic() + STOP_SECONDS
+        for process in running:
+            try:
+                process.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                self._log.warning("process did not stop in time, killed", pid=process.pid)
+                process.kill()
+                process.wait()
+            self._reap_group(process.pid)
