@@ -27,6 +27,8 @@ from dicomnode.supervisor import EXIT_CONFIGURATION, Child, Supervisor
 
 PROCESSES = ("receiver", "worker", "courier", "sidecar")
 MANUFACTURER = "dicomnode"
+SWEEP_SECONDS = 15.0
+"""One folder of the store is swept this often: all 256 in about an hour."""
 
 
 class Shell:
@@ -234,18 +236,26 @@ def encoder(settings: Settings) -> Callable[..., Sequence[EncodedObject]]:
 
 def run_courier(settings: Settings) -> int:
     """Send results to DICOM peers."""
+    from dicomnode.custody.sweep import Sweeper
     from dicomnode.deliver.courier import Courier
 
     shell = Shell(settings, "courier")
     bell = doorbell.Doorbell(settings.node.data_dir, "courier")
     courier = Courier(settings, shell.db, "courier")
     courier.start()
+    sweeper = Sweeper(shell.db, durable.ObjectStore(settings.node.data_dir))
+    sweep_at = time.monotonic() + SWEEP_SECONDS
     shell.ready()
     wait = 0.0
     while not shell.stop.is_set():
         bell.wait(min(wait, doorbell.SLOW_BEAT_SECONDS))
         try:
             wait = courier.run_once()
+            if time.monotonic() >= sweep_at:
+                sweep_at = time.monotonic() + SWEEP_SECONDS
+                removed = sweeper.run_once()
+                if removed:
+                    shell.log.info("files without a row removed", count=removed)
         except NodeError as error:
             shell.log.error("delivery failed, trying again", error=str(error))
             wait = doorbell.SLOW_BEAT_SECONDS

@@ -211,14 +211,3 @@ class ObjectStore:
             remove(temporary)
             raise
         return final
-
-    def stray_files(self, known: Iterable[str]) -> list[Path]:
-        """Files that no row names: left by a crash before the acknowledgement."""
-        named = set(known)
-        return [
-            entry
-            for folder in self.folders()
-            if folder.is_dir()
-            for entry in folder.iterdir()
-            if f"{folder.name}/{entry.name}" not in named
-        ]

@@ -115,7 +115,7 @@ class ResultIdentity:
 
 @dataclass(frozen=True, slots=True)
 class SourceInstance:
-    """One stored instance that is the input of a job."""
+    """One stored instance that is the input of a job; ``sha256`` (hex) is over its file."""
 
     sop_instance_uid: str
     sop_class_uid: str

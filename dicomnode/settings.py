@@ -98,6 +98,9 @@ class Inference(Section):
     models_dir: Path = Field(Path("models"), description="bundles: <name>/<version>/")
     threads: int = Field(0, ge=0, description="CPU threads of the engine; 0: all cores")
     lease_seconds: float = Field(60.0, gt=1, description="a job whose worker is silent this long is redone")
+    job_seconds: float = Field(
+        1800.0, gt=10, description="a job that takes longer ends its worker and counts as an attempt"
+    )
     max_attempts: int = Field(5, ge=1, description="crashes or errors before a job is parked as failed")
 
 

@@ -175,13 +175,13 @@ class Catalogue:
             " WHERE selected_generation < generation ORDER BY id"
         )
 
-    def known_files(self) -> set[str]:
+    def files_in(self, folder: str) -> set[str]:
+        """Names (``folder/file``) in one folder of the object store that a row names."""
+        bounds = (f"{folder}/", f"{folder}0")  # "0" follows "/" in ASCII
         return {
             str(row["file"])
-            for row in self.db.rows(
-                "SELECT file FROM instances UNION ALL SELECT file FROM former_instances"
-                " UNION ALL SELECT file FROM results"
-            )
+            for table in ("instances", "former_instances", "results")
+            for row in self.db.rows(f"SELECT file FROM {table} WHERE file >= ? AND file < ?", bounds)
         }
 
     # Associations: evidence for completeness.

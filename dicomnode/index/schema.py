@@ -98,6 +98,7 @@ def m0002_catalogue(db: Database) -> None:
     )
     db["instances"].create_index(["SOPInstanceUID"], unique=True)
     db["instances"].create_index(["series_id"])
+    db["instances"].create_index(["file"])
     db["former_instances"].create(
         {
             "id": int,

@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from itertools import islice
 from types import TracebackType
 from typing import Any, Protocol
@@ -30,15 +29,16 @@ _IN_FLIGHT = 4
 Pixels = npt.NDArray[np.integer[Any]]
 
 
-@dataclass(frozen=True, slots=True)
 class Undecodable(Exception):
-    """The pixel data cannot be turned into one 2-D array: stable code and a sentence."""
+    """The pixel data cannot be turned into one 2-D array: stable code and a sentence.
 
-    code: str
-    text: str
+    Travels between processes, so both parts are the exception's arguments.
+    """
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (Undecodable, (self.code, self.text))
+    def __init__(self, code: str, text: str) -> None:
+        self.code = code
+        self.text = text
+        super().__init__(code, text)
 
 
 def decode_frame(part10: bytes, rows: int, columns: int) -> Pixels:

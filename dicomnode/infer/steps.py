@@ -239,6 +239,9 @@ class RemoveGas(_Step):
         boxes = ndimage.find_objects(pockets)
         cell_ml = state.volume.voxel_ml * along * step * step
         outside = np.zeros(mask.shape, bool)
+        # Neighbours in the next slice count only where that is a step of the same order.
+        solid = ndimage.generate_binary_structure(3, 1)
+        cross = solid if state.volume.spacing[0] * along <= 4.0 else grid.IN_PLANE
         for number in np.flatnonzero((counts * cell_ml >= self.min_ml) & (counts * cell_ml <= self.max_ml)):
             box = tuple(
                 slice(max(0, s.start - 4), min(size, s.stop + 4))
@@ -247,8 +250,8 @@ class RemoveGas(_Step):
             pocket = pockets[box] == number
             if np.median(hu[box][pocket]) >= self.median_hu:
                 continue
-            near = ndimage.binary_dilation(pocket)
-            shell = ndimage.binary_dilation(near, iterations=2) & ~near
+            near = ndimage.binary_dilation(pocket, cross)
+            shell = ndimage.binary_dilation(near, cross, iterations=2) & ~near
             density = hu[box][shell]
             if density.size and np.mean((density > self.edge_hu) & (density < -500)) < self.lung_share:
                 outside[box] |= near
@@ -257,8 +260,12 @@ class RemoveGas(_Step):
         fine = grid.enlarge(np.repeat(outside, along, axis=0)[: len(state.mask)], step, state.mask.shape)
         whole = grid.bounding_box(fine, margin=4)
         assert whole is not None
-        # The rim of the pocket: blurred voxels that the coarse grid left over.
-        fine[whole] |= ndimage.binary_dilation(fine[whole], iterations=3, mask=state.mask[whole])
+        # The rim of the pocket, about 2 mm: blurred voxels that the coarse grid left over.
+        rim = round(2.0 / max(state.volume.spacing[1:]))
+        if rim:
+            around = solid if state.volume.spacing[0] <= 2.0 else grid.IN_PLANE
+            grown = ndimage.binary_dilation(fine[whole], around, rim, mask=state.mask[whole])
+            fine[whole] |= grown
         blocked = fine if state.blocked is None else state.blocked | fine
         return replace(state, mask=state.mask & ~fine, blocked=blocked)
 

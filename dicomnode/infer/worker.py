@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +28,8 @@ from dicomnode.settings import Settings
 
 Encode = Callable[[Analysis, ResultIdentity, ModelIdentity, Sequence[SourceInstance]], Sequence[EncodedObject]]
 WITHOUT_LIMIT = 1_000_000_000
+EXIT_HUNG = 75
+"""EX_TEMPFAIL of sysexits.h."""
 
 
 class Worker:
@@ -66,7 +69,8 @@ class Worker:
         job = self._jobs.lease(self._owner, self._settings.inference.lease_seconds)
         if job is None:
             return False
-        with _Heart(self._jobs, int(job["id"]), self._owner, self._settings.inference.lease_seconds):
+        inference = self._settings.inference
+        with _Heart(self._jobs, int(job["id"]), self._owner, inference.lease_seconds, inference.job_seconds):
             self._guarded(job)
         return True
 
@@ -255,10 +259,15 @@ def _measurement(measurement: Any, analysis: Analysis) -> dict[str, Any]:
 
 
 class _Heart:
-    """Keeps the lease alive while a job runs."""
+    """Keeps the lease alive while a job runs; ends the process when it takes too long.
 
-    def __init__(self, jobs: Jobs, job_id: int, owner: str, seconds: float) -> None:
+    A codec or engine that hangs cannot be interrupted from Python, so the process goes: the
+    lease is taken back at its restart, and after ``max_attempts`` the job is parked.
+    """
+
+    def __init__(self, jobs: Jobs, job_id: int, owner: str, seconds: float, limit: float) -> None:
         self._jobs, self._job_id, self._owner, self._seconds = jobs, job_id, owner, seconds
+        self._deadline = time.monotonic() + limit
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
 
@@ -270,7 +279,10 @@ class _Heart:
         self._thread.join()
 
     def _beat(self) -> None:
-        while not self._stop.wait(self._seconds / 3):
+        while not self._stop.wait(min(self._seconds / 3, max(0.1, self._deadline - time.monotonic()))):
+            if time.monotonic() >= self._deadline:
+                logs.get().error("job takes too long, the worker is restarted", job=self._job_id)
+                os._exit(EXIT_HUNG)
             try:
                 self._jobs.extend(self._job_id, self._owner, self._seconds)
             except LeaseLost:

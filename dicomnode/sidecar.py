@@ -1,0 +1,111 @@
+"""The sidecar process: admin HTTP server, cloud outbox, model pull, heartbeat. Part of the composition root."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web, web_response
+
+from dicomnode import doorbell, lifeline, logs, metrics
+from dicomnode.admin.application import make_app
+from dicomnode.errors import OperatorError
+from dicomnode.index.database import Database
+from dicomnode.index.operation import BEAT_SECONDS, Processes
+from dicomnode.settings import Settings
+from dicomnode.sync.pull import ModelPuller
+from dicomnode.sync.schedule import Schedule
+from dicomnode.sync.stow import StowSender
+
+NAME = "sidecar"
+SYNC_SECONDS = 5.0
+PULL_SECONDS = 30.0
+REMEMBER_SECONDS = 60.0
+SHUTDOWN_SECONDS = 2.0
+
+
+async def run_sidecar(settings: Settings, db: Database, *, verify: Callable[[Path], None], stop: asyncio.Event) -> None:
+    """Serve and work until ``stop`` is set.
+
+    ``verify(path)`` checks a model bundle and raises BundleError or EngineError; it runs in
+    a thread. Raises OperatorError when the HTTP port cannot be had. The chosen port is in
+    the heartbeat detail (``{"port": N, "scheduled": {...}}``).
+    """
+    metrics.prepare(NAME)
+    runner, port = await _serve(settings, db)
+    try:
+        await _work(settings, db, verify, stop, port)
+    finally:
+        await runner.cleanup()
+
+
+async def _serve(settings: Settings, db: Database) -> tuple[web.AppRunner, int]:
+    # Also on answers that the parser gives, outside of the application.
+    web_response.SERVER_SOFTWARE = "dicomnode"  # type: ignore[attr-defined]
+    runner = web.AppRunner(
+        make_app(db, settings, own_process=NAME),
+        access_log=None,
+        keepalive_timeout=30.0,
+        shutdown_timeout=SHUTDOWN_SECONDS,
+    )
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, settings.http.host, settings.http.port).start()
+    except OSError as error:
+        await runner.cleanup()
+        raise OperatorError(
+            "start the HTTP server",
+            f"{settings.http.host} port {settings.http.port}: {error.strerror}",
+            "Choose another http.port, or stop the program that holds it",
+        ) from error
+    return runner, int(runner.addresses[0][1])
+
+
+async def _work(
+    settings: Settings, db: Database, verify: Callable[[Path], None], stop: asyncio.Event, port: int
+) -> None:
+    log, loop = logs.get(), asyncio.get_running_loop()
+    processes, schedule = Processes(db), Schedule()
+    sender, puller = StowSender(settings, db, NAME), ModelPuller(settings, db, verify)
+    await asyncio.to_thread(sender.start)
+    await asyncio.to_thread(puller.start)
+
+    def beat(state: str) -> None:
+        detail: dict[str, Any] = {"host": settings.http.host, "port": port, "scheduled": schedule.report()}
+        processes.beat(NAME, state, detail, metrics.snapshot())
+
+    async def heartbeat() -> None:
+        await asyncio.to_thread(beat, "ready")
+        lifeline.notify("WATCHDOG=1")
+
+    async def remember() -> None:
+        await asyncio.to_thread(db.remember_time)
+
+    schedule.every("heartbeat", BEAT_SECONDS, heartbeat)
+    schedule.every("remember-time", REMEMBER_SECONDS, remember)
+    if settings.cloud.stow_url:
+        schedule.every("cloud-sync", SYNC_SECONDS, sender.flush)
+    if settings.cloud.models:
+        schedule.every("model-pull", PULL_SECONDS, puller.run_once)
+    bell = doorbell.Doorbell(settings.node.data_dir, NAME)
+
+    def rung() -> None:
+        bell.wait(0.0)
+        if settings.cloud.stow_url:
+            schedule.soon("cloud-sync")
+
+    loop.add_reader(bell.fileno(), rung)
+    schedule.start()
+    await heartbeat()
+    lifeline.notify("READY=1")
+    log.info("ready", address=settings.http.host, port=port)
+    try:
+        await stop.wait()
+    finally:
+        lifeline.notify("STOPPING=1")
+        loop.remove_reader(bell.fileno())
+        bell.close()
+        await schedule.stop()
+        await asyncio.to_thread(beat, "stopping")

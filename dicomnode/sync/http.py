@@ -1,0 +1,82 @@
+"""How the node speaks to the outside: TLS, token, bounded reading. Shared by STOW-RS and model pull."""
+
+from __future__ import annotations
+
+import ipaddress
+import ssl
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import aiohttp
+
+from dicomnode import __version__
+from dicomnode.errors import OperatorError, PeerError
+from dicomnode.settings import Cloud
+
+MAX_TOKEN_BYTES = 64 * 1024
+
+
+def read_token(path: Path | None) -> str | None:
+    """The bearer token, read anew each time so that it can be rotated. Never logged.
+
+    Raises OperatorError when the file cannot be read or holds no token.
+    """
+    if path is None:
+        return None
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_TOKEN_BYTES)
+    except OSError as error:
+        raise OperatorError("read cloud.token_file", error.strerror or "unreadable", "Check the file") from None
+    token = data.decode("ascii", errors="replace").strip()
+    if not token or not token.isprintable() or "\ufffd" in token or " " in token:
+        raise OperatorError("read cloud.token_file", "it does not hold one token", "Put the bare token in the file")
+    return token
+
+
+def origin(url: str) -> tuple[str, str, int]:
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+
+
+def confidential(url: str) -> bool:
+    """Whether patient data and tokens may go there: https, or http that stays on this machine."""
+    scheme, host, _ = origin(url)
+    if scheme == "https":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def open_session(cloud: Cloud, url: str) -> aiohttp.ClientSession:
+    """A session for one address. Raises OperatorError when ``cloud.ca_file`` is unusable.
+
+    Replies are not decompressed, so that a small reply cannot become a large one; a proxy
+    from the environment is used for https only.
+    """
+    try:
+        context = ssl.create_default_context(cafile=str(cloud.ca_file) if cloud.ca_file else None)
+    except (OSError, ssl.SSLError) as error:
+        raise OperatorError("read cloud.ca_file", type(error).__name__, "Give a PEM file with certificates") from None
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(ssl=context, limit=2),
+        timeout=aiohttp.ClientTimeout(total=cloud.timeout_seconds, connect=min(30.0, cloud.timeout_seconds)),
+        headers={"User-Agent": f"dicomnode/{__version__}", "Accept-Encoding": "identity"},
+        auto_decompress=False,
+        trust_env=url.startswith("https:"),
+        cookie_jar=aiohttp.DummyCookieJar(),
+    )
+
+
+async def read_bounded(response: aiohttp.ClientResponse, limit: int) -> bytes:
+    """The whole body. Raises PeerError when it is longer than ``limit`` bytes."""
+    parts: list[bytes] = []
+    size = 0
+    async for chunk in response.content.iter_chunked(64 * 1024):
+        size += len(chunk)
+        if size > limit:
+            raise PeerError("read reply", f"it is longer than {limit} bytes", "", retryable=True)
+        parts.append(chunk)
+    return b"".join(parts)

@@ -1,0 +1,316 @@
+"""Model pull: download, digest, unpack, verify, place, activate. In this order.
+
+The version that serves is not touched until the new one has passed everything. Each
+archive has one row, by digest: ``pending`` (waits for the next attempt), ``activated``
+(for good: a version that the operator rolled back is not activated again) or ``rejected``
+(wrong digest, unsafe archive, failed golden case; not tried again until its settings
+change).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, TypeVar
+
+import aiohttp
+
+from dicomnode import doorbell, durable, logs, metrics
+from dicomnode.clock import iso
+from dicomnode.errors import BundleError, EngineError, NodeError, PeerAway, StorageError
+from dicomnode.index.database import Database, Row
+from dicomnode.index.operation import Events, Models
+from dicomnode.index.states import backoff_seconds
+from dicomnode.settings import ModelPull, Settings
+from dicomnode.sync.archive import CHUNK_BYTES, MEBIBYTE, Caps, unpack
+from dicomnode.sync.http import confidential, open_session, origin, read_token
+from dicomnode.sync.reply import retry_after_seconds
+
+BACKOFF_SECONDS = 10.0
+Verify = Callable[[Path], None]
+T = TypeVar("T")
+
+
+class WrongDigest(BundleError):
+    """What came is not what the settings name."""
+
+
+class Again(PeerAway):
+    """Passing, with the wait that the server asked for."""
+
+    def __init__(self, cause: str, wait: float | None = None) -> None:
+        self.wait = wait
+        super().__init__("pull model", cause)
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Paths of one pull. All on the volume of data_dir, so that renaming is atomic."""
+
+    archive: Path
+    work: Path
+    final: Path
+
+
+def places(data_dir: Path, wanted: ModelPull) -> Places:
+    staging = data_dir / "staging" / "models"
+    return Places(
+        archive=staging / f"{wanted.sha256}.part",
+        work=staging / wanted.sha256,
+        final=data_dir / "models" / wanted.name / wanted.version,
+    )
+
+
+def fingerprint(wanted: ModelPull, max_bundle_mb: int) -> str:
+    """Short mark of the settings of one pull; kept with a rejection to notice a change."""
+    text = "\n".join([wanted.name, wanted.version, wanted.url, wanted.sha256, str(max_bundle_mb)])
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def is_due(row: Row | None, mark: str, now: float) -> bool:
+    """Whether to try now; pure. ``mark`` is the :func:`fingerprint`, ``now`` node time."""
+    if row is None:
+        return True
+    if row["state"] == "activated":
+        return False
+    if row["state"] == "rejected":
+        return not str(row["last_error"] or "").endswith(f"[{mark}]")
+    return bool(now >= float(row["next_at"] or 0.0))
+
+
+class ModelPuller:
+    """``verify(path)`` raises BundleError or EngineError; it runs in a thread of its own."""
+
+    def __init__(self, settings: Settings, db: Database, verify: Verify) -> None:
+        self.cloud = settings.cloud
+        self.data_dir = settings.node.data_dir
+        self.reserve = settings.node.reserve_mb * MEBIBYTE
+        self.longest = settings.delivery.backoff_max_seconds
+        self.db = db
+        self.models = Models(db)
+        self.verify = verify
+        self._log = logs.get()
+
+    def start(self) -> None:
+        """Drop what was staged for entries that the settings do not have any more."""
+        kept = {place for w in self.cloud.models for place in (f"{w.sha256}.part", w.sha256)}
+        staging = self.data_dir / "staging" / "models"
+        for entry in staging.iterdir() if staging.is_dir() else ():
+            if entry.name not in kept:
+                durable.remove_tree(entry) if entry.is_dir() else durable.remove(entry)
+
+    def _mark(self, wanted: ModelPull) -> str:
+        return fingerprint(wanted, self.cloud.max_bundle_mb)
+
+    async def run_once(self) -> int:
+        """Try every entry that is due; returns how many were activated."""
+        activated = 0
+        for wanted in self.cloud.models:
+            row = await asyncio.to_thread(self.models.pull, wanted.sha256)
+            if is_due(row, self._mark(wanted), self.db.clock.ticks()):
+                activated += await self._pull(wanted, int(row["attempts"] or 0) if row else 0)
+        return activated
+
+    async def _pull(self, wanted: ModelPull, attempts: int) -> bool:
+        place = places(self.data_dir, wanted)
+        attempts += 1
+        try:
+            await self._download(wanted, place)
+            await in_daemon_thread(self._install, wanted, place)
+        except (BundleError, EngineError) as error:
+            if isinstance(error, EngineError) and error.code != "GOLDEN_MISMATCH":
+                await asyncio.to_thread(self._again, wanted, attempts, str(error), None)
+                return False
+            await asyncio.to_thread(self._rejected, wanted, place, attempts, str(error))
+            return False
+        except Again as error:
+            await asyncio.to_thread(self._again, wanted, attempts, error.cause, error.wait)
+            return False
+        except NodeError as error:
+            await asyncio.to_thread(self._again, wanted, attempts, str(error), None)
+            return False
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError, MemoryError, RuntimeError) as error:
+            await asyncio.to_thread(self._again, wanted, attempts, f"{type(error).__name__} while pulling", None)
+            return False
+        await asyncio.to_thread(self._activated, wanted, place, attempts)
+        return True
+
+    async def _download(self, wanted: ModelPull, place: Places) -> None:
+        """Bring the archive to ``place.archive``, going on where a former attempt ended."""
+        await asyncio.to_thread(durable.make_directory, place.archive.parent)
+        have = place.archive.stat().st_size if place.archive.exists() else 0
+        if have and await asyncio.to_thread(durable.sha256_file, place.archive) == wanted.sha256:
+            return  # complete from before a restart
+        headers = {"Range": f"bytes={have}-"} if have else {}
+        token = await asyncio.to_thread(read_token, self.cloud.token_file)
+        if token and confidential(wanted.url) and origin(wanted.url) == origin(self.cloud.stow_url):
+            headers["Authorization"] = f"Bearer {token}"  # never to another host than stow_url's
+        async with (
+            open_session(self.cloud, wanted.url) as session,
+            session.get(
+                wanted.url, headers=headers, max_redirects=5, timeout=_download_timeout(self.cloud.timeout_seconds)
+            ) as response,
+        ):
+            if response.status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+                durable.remove(place.archive)
+                raise Again("what was loaded before does not fit; it is loaded anew", 0.0)
+            if response.status not in {HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT}:
+                wait = retry_after_seconds(response.headers.get("Retry-After"), self.db.clock.wall())
+                raise Again(f"the server answered HTTP {response.status}", wait)
+            resumed = response.status == HTTPStatus.PARTIAL_CONTENT
+            if resumed and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+                durable.remove(place.archive)
+                raise Again("the server sent another range than asked; it is loaded anew", 0.0)
+            start = have if resumed else 0
+            self._check_size(wanted, start + (response.content_length or 0))
+            await self._receive(wanted, place, response, start)
+        digest = await asyncio.to_thread(durable.sha256_file, place.archive)
+        if digest != wanted.sha256:
+            durable.remove(place.archive)
+            if resumed:
+                raise Again("the archive changed between two attempts; it is loaded anew", 0.0)
+            raise WrongDigest(
+                "pull model",
+                f"the archive has the SHA-256 {digest[:16]}…, not {wanted.sha256[:16]}…",
+                "Check url and sha256 of this entry of cloud.models",
+            )
+
+    async def _receive(self, wanted: ModelPull, place: Places, response: aiohttp.ClientResponse, start: int) -> None:
+        size = start
+        with await asyncio.to_thread(place.archive.open, "r+b" if start else "wb") as file:
+            file.seek(start)
+            async for chunk in response.content.iter_chunked(CHUNK_BYTES):
+                size += len(chunk)
+                self._check_size(wanted, size)
+                await asyncio.to_thread(file.write, chunk)
+
+    def _check_size(self, wanted: ModelPull, size: int) -> None:
+        """Raises BundleError above the cap, StorageError when the disk's reserve would be touched."""
+        if size > self.cloud.max_bundle_mb * MEBIBYTE:
+            raise BundleError(
+                f"pull model {wanted.name} {wanted.version}",
+                f"the archive is larger than {self.cloud.max_bundle_mb} MiB",
+                "Raise cloud.max_bundle_mb if that is meant",
+            )
+        if durable.free_bytes(self.data_dir) <= self.reserve:
+            raise StorageError(
+                "pull model", "the disk is at its reserve", "Free space on the volume of data_dir", retryable=True
+            )
+
+    def _install(self, wanted: ModelPull, place: Places) -> None:
+        """Unpack, verify in staging under the final names, then move into place. Blocking.
+
+        The worker picks the newest version in data_dir/models, so nothing unverified may
+        ever stand there.
+        """
+        durable.remove_tree(place.work)
+        durable.make_directory(place.work)
+        room = durable.free_bytes(self.data_dir) - self.reserve
+        caps = Caps(bytes=min(4 * self.cloud.max_bundle_mb * MEBIBYTE, max(0, room)))
+        try:
+            unpacked = unpack(place.archive, place.work / "_unpacked", caps)
+            candidate = place.work / wanted.name / wanted.version
+            durable.make_directory(candidate.parent)
+            durable.rename_into_place(unpacked, candidate)
+            self.verify(candidate)
+            self._place(candidate, place.final)
+        finally:
+            durable.remove_tree(place.work)
+
+    def _place(self, candidate: Path, final: Path) -> None:
+        durable.make_directory(final.parent)
+        if final.exists():
+            if _digests(final) == _digests(candidate):
+                return  # placed before a crash
+            raise BundleError(
+                "place model",
+                f"another bundle is there already as {final.parent.name} {final.name}",
+                "Give the changed bundle a new version",
+            )
+        durable.sync_directory(candidate.parent)
+        durable.rename_into_place(candidate, final)
+        durable.sync_directory(final.parent)
+
+    def _activated(self, wanted: ModelPull, place: Places, attempts: int) -> None:
+        self.models.activate(wanted.name, wanted.version)
+        self._record(wanted, "activated", attempts, 0.0, None)
+        durable.remove(place.archive)
+        doorbell.ring(self.data_dir, "worker")
+        Events(self.db).add("info", "model", f"{wanted.name}@{wanted.version}", "pulled, verified and activated")
+        self._log.info("model activated", model=wanted.name, version=wanted.version, digest=wanted.sha256[:16])
+        metrics.model_pull("activated")
+
+    def _rejected(self, wanted: ModelPull, place: Places, attempts: int, why: str) -> None:
+        durable.remove(place.archive)
+        self._record(wanted, "rejected", attempts, 0.0, f"{why} [{self._mark(wanted)}]")
+        Events(self.db).add("error", "model-rejected", f"{wanted.name}@{wanted.version}", why)
+        self._log.error("model rejected", model=wanted.name, version=wanted.version, cause=why)
+        metrics.model_pull("rejected")
+
+    def _again(self, wanted: ModelPull, attempts: int, why: str, wait: float | None) -> None:
+        pause = wait if wait is not None else backoff_seconds(attempts, BACKOFF_SECONDS, self.longest)
+        self._record(wanted, "pending", attempts, self.db.clock.ticks() + pause, why)
+        if attempts == 1:
+            Events(self.db).add("warning", "model", f"{wanted.name}@{wanted.version}", f"not pulled yet: {why}")
+        self._log.warning("model not pulled", model=wanted.name, version=wanted.version, cause=why, retry_in=pause)
+        metrics.model_pull("retried")
+
+    def _record(self, wanted: ModelPull, state: str, attempts: int, next_at: float, error: str | None) -> None:
+        self.models.record_pull(
+            {
+                "sha256": wanted.sha256,
+                "name": wanted.name,
+                "version": wanted.version,
+                "state": state,
+                "attempts": attempts,
+                "next_at": next_at,
+                "last_error": error,
+                "finished_time": None if state == "pending" else iso(self.db.clock.wall()),
+            }
+        )
+
+
+def _download_timeout(seconds: float) -> aiohttp.ClientTimeout:
+    """A large archive may take long; silence may not."""
+    return aiohttp.ClientTimeout(total=None, sock_connect=min(30.0, seconds), sock_read=seconds)
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    return {str(p.relative_to(folder)): durable.sha256_file(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+async def in_daemon_thread(function: Callable[..., T], *arguments: Any) -> T:
+    """Run something long off the event loop without holding up the end of the process.
+
+    Threads of an executor are joined at exit; a golden case may run for a minute. All that
+    it leaves behind when it is cut is in staging.
+    """
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def finish(result: T | None, error: BaseException | None) -> None:
+        if future.done():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)  # type: ignore[arg-type]  # None only where T is None
+
+    def run() -> None:
+        result, failed = None, None
+        try:
+            result = function(*arguments)
+        except BaseException as error:  # noqa: BLE001 handed to the one who waits
+            failed = error
+        try:
+            loop.call_soon_threadsafe(finish, result, failed)
+        except RuntimeError:
+            return  # the loop has ended; nobody waits any more
+
+    threading.Thread(target=run, name="model-verify", daemon=True).start()
+    return await future
