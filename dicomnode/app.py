@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ class Shell:
         self.settings = settings
         self.name = name
         self.log = logs.get()
+        warnings.showwarning = self._show_warning
         self.stop = lifeline.StopFlag()
         durable.make_directory(settings.node.data_dir)
         self._lock = lifeline.hold_single_instance(settings.node.data_dir, name) if lock else -1
@@ -53,6 +55,10 @@ class Shell:
         self._state = "starting"
         self._beat = threading.Thread(target=self._beat_loop, name="heartbeat", daemon=True)
         self._wake = threading.Event()
+
+    def _show_warning(self, _: object, category: type[Warning], file: str, line: int, *__: object, **___: object) -> None:
+        """Libraries quote values in their warnings, and values are patients' data: the kind and place only."""
+        self.log.debug("library warning", exc_type=category.__name__, source=f"{Path(file).name}:{line}")
 
     def ready(self) -> None:
         """Tell the index and systemd that this process does its work now."""
@@ -267,7 +273,7 @@ def run_sidecar(settings: Settings) -> int:
     """Admin API, dashboard, metrics, cloud outbox and model pull."""
     import asyncio
 
-    from dicomnode import sidecar
+    from dicomnode.sidecar import run_sidecar as run
 
     shell = Shell(settings, "sidecar")
 
@@ -276,7 +282,7 @@ def run_sidecar(settings: Settings) -> int:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
-        await sidecar.run_sidecar(settings, shell.db, verify=lambda path: verify_model(settings, path), stop=stop)
+        await run(settings, shell.db, verify=lambda path: verify_model(settings, path), stop=stop)
 
     asyncio.run(main())
     return 0

@@ -109,11 +109,11 @@ def run(
 ) -> None:
     """Run one process of the node; systemd units use this."""
     from dicomnode import app as node
-    from dicomnode.lifeline import die_with_parent
+    from dicomnode.lifeline import SUPERVISED, die_with_parent
 
     if process not in node.PROCESSES:
         raise OperatorError("run", f"there is no process '{process}'", f"One of: {', '.join(node.PROCESSES)}")
-    if not os.environ.get("NOTIFY_SOCKET"):
+    if os.environ.get(SUPERVISED):
         die_with_parent()
     raise typer.Exit(node.run_process(process, _settings(config), config, fd=fd, slot=slot))
 
@@ -130,6 +130,11 @@ def check_config(config: Config = None, as_json: Json = False) -> None:
         )
         console.print(f"  data in {data['node']['data_dir']}")
         console.print(f"  peers: {', '.join(p['name'] for p in data['peers']) or 'none: every caller is rejected'}")
+        for peer in settings.peers:
+            if peer.commitment or set(peer.allow) - {"echo", "store"}:
+                console.print(
+                    f"  note: peer {peer.name}: this version serves echo and store; the rest has no effect yet"
+                )
         for rule in data["rules"]:
             targets = ", ".join(rule["send_to"]) or "nowhere"
             console.print(f"  rule {rule['name']}: {', '.join(rule['models'])} -> {targets}")

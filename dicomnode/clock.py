@@ -13,6 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
+from dicomnode.errors import OperatorError
+
 
 class Clock(Protocol):
     def wall(self) -> datetime:
@@ -38,11 +40,17 @@ class SystemClock:
 
 
 def boot_id() -> str:
-    """The kernel's identifier of this boot; constant where there is none."""
+    """The kernel's identifier of this boot. Raises OperatorError where it cannot be read.
+
+    Without it a reboot could not be told from a restart, and node time would run backwards.
+    """
+    path = Path("/proc/sys/kernel/random/boot_id")
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:
-        return "unknown"
+        return path.read_text(encoding="ascii").strip()
+    except OSError as error:
+        raise OperatorError(
+            "read the boot id", f"{path}: {error.strerror}", "Let the process see /proc/sys (no ProcSubset=pid)"
+        ) from None
 
 
 def iso(moment: datetime) -> str:

@@ -134,14 +134,22 @@ def write_durable(path: Path, data: bytes) -> None:
     make_directory(path.parent)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
     write_synced(temporary, [data])
-    rename_into_place(temporary, path)
+    try:
+        rename_into_place(temporary, path)
+    except StorageError:
+        remove(temporary)
+        raise
     sync_directory(path.parent)
 
 
 def remove(path: Path) -> None:
     """Delete one file that no committed row names. A missing file is fine."""
-    with contextlib.suppress(FileNotFoundError):
+    try:
         steps.unlink(path)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise _storage_error("remove file", error) from error
 
 
 def remove_tree(path: Path) -> None:

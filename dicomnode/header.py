@@ -28,8 +28,7 @@ MAX_INFLATED = 64 * 1024 * 1024
 
 IMPLICIT_LITTLE = "1.2.840.10008.1.2"
 EXPLICIT_BIG = "1.2.840.10008.1.2.2"
-DEFLATED = {"1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.4.95", "1.2.840.10008.1.2.4.205"}
-_DEFLATED_LITTLE = "1.2.840.10008.1.2.1.99"
+DEFLATED = frozenset({"1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.4.95", "1.2.840.10008.1.2.4.205"})
 
 _UNDEFINED = 0xFFFFFFFF
 _LONG_VRS = frozenset({b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"})
@@ -56,7 +55,7 @@ def read_header(data: bytes | bytearray | memoryview, transfer_syntax_uid: str, 
 
     Raises MalformedDataSet when the bytes cannot be walked within the limits.
     """
-    if transfer_syntax_uid == _DEFLATED_LITTLE:
+    if transfer_syntax_uid in DEFLATED:
         data = _inflate(data)
     raw = _walk(memoryview(data).cast("B"), transfer_syntax_uid, wanted)
     return _decode(raw, wanted, ">" if transfer_syntax_uid == EXPLICIT_BIG else "<")
@@ -89,13 +88,13 @@ def _walk(  # noqa: PLR0912, PLR0915 one loop over one grammar; splitting it wou
     end = len(data)
     position = 0
     elements = items = 0
-    # Nesting: for each open sequence or item its end offset (None: delimited) and whether
-    # its content is a list of items.
-    stack: list[tuple[int | None, bool]] = []
+    # Nesting: for each open sequence or item its end offset (None: delimited), whether its
+    # content is a list of items, and the nearest end that is known.
+    stack: list[tuple[int | None, bool, int]] = []
     while True:
         while stack and stack[-1][0] is not None and position >= stack[-1][0]:
             stack.pop()
-        limit = next((e for e, _ in reversed(stack) if e is not None), end)
+        limit = stack[-1][2] if stack else end
         if position + 8 > limit:
             if position == limit and not stack:
                 return found
@@ -103,10 +102,10 @@ def _walk(  # noqa: PLR0912, PLR0915 one loop over one grammar; splitting it wou
         group, element = tag_of(data, position)
         tag = group << 16 | element
         if not stack:
-            if tag in _PIXEL_TAGS or (tag > wanted.last and tag >= 0x7FE00000):
-                return found
             if group == 0xFFFE:
                 raise _bad("it has an item delimiter outside a sequence")
+            if tag in _PIXEL_TAGS or (tag > wanted.last and tag >= 0x7FE00000):
+                return found
         elements += 1
         if elements > MAX_ELEMENTS * 4:
             raise _bad(f"it has more than {MAX_ELEMENTS * 4} elements before Pixel Data")
@@ -150,8 +149,7 @@ def _walk(  # noqa: PLR0912, PLR0915 one loop over one grammar; splitting it wou
                 raise _bad("it has an element of undefined length that is no sequence")
             if vr == b"UN" and explicit:
                 # PS3.5 6.2.2: UN of undefined length is an implicit VR sequence.
-                value = _skip_implicit(data, value, limit)
-                position = value
+                position, elements = _skip_implicit(data, value, limit, elements)
                 continue
             _push(stack, value, length, limit, is_sequence=True)
             position = value
@@ -163,23 +161,28 @@ def _walk(  # noqa: PLR0912, PLR0915 one loop over one grammar; splitting it wou
         position = value + length
 
 
-def _push(stack: list[tuple[int | None, bool]], start: int, length: int, limit: int, *, is_sequence: bool) -> None:
+def _push(stack: list[tuple[int | None, bool, int]], start: int, length: int, limit: int, *, is_sequence: bool) -> None:
     if len(stack) >= 2 * MAX_DEPTH:
         raise _bad(f"its sequences are nested deeper than {MAX_DEPTH}")
     if length == _UNDEFINED:
-        stack.append((None, is_sequence))
+        stack.append((None, is_sequence, limit))
         return
     if start + length > limit:
         raise _bad("an item is longer than what is left of it")
-    stack.append((start + length, is_sequence))
+    stack.append((start + length, is_sequence, start + length))
 
 
-def _skip_implicit(data: memoryview, position: int, limit: int) -> int:
-    """End of an undefined-length UN value, which is encoded as implicit VR little endian."""
-    depth, steps = 1, 0
+def _skip_implicit(data: memoryview, position: int, limit: int, elements: int) -> tuple[int, int]:
+    """End of an undefined-length UN value, which is encoded as implicit VR little endian.
+
+    ``elements`` counts over the whole data set, so that many such values are bounded too.
+    """
+    depth = 1
     while depth:
-        steps += 1
-        if position + 8 > limit or steps > MAX_ELEMENTS:
+        elements += 1
+        if elements > MAX_ELEMENTS * 4:
+            raise _bad(f"it has more than {MAX_ELEMENTS * 4} elements before Pixel Data")
+        if position + 8 > limit:
             raise _bad("it ends inside a sequence")
         group, element = struct.unpack_from("<HH", data, position)
         length = struct.unpack_from("<I", data, position + 4)[0]
@@ -195,7 +198,7 @@ def _skip_implicit(data: memoryview, position: int, limit: int) -> int:
             if position + length > limit:
                 raise _bad("an element is longer than what is left of it")
             position += length
-    return position
+    return position, elements
 
 
 def _decode(raw: Mapping[int, bytes], wanted: Wanted, order: str) -> dict[str, str]:

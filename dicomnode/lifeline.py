@@ -15,6 +15,9 @@ from types import FrameType
 
 from dicomnode.errors import OperatorError
 
+SUPERVISED = "DICOMNODE_SUPERVISED"
+"""Set in the environment of processes that must die with the one that started them."""
+
 _PR_SET_PDEATHSIG = 1
 
 

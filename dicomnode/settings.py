@@ -274,7 +274,7 @@ def load_settings(path: Path | None) -> Settings:
     try:
         settings = Settings(**data)
     except ValidationError as error:
-        raise SettingsError(operation, _explain(error, data, path), "See config/dicomnode.toml for every key") from None
+        raise SettingsError(operation, _explain(error, path), "See config/dicomnode.toml for every key") from None
     except Exception as error:  # pydantic-settings wraps bad JSON in environment variables
         if type(error).__name__ != "SettingsError":
             raise
@@ -282,28 +282,20 @@ def load_settings(path: Path | None) -> Settings:
     return _anchored(settings, path.parent.resolve() if path else Path.cwd())
 
 
-def _explain(error: ValidationError, data: dict[str, Any], path: Path | None) -> str:
+def _explain(error: ValidationError, path: Path | None) -> str:
     lines = []
     for item in error.errors(include_url=False):
         key = ".".join(str(part) for part in item["loc"]) or "configuration"
-        value = _value_at(data, item["loc"])
+        value = item.get("input")  # what was judged: the environment may have replaced the file's value
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
             message = f"unknown key; {_near(item['loc'])}"
             value = None
         shown = f" = {value!r}" if isinstance(value, str | int | float | bool) else ""
+        shown = re.sub(r"//[^/@]*@", "//***@", shown)  # a password in an address stays out of terminals and logs
         lines.append(f"{key}{shown}: {message}")
     where = f"{path}: " if path else ""
     return where + "; ".join(lines)
-
-
-def _value_at(data: Any, loc: tuple[int | str, ...]) -> Any:
-    for part in loc:
-        try:
-            data = data[part]
-        except (KeyError, IndexError, TypeError):
-            return None
-    return data
 
 
 def _near(loc: tuple[int | str, ...]) -> str:

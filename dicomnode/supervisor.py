@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from dicomnode import logs
-from dicomnode.lifeline import StopFlag
+from dicomnode.lifeline import SUPERVISED, StopFlag
 
 EXIT_CONFIGURATION = 78
 """EX_CONFIG of sysexits.h: starting again cannot help until the operator has acted."""
@@ -19,8 +19,16 @@ EXIT_CONFIGURATION = 78
 BACKOFF_FIRST = 0.2
 BACKOFF_LONGEST = 5.0
 STEADY_SECONDS = 10.0
-STOP_SECONDS = 20.0
+STOP_SECONDS = 6.0
+"""Then SIGKILL: every process may die at any instruction, so a long job or a slow peer is not waited for."""
+
 POLL_SECONDS = 0.05
+
+
+def _child_environment() -> dict[str, str]:
+    """Only the parent talks to systemd; the child dies with the parent."""
+    kept = {k: v for k, v in os.environ.items() if k not in {"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"}}
+    return {**kept, SUPERVISED: "1"}
 
 
 @dataclass(slots=True)
@@ -65,7 +73,9 @@ class Supervisor:
         now = time.monotonic()
         if child.process is None:
             if now >= child.due:
-                child.process = subprocess.Popen(child.argv, pass_fds=child.pass_fds, start_new_session=True)
+                child.process = subprocess.Popen(
+                    child.argv, pass_fds=child.pass_fds, start_new_session=True, env=_child_environment()
+                )
                 child.started = now
             return True
         code = child.process.poll()
@@ -77,7 +87,7 @@ class Supervisor:
             return False
         child.failures = 1 if now - child.started > STEADY_SECONDS else child.failures + 1
         child.restarts += 1
-        wait = min(BACKOFF_LONGEST, BACKOFF_FIRST * 2 ** (child.failures - 1))
+        wait = min(BACKOFF_LONGEST, BACKOFF_FIRST * 2.0 ** min(child.failures - 1, 30))
         child.due = now + wait
         self._log.error("process ended, restarting", name=child.name, exit=code, retry_in=wait)
         with contextlib.suppress(Exception):

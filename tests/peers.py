@@ -130,9 +130,13 @@ class Item:
 
 
 def item_of(path: Path) -> Item:
-    """A Part 10 file as it is: nothing of its data set is parsed."""
+    """A file as it is: nothing of its data set is parsed when it is a Part 10 file."""
+    from pydicom import dcmread
     from pydicom.filereader import read_file_meta_info
 
+    if path.read_bytes()[128:132] != b"DICM":  # a bare data set, implicit VR little endian
+        ds = dcmread(path, force=True, stop_before_pixels=True)
+        return Item(str(ds.SOPClassUID), str(ds.SOPInstanceUID), IMPLICIT_LITTLE, path.read_bytes())
     meta = read_file_meta_info(path)
     return Item(
         str(meta.MediaStorageSOPClassUID),
@@ -490,9 +494,7 @@ class Orthanc:
     def instances(self, study_uid: str) -> dict[str, list[str]]:
         """Modality -> Orthanc's ids of the instances of one study."""
         found: dict[str, list[str]] = {}
-        series = self.post(
-            "/tools/find", {"Level": "Series", "Expand": True, "Query": {"StudyInstanceUID": study_uid}}
-        )
+        series = self.post("/tools/find", {"Level": "Series", "Expand": True, "Query": {"StudyInstanceUID": study_uid}})
         for one in series:
             found.setdefault(one["MainDicomTags"].get("Modality", ""), []).extend(one["Instances"])
         return found
@@ -559,12 +561,13 @@ class ScriptedScp:
 class SlowLink:
     """A TCP forwarder of limited bandwidth, so that a transfer takes long enough to be cut.
 
-    ``bytes_per_second`` towards the target; answers are held back for ``answer_seconds``.
+    ``bytes_per_second`` towards the target, for connections made from then on; answers are
+    held back for ``answer_seconds``.
     """
 
     def __init__(self, target_port: int, *, bytes_per_second: int = 400_000, answer_seconds: float = 0.05) -> None:
         self._target = target_port
-        self._rate = bytes_per_second
+        self.bytes_per_second = bytes_per_second
         self._answer = answer_seconds
         self._listening = socket.create_server(("127.0.0.1", 0))
         self._listening.settimeout(0.2)
@@ -588,7 +591,9 @@ class SlowLink:
                 continue
             inner.settimeout(60)
             outer.settimeout(60)
-            threading.Thread(target=self._pump, args=(inner, outer, 4096, 4096 / self._rate), daemon=True).start()
+            chunk = max(4096, self.bytes_per_second // 100)
+            pause = chunk / self.bytes_per_second
+            threading.Thread(target=self._pump, args=(inner, outer, chunk, pause), daemon=True).start()
             threading.Thread(target=self._pump, args=(outer, inner, 65536, self._answer), daemon=True).start()
 
     def _pump(self, source: socket.socket, target: socket.socket, chunk: int, pause: float) -> None:

@@ -72,7 +72,7 @@ def keys(service: str) -> dict[str, str]:
 
 
 def test_the_four_processes_have_a_unit_each() -> None:
-    assert SERVICES == [f"dicomnode-{p}.service" for p in ("courier", "receiver", "sidecar", "worker")]
+    assert [f"dicomnode-{p}.service" for p in ("courier", "receiver", "sidecar", "worker")] == SERVICES
     target = (UNITS / "dicomnode.target").read_text(encoding="utf-8")
     for service in SERVICES:
         unit = keys(service)

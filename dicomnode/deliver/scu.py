@@ -24,6 +24,8 @@ from dicomnode.errors import PeerAway, PeerRefused
 from dicomnode.settings import Delivery, Peer
 
 MAX_CONTEXTS = 127
+SLOWEST_BYTES_PER_SECOND = 125_000
+"""A line of 1 Mbit/s; the wait for a response begins before the object's last byte is sent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +149,7 @@ def send_batch(
     try:
         accepted = {(str(c.abstract_syntax), str(c.transfer_syntax[0])) for c in assoc.accepted_contexts}
         for index, outgoing in enumerate(objects):
-            outcome = _send(assoc, outgoing, accepted)
+            outcome = _send(assoc, outgoing, accepted, delivery.response_seconds)
             on_outcome(outcome)
             if outcome.sent is Sent.retry:
                 for later in objects[index + 1 :]:
@@ -162,7 +164,7 @@ def _contexts(objects: Iterable[Outgoing]) -> list[tuple[str, str]]:
     return list(dict.fromkeys((o.sop_class_uid, o.transfer_syntax_uid) for o in objects))[:MAX_CONTEXTS]
 
 
-def _send(assoc: Any, outgoing: Outgoing, accepted: set[tuple[str, str]]) -> SendOutcome:
+def _send(assoc: Any, outgoing: Outgoing, accepted: set[tuple[str, str]], response_seconds: float) -> SendOutcome:
     if (outgoing.sop_class_uid, outgoing.transfer_syntax_uid) not in accepted:
         return SendOutcome(
             outgoing.key, Sent.rejected, "the peer accepts neither this SOP class nor its transfer syntax"
@@ -170,6 +172,9 @@ def _send(assoc: Any, outgoing: Outgoing, accepted: set[tuple[str, str]]) -> Sen
     if not assoc.is_established:
         return SendOutcome(outgoing.key, Sent.retry, "the association was cut")
     try:
+        size = outgoing.path.stat().st_size
+        # pynetdicom starts this clock when the object is queued, not when it is sent.
+        assoc.dimse_timeout = response_seconds + size / SLOWEST_BYTES_PER_SECOND
         status = assoc.send_c_store(outgoing.path)
     except FileNotFoundError:
         return SendOutcome(outgoing.key, Sent.rejected, "the object is not in the store")

@@ -168,17 +168,31 @@ class Database:
 def _lock_and_migrate(path: Path, lock_path: Path) -> int:
     """Return a descriptor with a shared lock once the schema is current."""
     fd = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        _lock_current(fd, path)
+    except (apsw.NotADBError, apsw.CorruptError) as error:
+        os.close(fd)
+        raise StorageError(
+            "open index", f"{path} is damaged ({type(error).__name__})", "Restore the index from a backup"
+        ) from error
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _lock_current(fd: int, path: Path) -> None:
+    """Hold the shared lock and have the schema current, migrating it alone if need be."""
     deadline = time.monotonic() + MIGRATION_WAIT_SECONDS
     while True:
         fcntl.flock(fd, fcntl.LOCK_SH)
         if _current(path):
-            return fd
+            return
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             fcntl.flock(fd, fcntl.LOCK_UN)
             if time.monotonic() > deadline:
-                os.close(fd)
                 raise StorageError(
                     "migrate the index",
                     "another process of this node has it open",

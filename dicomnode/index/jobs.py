@@ -197,22 +197,7 @@ class Jobs:
             job = self._owned(job_id, owner)
             study_id = db.value("SELECT study_id FROM series WHERE id = ?", (job["series_id"],))
             for result in outcome.results:
-                Catalogue(db).add(result.instance)
-                attributes = result.instance.attributes
-                result_id = db.insert(
-                    "results",
-                    {
-                        "job_id": job_id,
-                        "kind": result.kind,
-                        "SOPClassUID": attributes["SOPClassUID"],
-                        "SOPInstanceUID": attributes["SOPInstanceUID"],
-                        "SeriesInstanceUID": attributes["SeriesInstanceUID"],
-                        "TransferSyntaxUID": result.instance.transfer_syntax_uid,
-                        "file": result.instance.file,
-                        "sha256": result.instance.sha256,
-                        "created_time": moment,
-                    },
-                )
+                result_id = self._result(job_id, result, moment)
                 wanted = [("deliveries", d) for d in json.loads(job["destinations"])]
                 wanted += [("sync_items", sync_destination)] if sync_destination else []
                 for table, destination in wanted:
@@ -227,6 +212,7 @@ class Jobs:
                             "created_at": now,
                             "created_time": moment,
                         },
+                        conflict="OR IGNORE",
                     )
             self._leave(job, JobEvent.finish)
             db.execute(
@@ -241,6 +227,32 @@ class Jobs:
                     job_id,
                 ),
             )
+
+    def _result(self, job_id: int, result: Result, moment: str) -> int:
+        """Row of a result; the one that is there when another job made the same object.
+
+        Two rules can name one model in two ways, ``name`` and ``name@version``: the same
+        work has the same UIDs, and the object that came first stays.
+        """
+        attributes = result.instance.attributes
+        known = self.db.value("SELECT id FROM results WHERE SOPInstanceUID = ?", (attributes["SOPInstanceUID"],))
+        if known is not None:
+            return int(known)
+        Catalogue(self.db).add(result.instance)
+        return self.db.insert(
+            "results",
+            {
+                "job_id": job_id,
+                "kind": result.kind,
+                "SOPClassUID": attributes["SOPClassUID"],
+                "SOPInstanceUID": attributes["SOPInstanceUID"],
+                "SeriesInstanceUID": attributes["SeriesInstanceUID"],
+                "TransferSyntaxUID": result.instance.transfer_syntax_uid,
+                "file": result.instance.file,
+                "sha256": result.instance.sha256,
+                "created_time": moment,
+            },
+        )
 
     def refuse(self, job_id: int, owner: str, error: str) -> None:
         """The input does not meet the model's contract; final until requeued or superseded."""

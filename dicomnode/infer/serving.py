@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,6 +41,10 @@ def resolve(folders: Sequence[BundleFolder], reference: str, active: dict[str, s
     return best
 
 
+RETRY_SECONDS = 30.0
+"""A bundle that cannot serve is looked at again this often while no job asks for it."""
+
+
 class ServingModels:
     """Loads on demand and keeps what is loaded until another version takes its place."""
 
@@ -52,6 +57,7 @@ class ServingModels:
         self._threads = threads
         self._ready: dict[str, ReadyModel] = {}
         self._errors: dict[str, str] = {}
+        self._not_before: dict[str, float] = {}
         self._log = logs.get()
 
     def get(self, reference: str) -> ReadyModel:
@@ -82,6 +88,8 @@ class ServingModels:
     def prepare(self, references: Sequence[str]) -> None:
         """Verify all of these now; what fails is reported and tried again with its next job."""
         for reference in references:
+            if time.monotonic() < self._not_before.get(reference, 0.0):
+                continue
             try:
                 self.get(reference)
             except Exception as error:  # noqa: BLE001 one bad bundle must not stop the others
@@ -89,6 +97,7 @@ class ServingModels:
                 self._log.error("model cannot serve", model=reference, error=str(error))
 
     def _fail(self, reference: str, error: str) -> None:
+        self._not_before[reference] = time.monotonic() + RETRY_SECONDS
         if self._errors.get(reference) != error:
             self._errors[reference] = error
             self._events.add("error", "model", reference, error)

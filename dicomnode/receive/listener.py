@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from pynetdicom import AE, AllStoragePresentationContexts, evt
+from pynetdicom import AE, evt
 from pynetdicom import _config as pynetdicom_config
 from pynetdicom._globals import ALL_TRANSFER_SYNTAXES
 from pynetdicom.association import Association
@@ -19,19 +19,41 @@ from pynetdicom.transport import RequestHandler, ThreadedAssociationServer
 
 from dicomnode import doorbell, logs, metrics
 from dicomnode.durable import ObjectStore
+from dicomnode.errors import NodeError, OperatorError
 from dicomnode.header import Wanted
 from dicomnode.index.catalogue import Catalogue
 from dicomnode.index.database import Database
 from dicomnode.index.keys import HEADER_KEYS
-from dicomnode.index.operation import Events
+from dicomnode.index.operation import Events, Severity
+from dicomnode.receive.classes import STORAGE_CLASSES
 from dicomnode.receive.guard import ConnectionCounter, GuardedSocket, Limits
-from dicomnode.receive.ingest import SUCCESS, Committer, Ingest, StoreAnswer, StoreRequest
+from dicomnode.receive.ingest import OUT_OF_RESOURCES, SUCCESS, Committer, Ingest, StoreAnswer, StoreRequest
 from dicomnode.receive.part10 import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 from dicomnode.receive.policy import Rejection, decide_association
 from dicomnode.settings import Peer, Settings
 
-STORAGE_CLASSES = frozenset(str(cx.abstract_syntax) for cx in AllStoragePresentationContexts)
-SHUTDOWN_SECONDS = 10.0
+SHUTDOWN_SECONDS = 3.0
+REPEAT_SECONDS = 10.0
+
+
+class Throttle:
+    """Lets the same complaint through once in a while: a flood must not become a flood of rows."""
+
+    def __init__(self, seconds: float = REPEAT_SECONDS, most: int = 1000) -> None:
+        self._seconds = seconds
+        self._most = most
+        self._lock = threading.Lock()
+        self._last: dict[tuple[str, str], float] = {}
+
+    def passes(self, key: tuple[str, str]) -> bool:
+        now = time.monotonic()
+        with self._lock:
+            if now - self._last.get(key, -self._seconds) < self._seconds:
+                return False
+            if len(self._last) >= self._most:
+                self._last.clear()
+            self._last[key] = now
+            return True
 
 
 def accepted_contexts(proposed: Sequence[Any], allowed: frozenset[str]) -> list[PresentationContext]:
@@ -62,6 +84,7 @@ class Listener:
         self.name = name
         self.log = logs.get()
         self.events = Events(db)
+        self._throttle = Throttle()
         self.catalogue = Catalogue(db)
         lost = self.catalogue.associations_lost(name)
         if lost:
@@ -137,8 +160,9 @@ class Listener:
     def _report_rejection(self, rejection: Rejection, assoc: Any) -> None:
         metrics.association("rejected")
         address = assoc.requestor.address
-        self.log.warning("association rejected", address=address, cause=rejection.cause, hint=rejection.hint)
-        self.events.add("warning", "association-rejected", address, f"{rejection.cause}. {rejection.hint}")
+        if self._throttle.passes((address, rejection.cause)):
+            self.log.warning("association rejected", address=address, cause=rejection.cause, hint=rejection.hint)
+            self._event("warning", "association-rejected", address, f"{rejection.cause}. {rejection.hint}")
 
     def on_established(self, event: Any) -> None:
         metrics.association("accepted")
@@ -149,27 +173,22 @@ class Listener:
         begin = time.perf_counter()
         assoc = event.assoc
         peer: Peer = assoc.node_peer
-        if not assoc.node_id:
-            assoc.node_id = uuid.uuid4().hex
-            self.catalogue.association_opened(
-                association_id=assoc.node_id,
-                receiver=self.name,
-                peer=peer.name,
-                ae=peer.ae_title,
-                address=assoc.requestor.address,
-            )
         request = event.request
         buffer = request.DataSet.getbuffer() if request.DataSet is not None else memoryview(b"")
-        answer = self.ingest.store(
-            StoreRequest(
-                sop_class_uid=str(request.AffectedSOPClassUID or ""),
-                sop_instance_uid=str(request.AffectedSOPInstanceUID or ""),
-                transfer_syntax_uid=str(event.context.transfer_syntax),
-                data_set=buffer,
-                calling_ae=peer.ae_title,
-                association_id=assoc.node_id,
+        try:
+            self._open(assoc, peer)
+            answer = self.ingest.store(
+                StoreRequest(
+                    sop_class_uid=str(request.AffectedSOPClassUID or ""),
+                    sop_instance_uid=str(request.AffectedSOPInstanceUID or ""),
+                    transfer_syntax_uid=str(event.context.transfer_syntax),
+                    data_set=buffer,
+                    calling_ae=peer.ae_title,
+                    association_id=assoc.node_id,
+                )
             )
-        )
+        except NodeError as error:
+            answer = StoreAnswer(OUT_OF_RESOURCES, f"{error.operation}: {error.cause}", error.hint)
         size = len(buffer)
         buffer.release()
         assoc.dul.socket.message_done()
@@ -180,14 +199,32 @@ class Listener:
             self._report_refusal(answer, peer)
         return answer.status
 
+    def _open(self, assoc: Any, peer: Peer) -> None:
+        """Record the association with its first object; it is evidence for completeness."""
+        if assoc.node_id:
+            return
+        association_id = uuid.uuid4().hex
+        self.catalogue.association_opened(
+            association_id=association_id,
+            receiver=self.name,
+            peer=peer.name,
+            ae=peer.ae_title,
+            address=assoc.requestor.address,
+        )
+        assoc.node_id = association_id
+
     def _report_refusal(self, answer: StoreAnswer, peer: Peer) -> None:
         status = f"0x{answer.status:04X}"
         self.log.warning("object not stored", peer=peer.name, status=status, cause=answer.cause, hint=answer.hint)
-        # A full disk must not stop the answer: the event is a row too.
+        if self._throttle.passes((peer.name, answer.cause)):
+            self._event("error", "store-refused", peer.name, f"{status} {answer.cause}. {answer.hint}".strip())
+
+    def _event(self, severity: Severity, kind: str, subject: str, text: str) -> None:
+        """Events are rows: on a full disk the log line alone has to do."""
         try:
-            self.events.add("error", "store-refused", peer.name, f"{status} {answer.cause}. {answer.hint}".strip())
-        except Exception:  # noqa: BLE001 the log line above has it
-            self.log.warning("event not recorded", peer=peer.name, status=status)
+            self.events.add(severity, kind, subject, text)
+        except NodeError as error:
+            self.log.warning("event not recorded", kind=kind, error=str(error))
 
     def on_released(self, event: Any) -> None:
         self._closed(event.assoc, "released")
@@ -201,10 +238,16 @@ class Listener:
         violation = getattr(sock, "violation", "")
         if violation:
             peer = getattr(assoc, "node_peer", None)
-            self.log.warning("connection refused", address=address, peer=peer.name if peer else "", cause=violation)
-            self.events.add("warning", "limit", peer.name if peer else address, violation)
+            if self._throttle.passes((address, violation)):
+                self.log.warning("connection cut", address=address, peer=peer.name if peer else "", cause=violation)
+                self._event("warning", "limit", peer.name if peer else address, violation)
         if getattr(assoc, "node_peer", None) is not None:
             self._closed(assoc, "lost")
+
+    def too_many(self, address: str) -> None:
+        if self._throttle.passes((address, "too many connections")):
+            self.log.warning("connection refused", address=address, cause="too many connections")
+            self._event("warning", "limit", address, "too many connections from this address or in total")
 
     def _closed(self, assoc: Any, state: str) -> None:
         if getattr(assoc, "node_closed", False):
@@ -267,7 +310,7 @@ class _Server(ThreadedAssociationServer):  # type: ignore[misc]
         if self.connections.admit(client_address[0]):
             return True
         metrics.association("refused")
-        self.listener.log.warning("connection refused", address=client_address[0], cause="too many connections")
+        self.listener.too_many(str(client_address[0]))
         return False
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
@@ -295,8 +338,6 @@ class _Server(ThreadedAssociationServer):  # type: ignore[misc]
 
 def listen(host: str, port: int, backlog: int = 128) -> socket.socket:
     """Bind and listen. Raises OperatorError when the address cannot be had."""
-    from dicomnode.errors import OperatorError
-
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -58,9 +59,10 @@ def _in_range(value: str, condition: Range) -> bool:
 
 def _number(value: str) -> float | None:
     try:
-        return float(value)
+        number = float(value)
     except ValueError:
         return None
+    return number if math.isfinite(number) else None  # NaN would lie within every range
 
 
 def rule_matches(rule: Rule, attributes: Mapping[str, Any]) -> bool:

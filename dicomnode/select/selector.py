@@ -15,6 +15,9 @@ from dicomnode.select.completeness import AssociationEvidence, Evidence, Verdict
 from dicomnode.select.rules import requests_for
 from dicomnode.settings import Settings
 
+FARTHEST_MM = 1e6
+"""Positions beyond a kilometre, infinite ones and NaN are no geometry."""
+
 
 class Selector:
     """One pass looks at every open series; call it when rung and when its wait is over."""
@@ -88,7 +91,9 @@ class Selector:
 def stated_count(attributes: Mapping[str, str]) -> int | None:
     """Number of Series Related Instances (0020,1209), where a sender puts it into its objects."""
     stated = attributes.get("NumberOfSeriesRelatedInstances", "")
-    return int(stated) if stated.isdigit() and int(stated) > 0 else None
+    if not (stated.isascii() and stated.isdigit() and len(stated) <= 12):  # IS, PS3.5 6.2; int() has limits of its own
+        return None
+    return int(stated) or None
 
 
 def stack_of(instances: Sequence[Row]) -> StackReport | None:
@@ -112,6 +117,7 @@ def _numbers(text: str, count: int) -> tuple[float, ...] | None:
     if len(parts) != count:
         return None
     try:
-        return tuple(float(p) for p in parts)
+        numbers = tuple(float(p) for p in parts)
     except ValueError:
         return None
+    return numbers if all(abs(n) <= FARTHEST_MM for n in numbers) else None

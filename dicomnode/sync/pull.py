@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import aiohttp
 
@@ -187,7 +187,7 @@ class ModelPuller:
             async for chunk in response.content.iter_chunked(CHUNK_BYTES):
                 size += len(chunk)
                 self._check_size(wanted, size)
-                await asyncio.to_thread(file.write, chunk)
+                await asyncio.to_thread(_append, file, chunk)
 
     def _check_size(self, wanted: ModelPull, size: int) -> None:
         """Raises BundleError above the cap, StorageError when the disk's reserve would be touched."""
@@ -273,6 +273,12 @@ class ModelPuller:
                 "finished_time": None if state == "pending" else iso(self.db.clock.wall()),
             }
         )
+
+
+def _append(file: IO[bytes], chunk: bytes) -> None:
+    """Out of our hands at once, so that a cut leaves what came before it."""
+    file.write(chunk)
+    file.flush()
 
 
 def _download_timeout(seconds: float) -> aiohttp.ClientTimeout:

@@ -23,6 +23,7 @@ from dicomnode.errors import NodeError
 
 WATCH_SECONDS = 5.0
 JUMP_SECONDS = 10.0
+STOP_SECONDS = 2.0
 
 
 @dataclass(slots=True)
@@ -54,6 +55,7 @@ class Schedule:
         self._wall = wall
         self._runs: dict[str, Run] = {}
         self._watch: asyncio.Task[None] | None = None
+        self._running: set[asyncio.Task[Any]] = set()
         self._log = logs.get()
 
     def every(self, name: str, seconds: float, action: Callable[[], Awaitable[object]]) -> None:
@@ -61,7 +63,13 @@ class Schedule:
         self._runs[name] = Run(seconds)
 
         async def task() -> None:
-            await self._run(name, action)
+            current = asyncio.current_task()
+            assert current is not None
+            self._running.add(current)
+            try:
+                await self._run(name, action)
+            finally:
+                self._running.discard(current)
 
         self._scheduler.add_job(task, "interval", seconds=seconds, id=name, next_run_time=datetime.now(UTC))
 
@@ -81,7 +89,10 @@ class Schedule:
                 await self._watch
         if self._scheduler.running:
             self._scheduler.shutdown(wait=False)
-        await asyncio.sleep(0)
+        for task in self._running:
+            task.cancel()
+        if self._running:
+            await asyncio.wait(self._running, timeout=STOP_SECONDS)
 
     def report(self) -> dict[str, dict[str, Any]]:
         """For the heartbeat: each task's last run, duration and error."""

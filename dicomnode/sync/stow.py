@@ -128,9 +128,9 @@ class StowSender:
         """Verdict by SOPInstanceUID, and Retry-After in seconds where it was given."""
         uids = [p.uid for p in parts]
         boundary = secrets.token_hex(24)
-        heads = [_head(boundary, p.item["TransferSyntaxUID"]) for p in parts]
+        head = _head(boundary)
         tail = f"--{boundary}--\r\n".encode()
-        length = sum(len(h) + p.size + 2 for h, p in zip(heads, parts, strict=True)) + len(tail)
+        length = sum(len(head) + p.size + 2 for p in parts) + len(tail)
         headers = {
             "Content-Type": f'multipart/related; type="application/dicom"; boundary={boundary}',
             "Content-Length": str(length),
@@ -144,7 +144,7 @@ class StowSender:
         wait: float | None = None
         try:
             async with session.post(
-                self.cloud.stow_url, data=self._body(heads, parts, tail), headers=headers, allow_redirects=False
+                self.cloud.stow_url, data=self._body(head, parts, tail), headers=headers, allow_redirects=False
             ) as response:
                 wait = retry_after_seconds(response.headers.get("Retry-After"), self.db.clock.wall())
                 status = response.status
@@ -162,8 +162,8 @@ class StowSender:
             metrics.observe("sync", perf_counter() - begin)
         return judge(status, reply, uids), wait
 
-    async def _body(self, heads: Sequence[bytes], parts: Sequence[Part], tail: bytes) -> AsyncIterator[bytes]:
-        for head, part in zip(heads, parts, strict=True):
+    async def _body(self, head: bytes, parts: Sequence[Part], tail: bytes) -> AsyncIterator[bytes]:
+        for part in parts:
             yield head
             file = await asyncio.to_thread(self.objects.path(part.item["file"]).open, "rb")
             with file:
@@ -223,8 +223,10 @@ class StowSender:
         self._log.info("cloud", destination=DESTINATION, state=str(kind), cause=text)
 
 
-def _head(boundary: str, transfer_syntax_uid: str) -> bytes:
-    """Part header (PS3.18 8.7.3.5): the transfer syntax is a parameter of the media type."""
-    return (f"--{boundary}\r\nContent-Type: application/dicom; transfer-syntax={transfer_syntax_uid}\r\n\r\n").encode(
-        "ascii"
-    )
+def _head(boundary: str) -> bytes:
+    """Part header (PS3.18 8.6.1.2.1.4), without the transfer-syntax parameter.
+
+    The file's meta header says it anyway, and Orthanc's plug-in (1.7) passes over a part
+    whose type has a parameter, with HTTP 200 and nothing stored.
+    """
+    return f"--{boundary}\r\nContent-Type: application/dicom\r\n\r\n".encode("ascii")

@@ -17,10 +17,10 @@ import apsw
 import numpy as np
 import psutil
 import pydicom
-from tests.peers import CT_IMAGE, EXPLICIT_LITTLE, Item, Process, free_port, wait_for
 from pydicom.uid import generate_uid
 
 from dicomnode.demo.phantom import EXAMPLE_TIME, Phantom, thorax, to_datasets
+from tests.peers import CT_IMAGE, EXPLICIT_LITTLE, Item, Process, free_port, wait_for
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -179,8 +179,7 @@ class Node:
 
     def jobs(self, series_uid: str) -> list[dict[str, Any]]:
         return self.rows(
-            "SELECT j.* FROM jobs j JOIN series s ON s.id = j.series_id WHERE s.SeriesInstanceUID = ?"
-            " ORDER BY j.id",
+            "SELECT j.* FROM jobs j JOIN series s ON s.id = j.series_id WHERE s.SeriesInstanceUID = ? ORDER BY j.id",
             (series_uid,),
         )
 
@@ -282,7 +281,7 @@ def make_series(
     datasets = []
     tags = {"PatientName": f"{CANARY}^Test", "StudyDescription": "e2e", **tags}
     study, series = str(generate_uid()), str(generate_uid())
-    for number, ds in enumerate(
+    for number, shared in enumerate(
         to_datasets(
             small_phantom(slices),
             study_uid=str(tags.pop("StudyInstanceUID", study)),
@@ -291,6 +290,10 @@ def make_series(
             clock=EXAMPLE_TIME,
         )
     ):
+        ds = pydicom.Dataset()  # the slices of to_datasets share elements: a change would be everyone's
+        for element in shared:
+            ds.add_new(element.tag, element.VR, element.value)
+        ds.file_meta = shared.file_meta
         ds.SeriesDescription = description
         for keyword, value in tags.items():
             setattr(ds, keyword, value)

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
-from tests.e2e.harness import ROOT, SEG, Node, make_series, placed_labels, rule, sr_volumes
-from tests.peers import Orthanc, program, quiet_environment, wait_for
 
 from dicomnode.infer.engine import choose_engine
 from dicomnode.infer.golden import open_model
+from tests.e2e.harness import ROOT, SEG, Node, make_series, placed_labels, rule, sr_volumes
+from tests.peers import Orthanc, program, quiet_environment, wait_for
 
 pytestmark = pytest.mark.peers
 

@@ -7,11 +7,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from encode_case import AXIAL, MILLILITRE, SEGMENTS, SHARED_DATA, VOLUME, Case, blobs, identity, program, slice_dataset
 from pydicom.dataset import Dataset
 from pydicom.uid import ExplicitVRLittleEndian
 
 from dicomnode.records import Analysis, Code, Measurement, SourceInstance
+from tests.encode.encode_case import (
+    AXIAL,
+    MILLILITRE,
+    SEGMENTS,
+    SHARED_DATA,
+    VOLUME,
+    Case,
+    blobs,
+    identity,
+    program,
+    slice_dataset,
+)
 
 Change = Callable[[Dataset, int], None]
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 import highdicom as hd
 import numpy as np
 import pytest
-from encode_case import (
+from pydicom.uid import ExplicitVRLittleEndian
+
+from dicomnode.encode import encode_results
+from dicomnode.errors import NodeError, UnsuitableSeries
+from tests.encode.encode_case import (
     AXIAL,
     CORONAL,
     MODEL,
@@ -16,10 +20,6 @@ from encode_case import (
     identity,
     read,
 )
-from pydicom.uid import ExplicitVRLittleEndian
-
-from dicomnode.encode import encode_results
-from dicomnode.errors import NodeError, UnsuitableSeries
 
 
 def seg_of(case):

@@ -7,12 +7,12 @@ from dataclasses import replace
 import highdicom as hd
 import numpy as np
 import pytest
-from encode_case import MODEL, SEGMENTS, VOLUME, identity, read
 from pydicom.uid import Comprehensive3DSRStorage, SegmentationStorage
 
 from dicomnode.encode import encode_results
 from dicomnode.errors import NodeError
 from dicomnode.records import Code, Measurement
+from tests.encode.encode_case import MODEL, SEGMENTS, VOLUME, identity, read
 
 
 def objects_of(case):

@@ -12,17 +12,6 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
-from encode_case import (
-    AXIAL,
-    CORONAL,
-    REPOSITORY,
-    SAGITTAL,
-    SHARED_DATA,
-    Case,
-    blobs,
-    identity,
-    read,
-)
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRLittleEndian
@@ -31,6 +20,20 @@ from dicomnode.encode import encode_results
 from dicomnode.encode.common import quiet_pydicom
 from dicomnode.errors import NodeError, UnsuitableSeries
 from dicomnode.records import Analysis, Code, Measurement, SourceInstance
+from tests.encode.encode_case import (
+    AXIAL,
+    CORONAL,
+    MILLILITRE,
+    REPOSITORY,
+    SAGITTAL,
+    SEGMENTS,
+    SHARED_DATA,
+    VOLUME,
+    Case,
+    blobs,
+    identity,
+    read,
+)
 
 
 def encode(case):
@@ -331,7 +334,6 @@ def real_case(real_ct: list[Path]) -> Case:
         SourceInstance(str(ds.SOPInstanceUID), str(ds.SOPClassUID), str(ds.file_meta.TransferSyntaxUID), path, "0" * 64)
         for ds, path in zip(headers, real_ct, strict=True)
     )
-    from encode_case import MILLILITRE, SEGMENTS, VOLUME
 
     analysis = Analysis(
         labels=blobs(len(headers), 512, 512),

@@ -63,7 +63,15 @@ def new_instance(store: durable.ObjectStore, origin: str) -> NewInstance:
     name = store.new_name(ds.SeriesInstanceUID)
     store.stage(name, [data])
     digest = hashlib.sha256(data).hexdigest()
-    keys = "SOPInstanceUID SOPClassUID SeriesInstanceUID StudyInstanceUID PatientID PatientName Modality".split()
+    keys = [
+        "SOPInstanceUID",
+        "SOPClassUID",
+        "SeriesInstanceUID",
+        "StudyInstanceUID",
+        "PatientID",
+        "PatientName",
+        "Modality",
+    ]
     return NewInstance(
         attributes={k: str(ds[k].value) for k in keys},
         transfer_syntax_uid=str(ExplicitVRLittleEndian),
@@ -81,7 +89,9 @@ def add_job(db: Database, data_dir: Path, *, destinations: tuple[str, ...] = (),
     store.prepare()
     source = new_instance(store, "received")
     Catalogue(db).commit([source])
-    series = db.row("SELECT id, generation FROM series WHERE SeriesInstanceUID = ?", (source.attributes["SeriesInstanceUID"],))
+    series = db.row(
+        "SELECT id, generation FROM series WHERE SeriesInstanceUID = ?", (source.attributes["SeriesInstanceUID"],)
+    )
     assert series is not None
     request = Request("ct-lung", ("chest-ct",), destinations, "routine")
     return Jobs(db).select(series["id"], series["generation"], reason, [request])[0]

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from tests.sync.cloud_fake import FakeCloud, reply, served
-from tests.sync.index_case import FakeClock, add_results, make_settings, states
 
 from dicomnode import durable
 from dicomnode.index.database import Database
 from dicomnode.index.operation import Events
 from dicomnode.sync.stow import MAX_REPLY_BYTES, StowSender
+from tests.sync.cloud_fake import FakeCloud, reply, served
+from tests.sync.index_case import FakeClock, add_results, make_settings, states
 
 Body = Callable[[StowSender, FakeCloud], Awaitable[None]]
 
@@ -89,7 +89,9 @@ def cut(fake: FakeCloud, request: web.Request, body: bytes) -> None:
 async def half(fake: FakeCloud, request: web.Request, body: bytes) -> web.StreamResponse:
     full = fake.store(request, body)
     assert isinstance(full.body, bytes)
-    response = web.StreamResponse(headers={"Content-Type": "application/dicom+json", "Content-Length": str(len(full.body))})
+    response = web.StreamResponse(
+        headers={"Content-Type": "application/dicom+json", "Content-Length": str(len(full.body))}
+    )
     await response.prepare(request)
     await response.write(full.body[:20])
     assert request.transport is not None
@@ -111,9 +113,22 @@ async def huge(_: FakeCloud, request: web.Request, __: bytes) -> web.StreamRespo
 
 @pytest.mark.parametrize(
     "fault",
-    [answer(500), answer(503), answer(429), answer(408), answer(200), answer(401), answer(403), answer(404), answer(302, Location="http://127.0.0.1:9/"), cut, half, huge],
+    [
+        answer(500),
+        answer(503),
+        answer(429),
+        answer(408),
+        answer(200),
+        answer(401),
+        answer(403),
+        answer(404),
+        answer(302, Location="http://127.0.0.1:9/"),
+        cut,
+        half,
+        huge,
+    ],
     ids=["500", "503", "429", "408", "empty", "401", "403", "404", "redirect", "cut", "half", "huge"],
-)  # fmt: skip
+)
 def test_passing_faults_are_retried_until_stored_once_in_effect(
     db: Database, tmp_path: Path, clock: FakeClock, fault: Any
 ) -> None:

@@ -1,0 +1,378 @@
+"""The admin application over real HTTP: answers, refusals, headers, no patient data."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import ClientSession, TCPConnector
+from aiohttp.test_utils import TestServer
+
+from dicomnode import metrics
+from dicomnode.admin.application import make_app
+from dicomnode.index.database import Database
+from dicomnode.index.jobs import Jobs
+from dicomnode.index.operation import Events, Models, Processes
+from dicomnode.index.outbox import Outbox
+from dicomnode.settings import Settings
+from tests.sync.index_case import CANARY, FakeClock, add_job, add_results, make_settings, states
+
+PACS = {"name": "pacs", "ae_title": "PACS", "host": "127.0.0.1", "port": 11199, "allow": ["echo"]}
+RULE = {"name": "chest", "match": {"Modality": "CT"}, "models": ["ct-lung"], "send_to": ["pacs"]}
+XSS = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'&"
+CHANGE = {"X-Dicomnode": "1"}
+
+Body = Callable[[ClientSession], Awaitable[None]]
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+def db(tmp_path: Path, clock: FakeClock) -> Any:
+    database = Database(tmp_path, clock)
+    yield database
+    database.close()
+
+
+def node(tmp_path: Path, **sections: Any) -> Settings:
+    return make_settings(tmp_path, **{"peers": [PACS], "rules": [RULE], "dimse": {"workers": 1}, **sections})
+
+
+def drive(db: Database, settings: Settings, body: Body) -> None:
+    async def main() -> None:
+        async with (
+            TestServer(make_app(db, settings), host="127.0.0.1") as server,
+            ClientSession(server.make_url("/"), connector=TCPConnector(force_close=True)) as client,
+        ):
+            await body(client)
+
+    asyncio.run(main())
+
+
+def populate(db: Database, tmp_path: Path) -> int:
+    """One finished job with results, one refused; returns the refused one's id."""
+    add_results(db, tmp_path, 2, destinations=("pacs",))
+    refused = add_job(db, tmp_path, reason=XSS)
+    leased = Jobs(db).lease("worker", 60)
+    assert leased is not None
+    Jobs(db).refuse(refused, "worker", f"GAP: {XSS}")
+    outbox = Outbox(db, "deliveries")
+    [first, *_] = outbox.lease("pacs", "courier", 60, 1)
+    outbox.reject(first["id"], "courier", XSS)
+    Events(db).add("error", XSS, XSS, XSS)
+    Models(db).activate("ct-lung", "1.0.0")
+    Processes(db).beat(
+        "worker", "ready", {"models": {"ready": {}, "failed": {"ct-lung": XSS}}}, metrics.snapshot()
+    )  # fmt: skip
+    return refused
+
+
+ALL_PAGES = [
+    "/", "/?lang=zh", "/health", "/ready", "/metrics", "/api/v1/status", "/api/v1/jobs", "/api/v1/jobs/1",
+    "/api/v1/deliveries", "/api/v1/sync", "/static/style.css", "/static/app.js", "/nothing", "/api/v1/jobs/99",
+]  # fmt: skip
+
+
+def test_no_page_carries_patient_data_and_all_have_the_headers(db: Database, tmp_path: Path) -> None:
+    populate(db, tmp_path)
+
+    async def body(client: ClientSession) -> None:
+        for page in ALL_PAGES:
+            async with client.get(page) as answer:
+                text = await answer.text()
+                assert "CANARY" not in text, page
+                assert CANARY not in text
+                assert "script-src 'self'" in answer.headers["Content-Security-Policy"]
+                assert "unsafe" not in answer.headers["Content-Security-Policy"]
+                assert answer.headers["X-Content-Type-Options"] == "nosniff"
+                assert answer.headers["Cache-Control"] == "no-store"
+                assert "Server" not in answer.headers
+                assert str(tmp_path) not in text, "paths of this machine stay here"
+
+    drive(db, node(tmp_path), body)
+
+
+@pytest.mark.parametrize("lang", ["en", "zh"])
+def test_stored_strings_are_text_on_the_dashboard(db: Database, tmp_path: Path, lang: str) -> None:
+    populate(db, tmp_path)
+    uids = [r["StudyInstanceUID"] for r in db.rows("SELECT StudyInstanceUID FROM studies")]
+
+    async def body(client: ClientSession) -> None:
+        async with client.get("/", params={"lang": lang}) as answer:
+            text = await answer.text()
+            assert answer.status == 200
+        assert "&lt;script&gt;" in text
+        assert re.findall(r"<script[^>]*>", text) == ['<script src="/static/app.js" defer>']
+        assert not re.search(r"<img|\son\w+=|style=|<style|javascript:", text.replace("&lt;img src=x onerror=", ""))
+        assert not any(uid in text for uid in uids), "studies appear by a hash"
+
+    drive(db, node(tmp_path), body)
+
+
+def test_language(db: Database, tmp_path: Path) -> None:
+    async def body(client: ClientSession) -> None:
+        for params, accept, expected in [
+            ({}, "", "en"),
+            ({}, "zh-CN,zh;q=0.9,en;q=0.8", "zh-CN"),
+            ({}, "en-US,zh;q=0.5", "en"),
+            ({}, "fr,zh;q=0.2", "zh-CN"),
+            ({}, "zh;q=oops", "en"),
+            ({"lang": "zh"}, "en", "zh-CN"),
+            ({"lang": "'\"><script>"}, "", "en"),
+        ]:
+            async with client.get("/", params=params, headers={"Accept-Language": accept}) as answer:
+                assert f'<html lang="{expected}">' in await answer.text()
+
+    drive(db, node(tmp_path), body)
+
+
+def test_ready_needs_receiver_port_worker_and_disk(db: Database, tmp_path: Path, clock: FakeClock) -> None:
+    seen: list[tuple[int, set[str]]] = []
+
+    async def look(settings: Settings) -> None:
+        async with (
+            TestServer(make_app(db, settings), host="127.0.0.1") as server,
+            ClientSession() as client,
+            client.get(server.make_url("/ready")) as answer,
+        ):
+            found = await answer.json()
+            assert found["ready"] is (answer.status == 200)
+            seen.append((answer.status, {k for k, c in found["checks"].items() if not c["ok"]}))
+
+    async def main() -> None:
+        receiver = await asyncio.start_server(lambda _, w: w.close(), "127.0.0.1", 0)
+        port = receiver.sockets[0].getsockname()[1]
+        settings = node(
+            tmp_path,
+            dimse={"workers": 1, "host": "127.0.0.1", "port": 0},
+            cloud={"stow_url": "https://away.invalid/studies"},
+        )
+        await look(settings)
+        Processes(db).beat("receiver", "ready", {"port": port})
+        await look(settings)
+        Processes(db).beat("receiver-1", "ready", {"port": port})
+        await look(settings)
+        ready = {"ct-lung": {"name": "ct-lung", "version": "1.0.0", "engine": "onnxruntime-cpu"}}
+        Processes(db).beat("worker", "ready", {"models": {"ready": ready, "failed": {}}})
+        await look(settings)
+        full = settings.model_copy(update={"node": settings.node.model_copy(update={"reserve_mb": 1 << 40})})
+        await look(full)
+        clock.now += 60
+        await look(settings)
+        clock.now -= 60
+        receiver.close()
+        await receiver.wait_closed()
+        await look(settings)
+
+    asyncio.run(main())
+    assert seen == [
+        (503, {"receivers", "dimse", "models"}),
+        (503, {"receivers", "dimse", "models"}),
+        (503, {"models"}),
+        (200, set()),
+        (503, {"disk"}),
+        (503, {"receivers", "dimse", "models"}),
+        (503, {"dimse"}),
+    ]
+
+
+def test_an_index_that_does_not_answer_is_un_ready(
+    db: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import apsw
+
+    def broken() -> None:
+        raise apsw.BusyError("locked")
+
+    monkeypatch.setattr(db, "remember_time", broken)
+
+    async def body(client: ClientSession) -> None:
+        async with client.get("/ready") as answer:
+            assert answer.status == 503
+            assert (await answer.json())["checks"]["index"]["ok"] is False
+        async with client.get("/health") as answer:
+            assert answer.status == 200
+
+    drive(db, node(tmp_path), body)
+
+
+def test_retry_of_jobs_and_deliveries(db: Database, tmp_path: Path) -> None:
+    job = populate(db, tmp_path)
+
+    async def body(client: ClientSession) -> None:
+        async def post(path: str) -> int:
+            async with client.post(path, headers=CHANGE) as answer:
+                return answer.status
+
+        assert await post(f"/api/v1/jobs/{job}/retry") == 202
+        assert Jobs(db).counts()["pending"] == 1
+        assert await post(f"/api/v1/jobs/{job}/retry") == 409
+        assert await post("/api/v1/jobs/99/retry") == 404
+        assert await post("/api/v1/jobs/abc/retry") == 404
+        assert states(db, "deliveries") == ["rejected", "pending"]
+        assert await post("/api/v1/deliveries/1/retry") == 202
+        assert states(db, "deliveries") == ["pending", "pending"]
+        assert await post("/api/v1/deliveries/99/retry") == 404
+        assert await post("/api/v1/sync/1/retry") == 202
+        assert await post("/api/v1/status") == 405
+
+    drive(db, node(tmp_path), body)
+
+
+@pytest.mark.parametrize(
+    ("host", "headers", "status"),
+    [
+        ("127.0.0.1", {}, 403),
+        ("127.0.0.1", {"X-Dicomnode": "1", "Origin": "http://evil.example"}, 403),
+        ("127.0.0.1", {"X-Dicomnode": "1", "Origin": "null"}, 403),
+        ("127.0.0.1", {"X-Dicomnode": "1", "Sec-Fetch-Site": "cross-site"}, 403),
+        ("127.0.0.1", {"X-Dicomnode": "1", "X-Forwarded-For": "10.0.0.1"}, 403),
+        ("127.0.0.1", {"X-Dicomnode": "1", "Host": "evil.example"}, 421),
+        ("127.0.0.1", {"X-Dicomnode": "1", "Host": "127.0.0.1.evil.example"}, 421),
+        ("127.0.0.1", {"X-Dicomnode": "1", "Host": "["}, 421),
+        ("0.0.0.0", {"X-Dicomnode": "1"}, 403),
+        ("node.hospital.example", {"X-Dicomnode": "1"}, 403),
+        ("localhost", {"X-Dicomnode": "1"}, 202),
+        ("127.0.0.1", {"X-Dicomnode": "1", "Sec-Fetch-Site": "same-origin"}, 202),
+    ],
+)
+def test_who_may_change(db: Database, tmp_path: Path, host: str, headers: dict[str, str], status: int) -> None:
+    job = populate(db, tmp_path)
+
+    async def body(client: ClientSession) -> None:
+        async with client.post(f"/api/v1/jobs/{job}/retry", headers=headers) as answer:
+            assert answer.status == status, await answer.text()
+            if status != 202:
+                assert (await answer.json())["error"]["hint"]
+
+    drive(db, node(tmp_path, http={"host": host, "port": 0}), body)
+    assert Jobs(db).counts()["refused"] == (0 if status == 202 else 1)
+
+
+def test_dns_rebinding_cannot_read(db: Database, tmp_path: Path) -> None:
+    async def body(client: ClientSession) -> None:
+        for page in ("/", "/metrics", "/api/v1/jobs"):
+            async with client.get(page, headers={"Host": "evil.example"}) as answer:
+                assert answer.status == 421
+
+    drive(db, node(tmp_path), body)
+
+
+def test_off_loopback_the_page_has_no_buttons_and_no_script(db: Database, tmp_path: Path) -> None:
+    populate(db, tmp_path)
+
+    async def body(client: ClientSession) -> None:
+        async with client.get("/", headers={"Host": "node.hospital.example"}) as answer:
+            text = await answer.text()
+            assert answer.status == 200
+            assert "<button" not in text
+            assert "<script" not in text
+
+    drive(db, node(tmp_path, http={"host": "0.0.0.0", "port": 0}), body)
+
+
+def test_queries_are_checked_and_columns_hidden(db: Database, tmp_path: Path) -> None:
+    populate(db, tmp_path)
+
+    async def body(client: ClientSession) -> None:
+        for query in ("state=oops", "limit=0", "limit=1001", "limit=x", "limit=9" * 3, "state=' OR 1=1--"):
+            async with client.get(f"/api/v1/jobs?{query}") as answer:
+                assert answer.status == 400
+                assert (await answer.json())["error"]["hint"]
+        async with client.get("/api/v1/jobs?state=refused&limit=1") as answer:
+            assert [j["state"] for j in (await answer.json())["jobs"]] == ["refused"]
+        async with client.get("/api/v1/jobs/1") as answer:
+            job = await answer.json()
+            assert len(job["results"]) == 2
+            assert not {"file", "lease_owner"} & {k for r in (job, *job["results"], *job["deliveries"]) for k in r}
+        async with client.get("/api/v1/deliveries") as answer:
+            assert {"file", "sha256", "lease_owner"}.isdisjoint((await answer.json())["deliveries"][0])
+
+    drive(db, node(tmp_path), body)
+
+
+def test_large_bodies_are_refused_or_ignored(db: Database, tmp_path: Path) -> None:
+    populate(db, tmp_path)
+
+    async def body(client: ClientSession) -> None:
+        async with client.post("/api/v1/jobs/1/retry", data=b"x" * (1 << 20), headers=CHANGE) as answer:
+            assert answer.status in {409, 413}
+
+    drive(db, node(tmp_path), body)
+
+
+def test_metrics_of_all_processes(db: Database, tmp_path: Path, clock: FakeClock) -> None:
+    from prometheus_client.parser import text_string_to_metric_families
+
+    populate(db, tmp_path)
+    receiver = json.dumps({"dicomnode_store": [["dicomnode_store_total", {"status": "0x0000"}, 7.0]]})
+    Processes(db).beat("receiver-1", "ready", {}, receiver)
+    Processes(db).beat("receiver-2", "ready", {}, '{"dicomnode_store": [["evil_total", {}, 1], 5], "evil": []}')
+    Processes(db).beat("receiver-3", "ready", {}, "{half")
+
+    async def body(client: ClientSession) -> None:
+        async with client.get("/metrics") as answer:
+            assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+            text = await answer.text()
+        families = {f.name: f for f in text_string_to_metric_families(text)}
+        stores = [
+            (s.labels, s.value) for s in families["dicomnode_store"].samples if s.labels["process"] == "receiver-1"
+        ]
+        assert stores == [({"status": "0x0000", "process": "receiver-1"}, 7.0)]
+        assert "evil" not in families
+        jobs = {s.labels["state"]: s.value for s in families["dicomnode_queue_jobs"].samples}
+        assert (jobs["done"], jobs["refused"]) == (1, 1)
+        deliveries = {s.labels["state"]: s.value for s in families["dicomnode_queue_deliveries"].samples}
+        assert deliveries == {"pending": 1, "rejected": 1}
+        assert families["dicomnode_build_info"].samples[0].labels["version"]
+        assert families["dicomnode_disk_free_bytes"].samples[0].value > 0
+        assert {s.labels["process"] for s in families["dicomnode_process_up"].samples} >= {"worker", "receiver-1"}
+
+    drive(db, node(tmp_path), body)
+
+
+def test_status_tells_it_all(db: Database, tmp_path: Path) -> None:
+    populate(db, tmp_path)
+    Processes(db).beat("sidecar", "ready", {"port": 1, "scheduled": {"heartbeat": {"runs": 3, "error": ""}}})
+
+    async def body(client: ClientSession) -> None:
+        async with client.get("/api/v1/status") as answer:
+            found = await answer.json()
+        assert found["instances"] == {"studies": 4, "series": 4, "instances": 4}
+        assert found["jobs"]["refused"] == 1
+        assert found["deliveries"]["rejected"] == 1
+        assert found["sync_items"]["pending"] == 2
+        assert found["models"]["active"] == {"ct-lung": "1.0.0"}
+        assert found["scheduled"]["heartbeat"]["runs"] == 3
+        assert found["events"][0]["text"] == XSS
+        assert [p["name"] for p in found["processes"]] == ["sidecar", "worker"]
+
+    drive(db, node(tmp_path), body)
+
+
+def test_routes_and_openapi_agree(db: Database, tmp_path: Path) -> None:
+    document = (Path(__file__).parents[2] / "config" / "openapi.yaml").read_text(encoding="utf-8")
+    described: set[tuple[str, str]] = set()
+    path = ""
+    for line in document.partition("\npaths:\n")[2].partition("\ncomponents:\n")[0].splitlines():
+        if match := re.fullmatch(r"  (/\S*):", line):
+            path = match[1]
+        elif match := re.fullmatch(r"    (get|post|put|delete|patch):", line):
+            described.add((match[1].upper(), path))
+    routes = set()
+    for route in make_app(db, node(tmp_path)).router.routes():
+        assert route.resource is not None
+        if route.method != "HEAD":
+            routes.add(
+                (route.method, re.sub(r"\{(\w+):[^{}]*(?:\{[^}]*\})?[^}]*\}", r"{\1}", route.resource.canonical))
+            )
+    assert routes == described
+    assert "status" in document

@@ -1,0 +1,91 @@
+"""The whole sidecar: port, heartbeat, cloud, model pull, quick end."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from pathlib import Path
+
+import pytest
+from aiohttp import ClientSession, web
+
+from dicomnode import doorbell
+from dicomnode.errors import OperatorError
+from dicomnode.index.database import Database
+from dicomnode.index.operation import Models, Processes
+from dicomnode.sidecar import run_sidecar
+from tests.sync.cloud_fake import FakeCloud, served
+from tests.sync.index_case import add_results, make_settings, states
+from tests.sync.test_archive import GOOD, tar_gz
+
+
+async def until(what: object, seconds: float = 20.0) -> None:
+    async with asyncio.timeout(seconds):
+        while not what():  # type: ignore[operator]
+            await asyncio.sleep(0.01)
+
+
+def test_the_sidecar_does_its_work_and_ends_at_once(tmp_path: Path) -> None:
+    archive = tar_gz(tmp_path / "a.tgz", GOOD).read_bytes()
+    verified: list[Path] = []
+
+    async def bundle(_: web.Request) -> web.Response:
+        return web.Response(body=archive)
+
+    async def main() -> None:
+        data = tmp_path / "data"
+        db = Database(data)
+        cloud = FakeCloud()
+        async with served(cloud.handle) as stow_url, served(bundle, "/m.tgz") as url:
+            entry = {"name": "m", "version": "1.0.0", "url": url, "sha256": hashlib.sha256(archive).hexdigest()}
+            settings = make_settings(data, cloud={"stow_url": stow_url, "models": [entry]})
+            stop = asyncio.Event()
+            task = asyncio.create_task(run_sidecar(settings, db, verify=verified.append, stop=stop))
+
+            def row() -> dict[str, object] | None:
+                return next((r for r in Processes(db).listing() if r["name"] == "sidecar" and r["alive"]), None)
+
+            await until(lambda: task.done() or row())
+            found = row()
+            assert found is not None
+            port = found["detail"]["port"]  # type: ignore[index]
+            assert port
+            await until(lambda: Models(db).active() == {"m": "1.0.0"})
+            assert len(verified) == 1
+            add_results(db, data)
+            doorbell.ring(data, "sidecar")
+            await until(lambda: states(db) == ["stored"])
+            async with ClientSession() as client:
+                async with client.get(f"http://127.0.0.1:{port}/health") as answer:
+                    assert await answer.json() == {"alive": True}
+                async with client.get(f"http://127.0.0.1:{port}/metrics") as answer:
+                    text = await answer.text()
+            assert 'dicomnode_scheduled_runs_total{outcome="ok",process="sidecar",task="model-pull"}' in text
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"NONSENSE\r\n\r\n")
+            assert b"aiohttp" not in await reader.read()
+            writer.close()
+            await writer.wait_closed()
+            begin = time.monotonic()
+            stop.set()
+            await task
+            assert time.monotonic() - begin < 5
+            [last] = [r for r in Processes(db).listing() if r["name"] == "sidecar"]
+            assert last["state"] == "stopping"
+        db.close()
+
+    asyncio.run(main())
+
+
+def test_a_port_that_is_taken_is_told(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with served(FakeCloud().handle) as url:
+            port = int(url.split(":")[2].partition("/")[0])
+            db = Database(tmp_path)
+            settings = make_settings(tmp_path, http={"port": port})
+            with pytest.raises(OperatorError, match=str(port)):
+                await run_sidecar(settings, db, verify=lambda _: None, stop=asyncio.Event())
+            db.close()
+
+    asyncio.run(main())

@@ -1,0 +1,134 @@
+"""What lies in config/ agrees with the code: settings, metrics, alert rules, dashboard."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from dicomnode.admin.exposition import metric_names
+from dicomnode.settings import ModelPull, Peer, Range, Rule, Section, Settings, load_settings
+
+CONFIG = Path(__file__).parent.parent / "config"
+EXAMPLE = CONFIG / "dicomnode.toml"
+LISTS: dict[str, type[BaseModel]] = {"peers": Peer, "rules": Rule, "cloud.models": ModelPull}
+TEXT = EXAMPLE.read_text(encoding="utf-8")
+
+
+def block(name: str) -> str:
+    """The lines of one section, commented ones too, up to the next section."""
+    parts = re.split(r"^(?:# )?\[\[?([a-z.]+)\]\]?$", TEXT, flags=re.M)
+    return "\n".join(text for section, text in zip(parts[1::2], parts[2::2], strict=True) if section == name)
+
+
+def sections() -> dict[str, type[BaseModel]]:
+    return {
+        name: field.annotation
+        for name, field in Settings.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+    }
+
+
+def plain(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str))
+
+
+@pytest.mark.parametrize("name", sections())
+def test_each_section_has_each_key_with_its_default(name: str) -> None:
+    example, text = tomllib.loads(TEXT)[name], block(name)
+    for key, field in sections()[name].model_fields.items():
+        default = plain(field.get_default(call_default_factory=True))
+        if key in example:
+            assert example[key] == default, f"{name}.{key}"
+        else:
+            assert f"{name}.{key}" in LISTS or default is None, f"{name}.{key} is missing"
+            assert f"{name}.{key}" in LISTS or re.search(rf"^# {key} = ", text, re.M), f"{name}.{key} is missing"
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_each_list_entry_shows_each_key(name: str) -> None:
+    text = block(name)
+    for key, field in LISTS[name].model_fields.items():
+        assert re.search(rf"^(# )?{key} = ", text, re.M), f"{name}.{key} is missing"
+        if field.default is not PydanticUndefined and field.default is not None:
+            shown = {"()": "none", "0": "0", "False": "false", "": "", "routine": "routine"}[str(field.default)]
+            comments = "\n".join(line for line in text.splitlines() if line.startswith("#"))
+            assert shown in comments.lower(), f"the default of {name}.{key} is not told"
+
+
+def test_no_key_stands_without_a_comment() -> None:
+    seen: set[str] = set()
+    section, comment = "", False
+    for line in TEXT.splitlines():
+        if match := re.fullmatch(r"(?:# )?\[\[?([a-z.]+)\]\]?", line):
+            section, comment = match[1], False
+        elif match := re.match(r"(?:# )?([a-z_0-9]+) = ", line):
+            key = f"{section}.{match[1]}"
+            told = comment or key in seen or section == "cloud.models"
+            assert told, f"{key} has no comment"
+            seen.add(key)
+            comment = False
+        elif line.startswith("#"):
+            comment = True
+
+
+def test_example_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [n for n in os.environ if n.startswith("DICOMNODE")]:
+        monkeypatch.delenv(name)
+    settings = load_settings(EXAMPLE)
+    assert settings.cloud.stow_url == ""
+    # The commented entries are right, too.
+    uncommented = re.sub(
+        r"^# (\[\[cloud\.models\]\]|(?:name|version|url|sha256|token_file|ca_file) = )", r"\1", TEXT, flags=re.M
+    )
+    path = tmp_path / "dicomnode.toml"
+    path.write_text(uncommented, encoding="utf-8")
+    full = load_settings(path)
+    assert [m.name for m in full.cloud.models] == ["ct-lung"]
+    assert full.cloud.token_file is not None
+    assert Range.model_fields.keys() == {"min", "max"}
+
+
+def used_metrics(text: str) -> set[str]:
+    return set(re.findall(r"\bdicomnode_[a-z_]+\b", text))
+
+
+@pytest.mark.parametrize("name", ["prometheus-alerts.yml", "prometheus-alerts-test.yml", "grafana-dashboard.json"])
+def test_metrics_that_are_used_exist(name: str) -> None:
+    used = used_metrics((CONFIG / name).read_text(encoding="utf-8"))
+    assert used
+    assert used - metric_names() == set()
+
+
+def test_dashboard_is_whole() -> None:
+    dashboard = json.loads((CONFIG / "grafana-dashboard.json").read_text(encoding="utf-8"))
+    ids = [p["id"] for p in dashboard["panels"]]
+    assert len(set(ids)) == len(ids)
+    assert all(t["expr"] for p in dashboard["panels"] for t in p["targets"])
+    cells: set[tuple[int, int]] = set()
+    for panel in dashboard["panels"]:
+        g = panel["gridPos"]
+        own = {(x, y) for x in range(g["x"], g["x"] + g["w"]) for y in range(g["y"], g["y"] + g["h"])}
+        assert not own & cells, f"{panel['title']} overlaps"
+        assert g["x"] + g["w"] <= 24
+        cells |= own
+
+
+@pytest.mark.parametrize(
+    "arguments", [["check", "rules", "prometheus-alerts.yml"], ["test", "rules", "prometheus-alerts-test.yml"]]
+)
+def test_alert_rules(arguments: list[str]) -> None:
+    tool = shutil.which("promtool")
+    if tool is None:
+        pytest.skip("promtool is not installed (Debian package prometheus)")
+    done = subprocess.run([tool, *arguments], cwd=CONFIG, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr

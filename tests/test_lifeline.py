@@ -1,0 +1,66 @@
+"""Parent death, single instance, systemd, stop signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dicomnode.errors import OperatorError
+from dicomnode.lifeline import hold_single_instance, notify
+
+
+def test_one_instance_of_a_name(tmp_path: Path) -> None:
+    fd = hold_single_instance(tmp_path, "worker")
+    other = hold_single_instance(tmp_path, "courier")
+    with pytest.raises(OperatorError, match="another worker runs"):
+        hold_single_instance(tmp_path, "worker")
+    os.close(fd)
+    os.close(hold_single_instance(tmp_path, "worker"))
+    os.close(other)
+
+
+def test_notify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+    notify("READY=1")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(str(tmp_path / "n"))
+        sock.settimeout(5)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "n"))
+        notify("READY=1")
+        assert sock.recv(100) == b"READY=1"
+    notify("WATCHDOG=1")  # nobody listens any more
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stop_flag(number: int) -> None:
+    code = (
+        "from dicomnode.lifeline import StopFlag\nflag = StopFlag()\nassert not flag.wait(0)\n"
+        "print('up', flush=True)\nassert flag.wait(60) and flag.is_set()\nprint('ended', flush=True)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "up\n"
+        process.send_signal(number)
+        assert process.stdout.readline() == "ended\n"
+        assert process.wait(30) == 0
+
+
+def test_child_dies_with_its_parent() -> None:
+    child = "import sys\nfrom dicomnode.lifeline import die_with_parent\ndie_with_parent()\nprint('up', flush=True)\nsys.stdin.read()"
+    parent = f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', {child!r}])\nimport signal\nsignal.pause()"
+    read, write = os.pipe()
+    inner, outer = os.pipe()  # keeps the child's stdin open
+    process = subprocess.Popen([sys.executable, "-c", parent], stdout=write, stdin=inner)
+    os.close(write)
+    os.close(inner)
+    with os.fdopen(read, "rb") as pipe:
+        assert pipe.readline() == b"up\n"
+        process.kill()
+        process.wait(30)
+        assert pipe.read() == b"", "the child's end of the pipe closed with it"
+    os.close(outer)
