@@ -16,7 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from dicomnode import __version__, doorbell, durable, lifeline, logs, metrics
 from dicomnode.errors import NodeError, OperatorError
@@ -56,9 +56,18 @@ class Shell:
         self._beat = threading.Thread(target=self._beat_loop, name="heartbeat", daemon=True)
         self._wake = threading.Event()
 
-    def _show_warning(self, _: object, category: type[Warning], file: str, line: int, *__: object, **___: object) -> None:
+    def _show_warning(
+        self,
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
         """Libraries quote values in their warnings, and values are patients' data: the kind and place only."""
-        self.log.debug("library warning", exc_type=category.__name__, source=f"{Path(file).name}:{line}")
+        del message, file, line
+        self.log.debug("library warning", exc_type=category.__name__, source=f"{Path(filename).name}:{lineno}")
 
     def ready(self) -> None:
         """Tell the index and systemd that this process does its work now."""

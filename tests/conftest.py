@@ -7,15 +7,38 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 from hypothesis import HealthCheck, settings
 
+from dicomnode import doorbell
 from dicomnode.index.database import Database
 from tests.index.rows import FakeClock
 
 settings.register_profile(
-    "node", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow], derandomize=bool(os.getenv("CI"))
+    "node",
+    deadline=None,
+    max_examples=60,
+    suppress_health_check=[HealthCheck.too_slow],
+    derandomize=bool(os.getenv("CI")),
 )
 settings.load_profile("node")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_logs() -> Iterator[None]:
+    """Logs are set up per process: what one test configured must not write to its closed stream later."""
+    structlog.reset_defaults()
+    yield
+    structlog.reset_defaults()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _close_ringer() -> Iterator[None]:
+    yield
+    if doorbell._ringer is not None:
+        doorbell._ringer.close()
+        doorbell._ringer = None
+
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -74,6 +74,18 @@ def quiet_environment(**more: str) -> dict[str, str]:
     return {**os.environ, "TCP_NODELAY": "1", **more}
 
 
+def run_program(name: str, *arguments: object, seconds: float = 120) -> subprocess.CompletedProcess[str]:
+    """A program of others to its end; see :func:`program` for when it is missing."""
+    return subprocess.run(
+        [program(name), *map(str, arguments)],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        env=quiet_environment(),
+    )
+
+
 class Process:
     """A program in a session of its own, its output in a file; ended with all its children."""
 

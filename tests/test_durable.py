@@ -108,9 +108,7 @@ def test_fsync_is_not_tried_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(calls) == 1
 
 
-@given(
-    parts=st.lists(st.binary(max_size=50), max_size=12), sizes=st.lists(st.integers(1, 40), min_size=1, max_size=20)
-)
+@given(parts=st.lists(st.binary(max_size=50), max_size=12), sizes=st.lists(st.integers(1, 40), min_size=1, max_size=20))
 def test_short_writes_lose_no_byte(
     tmp_path_factory: pytest.TempPathFactory, parts: list[bytes], sizes: list[int]
 ) -> None:

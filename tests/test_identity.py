@@ -30,9 +30,7 @@ def test_parts_are_not_just_joined(one: list[str], two: list[str]) -> None:
 def test_uids_of_released_versions_stay() -> None:
     """A change here would make second objects of what was already delivered."""
     assert derived_uid("result", "x") == "2.25.294976361388045236522850186066696880647"
-    assert input_digest([("1.2", "a")]) == (
-        "1bb99e7df3011216623c96eda0cfcd5a7905bf5c346722d33c8a7f255907787e"
-    )
+    assert input_digest([("1.2", "a")]) == ("1bb99e7df3011216623c96eda0cfcd5a7905bf5c346722d33c8a7f255907787e")
 
 
 @given(st.lists(st.tuples(st.text("0123.", min_size=1), st.text("abc")), max_size=8), st.randoms())

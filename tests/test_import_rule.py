@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "dicomnode"
-STAGES = frozenset("receive select infer encode deliver serve sync custody admin".split())
-COMPOSITION = frozenset("app cli __main__ sidecar doctor demo".split())
+STAGES = frozenset(["receive", "select", "infer", "encode", "deliver", "serve", "sync", "custody", "admin"])
+COMPOSITION = frozenset(["app", "cli", "__main__", "sidecar", "doctor", "demo"])
 """Only these put stages together."""
 
 EXCEPTIONS: dict[tuple[str, str], str] = {}

@@ -51,8 +51,13 @@ def test_stop_flag(number: int) -> None:
 
 
 def test_child_dies_with_its_parent() -> None:
-    child = "import sys\nfrom dicomnode.lifeline import die_with_parent\ndie_with_parent()\nprint('up', flush=True)\nsys.stdin.read()"
-    parent = f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', {child!r}])\nimport signal\nsignal.pause()"
+    child = (
+        "import sys\nfrom dicomnode.lifeline import die_with_parent\ndie_with_parent()\n"
+        "print('up', flush=True)\nsys.stdin.read()"
+    )
+    parent = (
+        f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', {child!r}])\nimport signal\nsignal.pause()"
+    )
     read, write = os.pipe()
     inner, outer = os.pipe()  # keeps the child's stdin open
     process = subprocess.Popen([sys.executable, "-c", parent], stdout=write, stdin=inner)

@@ -183,7 +183,9 @@ def test_legal_ae_titles_pass_without_padding(title: str) -> None:
     st.one_of(
         st.text(" ", max_size=20),
         st.text(AE_CHARACTERS, min_size=17, max_size=40).filter(lambda t: len(t.strip(" ")) > 16),
-        st.tuples(st.text(AE_CHARACTERS, max_size=7), st.sampled_from("\\\0\t\n\r\x1b\x7fäß漢"), st.just("A")).map("".join),
+        st.tuples(st.text(AE_CHARACTERS, max_size=7), st.sampled_from("\\\0\t\n\r\x1b\x7fäß漢"), st.just("A")).map(
+            "".join
+        ),
     )
 )
 def test_illegal_ae_titles_are_refused(title: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import threading
@@ -53,7 +54,10 @@ def test_wrong_configuration_ends_all(tmp_path: Path) -> None:
 def test_stop_ends_children_that_ignore_sigterm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "STOP_SECONDS", 0.2)
     read, write = os.pipe()
-    code = "import os, signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nos.fork()\nos.write({}, b'u')\nwhile True: signal.pause()"
+    code = (
+        "import os, signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nos.fork()\n"
+        "os.write({}, b'u')\nwhile True: signal.pause()"
+    )
     child = Child("c", python(code.format(write)), (write,))
     stop = Stop()
     thread = threading.Thread(target=Supervisor([child]).run, args=(stop,))
@@ -79,7 +83,7 @@ def test_back_off_is_capped_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
         assert supervised._tend(child)
         waits.append(child.due - now)
     assert waits[0] == pytest.approx(BACKOFF_FIRST) and waits[-1] == pytest.approx(BACKOFF_LONGEST)
-    assert all(a <= b + 1e-9 for a, b in zip(waits, waits[1:], strict=False))
+    assert all(a <= b + 1e-9 for a, b in itertools.pairwise(waits))
     child.process, child.started = dead, now - 3600  # it ran for an hour: begins anew
     supervised._tend(child)
     assert child.due - now == pytest.approx(BACKOFF_FIRST)

@@ -47,6 +47,7 @@ class Inputs:
     ``uid_of``: SOPInstanceUID by the key of a file; ``skipped``: files that are no images.
     """
 
+    folder: Path
     files: Sequence[Outgoing]
     series: Sequence[SentSeries]
     skipped: int
@@ -88,4 +89,4 @@ def read_inputs(folder: Path, phantom: Phantom | None = None) -> Inputs:
         raise OperatorError(
             "read the folder", f"{folder} holds a DICOMDIR but no images", "Give the folder of the images"
         )
-    return Inputs(files, list(series.values()), len(skipped) + len(found) - len(files), uid_of, phantom)
+    return Inputs(folder, files, list(series.values()), len(skipped) + len(found) - len(files), uid_of, phantom)

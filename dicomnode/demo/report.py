@@ -106,7 +106,7 @@ def _comparisons(rows: list[Mapping[str, Any]]) -> Table:
             f"{row['measured']:,.2f}",
             f"{row['true']:,.2f}",
             f"{row['difference']:+.2f} {unit}",
-            f"±{row['limit']:g} {unit}",
+            f"±{row['limit']:g}",
             _mark(row["ok"]),
         )
     return table
@@ -134,7 +134,7 @@ def _verdict(report: Mapping[str, Any]) -> Panel:
     sent, seconds = report["sent"], report["seconds"]
     rate = f"{sent['images'] / seconds['send']:.0f} images/s" if seconds["send"] else ""
     lines = [
-        Text("Everything came back right." if report["ok"] else "Something is wrong, see above.", "bold"),
+        Text(_sentence(report), "bold"),
         Text(f"{sent['images']} images ({sent['megabytes']:.0f} MB) sent in {seconds['send']:.1f} s, {rate}"),
     ]
     if seconds["last_response_to_results"] is not None:
@@ -146,6 +146,16 @@ def _verdict(report: Mapping[str, Any]) -> Panel:
     lines.append(Text(f"whole demo {seconds['total']:.1f} s", "dim"))
     style = "green" if report["ok"] else "red"
     return Panel(Group(*lines), border_style=style, box=box.ROUNDED, expand=False)
+
+
+def _sentence(report: Mapping[str, Any]) -> str:
+    if not report["ok"]:
+        return "Something is wrong, see above."
+    if any(job["state"] == "done" for job in report["jobs"]):
+        return "Everything came back right."
+    if report["jobs"]:
+        return "Every series was answered, but none analysed: the model refused them, each with its reason above."
+    return "Everything was stored, but nothing analysed: no series is a CT, so no rule matched."
 
 
 def _where(report: Mapping[str, Any], console: Console) -> None:

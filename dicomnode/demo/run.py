@@ -154,7 +154,7 @@ def _round_trip(demo: Demo, inputs: Inputs, db: Database, console: Console) -> d
         wait_answered(db, lambda progress: told.say(str(progress)), demo.check)
     jobs = all_jobs(db)
     stored = [float(d["finished_at"]) for job in jobs for d in job["deliveries"] if d["finished_at"]]
-    with step(console, "Fetching and checking what came back") as told:
+    with step(console, "Checking what came back") as told:
         found = conclude(inputs, sending.failed, jobs, demo.pacs.objects(), demo.space)
         told.say(f"{sum(c.ok for c in found.checks)} of {len(found.checks)} checks right")
     demo.seconds["last_response_to_results"] = max(0.0, max(stored) - sending.last_response) if stored else -1.0
@@ -205,7 +205,7 @@ def _report(demo: Demo, inputs: Inputs, sending: Sending, found: Findings) -> di
         "where": {
             "pictures": ", ".join(map(str, found.montages)) or "none: nothing was segmented",
             "SEG and SR that came back": str(space.results),
-            "images that were sent": str(inputs.files[0].path.parent if inputs.phantom is None else space.inputs),
+            "images that were sent": str(inputs.folder),
             "node: configuration, log": f"{space.config}, {space.node_log}",
             "node: dashboard": f"http://{LOOPBACK}:{demo.ports.http}/",
             "node: DICOM": f"{NODE_AE} at {LOOPBACK}:{demo.ports.dicom}",
@@ -220,7 +220,7 @@ def _commands(demo: Demo, inputs: Inputs) -> dict[str, str]:
     program = Path(sys.executable).with_name("dicomnode")
     base = [_near(program)] if program.exists() else [sys.executable, "-m", "dicomnode"]
     node, modality = _near(demo.space.config), _near(demo.space.modality_config)
-    folder = _near(demo.space.inputs if inputs.phantom is not None else inputs.files[0].path.parent)
+    folder = _near(inputs.folder)
     commands = {
         "what runs, what is stored, what waits": [*base, "status", "--config", node],
         "one job: why it ran, what it found, how long it took": [*base, "jobs", "show", "1", "--config", node],

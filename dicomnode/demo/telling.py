@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+TITLE, WIDE, WIDE_BAR, NARROW_BAR = 34, 100, 24, 14
+"""Columns on a terminal: of the title, from which width on the bar is long, of the bars."""
+
 
 @dataclass(slots=True)
 class Step:
@@ -25,11 +28,13 @@ def step(console: Console, title: str, total: int | None = None) -> Iterator[Ste
     """Tell that a step begins, how far it is and how long it took."""
     begin = time.perf_counter()
     if console.is_terminal:
+        bar = [BarColumn(NARROW_BAR if console.width < WIDE else WIDE_BAR)] if total else []
+        room = max(10, console.width - TITLE - 14 - (bar[0].bar_width or 0 if bar else 0))
         columns = (
             SpinnerColumn(finished_text="[green]✓"),
-            TextColumn("{task.description:<34}"),
-            BarColumn(24),
-            TextColumn("{task.fields[words]:<44}"),
+            TextColumn(f"{{task.description:<{TITLE}}}"),
+            *bar,
+            TextColumn(f"{{task.fields[words]:<{room}}}"),
             TimeElapsedColumn(),
         )
         with Progress(*columns, console=console) as progress:
@@ -41,7 +46,7 @@ def step(console: Console, title: str, total: int | None = None) -> Iterator[Ste
                 count += 1
                 progress.update(task, completed=count, words=f"{count} of {total}")
 
-            told = Step(advance, lambda words: progress.update(task, words=words[:44]))
+            told = Step(advance, lambda words: progress.update(task, words=words[:room]))
             yield told
             told.seconds = time.perf_counter() - begin
             progress.update(task, total=total or 1, completed=total or 1)

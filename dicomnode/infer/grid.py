@@ -85,15 +85,23 @@ def enclosed(mask: Mask, max_area: float = float("inf")) -> Mask:
 
 
 def close_in_plane(mask: Mask, radius: int) -> Mask:
-    """In-plane closing with an octagon of about ``radius`` voxels (cross and square steps in turn)."""
+    """In-plane closing with an octagon of about ``radius`` voxels (cross and square steps in turn).
+
+    The mask is padded first: an array that is cut close to the structure must not close
+    against its own edge.
+    """
+    if radius <= 0:
+        return mask
     squares = radius * 2 // 5
     crosses = radius - squares
-    grown = mask
+    padding = ((0, 0), (radius + 1, radius + 1), (radius + 1, radius + 1))
+    grown = np.pad(mask, padding)
     for structure, count in ((IN_PLANE, crosses), (IN_PLANE_BOX, squares)):
         if count:
             grown = ndimage.binary_dilation(grown, structure, iterations=count)
     for structure, count in ((IN_PLANE, crosses), (IN_PLANE_BOX, squares)):
         if count:
-            grown = ndimage.binary_erosion(grown, structure, iterations=count, border_value=1)
-    result: Mask = grown | mask
+            grown = ndimage.binary_erosion(grown, structure, iterations=count)
+    inner = slice(radius + 1, -(radius + 1))
+    result: Mask = grown[:, inner, inner] | mask
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -261,7 +262,7 @@ def test_peer_away_for_a_week(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> No
             due = desk.outbox.next_due_in()
             assert due is not None and 0 < due <= 900, "at most fifteen minutes"
             desk.clock.move(due)
-    gaps = [b - a for a, b in zip(tries, tries[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(tries)]
     assert gaps[0] == 2.0 and max(gaps) == 900.0 and gaps == sorted(gaps)
     assert courier_module.send_batch is real
     desk.courier.run_once()

@@ -11,6 +11,13 @@ from tests.e2e.harness import SHARED_DATA, Node, rule
 from tests.peers import Orthanc, program
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whatever stands on the fixture ``pacs`` needs Orthanc."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents and "pacs" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.peers)
+
+
 @pytest.fixture(scope="session")
 def pacs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Orthanc]:
     program("Orthanc")

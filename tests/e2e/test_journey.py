@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import pytest
 from dicomnode.infer.engine import choose_engine
 from dicomnode.infer.golden import open_model
 from tests.e2e.harness import ROOT, SEG, Node, make_series, placed_labels, rule, sr_volumes
-from tests.peers import Orthanc, program, quiet_environment, wait_for
+from tests.peers import Orthanc, run_program, wait_for
 
 pytestmark = pytest.mark.peers
 
@@ -33,18 +32,11 @@ def delivered(
     tmp_path_factory: pytest.TempPathFactory, pacs: Orthanc, real_ct: list[Path], sources: list[pydicom.Dataset]
 ) -> Iterator[tuple[Node, dict[str, bytes]]]:
     """The node's results for the real CT as they lie at the PACS: modality -> Part 10 file."""
-    storescu = program("storescu")
     peer = {"name": "pacs", "ae_title": "PACS", "host": "127.0.0.1", "port": pacs.dicom_port}
     running = Node(
         tmp_path_factory.mktemp("journey"), peers=[peer], rules=[rule("ct", {"Modality": "CT"}, to=["pacs"])]
     ).start()
-    done = subprocess.run(
-        [storescu, "-xs", "-aet", "CT1", "-aec", "DICOMNODE", "127.0.0.1", str(running.port), *map(str, real_ct)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=quiet_environment(),
-    )
+    done = run_program("storescu", "-xs", "-aet", "CT1", "-aec", "DICOMNODE", "127.0.0.1", str(running.port), *real_ct)
     assert done.returncode == 0, done.stderr
     running.wait_delivered(str(sources[0].SeriesInstanceUID), seconds=120)
     found = pacs.instances(str(sources[0].StudyInstanceUID))
@@ -68,7 +60,7 @@ def test_exactly_one_seg_and_one_sr_arrive(
 def test_dciodvfy_finds_no_error(delivered: tuple[Node, dict[str, bytes]], modality: str, tmp_path: Path) -> None:
     path = tmp_path / "result.dcm"
     path.write_bytes(delivered[1][modality])
-    done = subprocess.run([program("dciodvfy"), "-new", str(path)], capture_output=True, text=True, timeout=120)
+    done = run_program("dciodvfy", "-new", path)
     assert [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("Error")] == []
 
 
@@ -114,13 +106,7 @@ def test_sent_again_nothing_new_happens(
     """The whole series a second time, by dcmsend: success, no second job, no second object."""
     node, _ = delivered
     before = node.rows("SELECT count(*) AS n FROM instances")[0]["n"]
-    done = subprocess.run(
-        [program("dcmsend"), "-aet", "CT1", "-aec", "DICOMNODE", "127.0.0.1", str(node.port), *map(str, real_ct)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=quiet_environment(),
-    )
+    done = run_program("dcmsend", "-aet", "CT1", "-aec", "DICOMNODE", "127.0.0.1", str(node.port), *real_ct)
     assert done.returncode == 0, done.stderr
     assert node.rows("SELECT count(*) AS n FROM instances")[0]["n"] == before
     assert len(node.jobs(str(sources[0].SeriesInstanceUID))) == 1
@@ -130,13 +116,7 @@ def test_sent_again_nothing_new_happens(
 def test_dcmsend_brings_a_series_and_results_arrive(node: Node, pacs: Orthanc, tmp_path: Path) -> None:
     series = make_series("pacs dcmsend")
     files = series.write(tmp_path / "series")
-    done = subprocess.run(
-        [program("dcmsend"), "-aet", "CT1", "-aec", "DICOMNODE", "127.0.0.1", str(node.port), *map(str, files)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env=quiet_environment(),
-    )
+    done = run_program("dcmsend", "-aet", "CT1", "-aec", "DICOMNODE", "127.0.0.1", str(node.port), *files)
     assert done.returncode == 0, done.stderr
     node.wait_delivered(series.series_uid)
     found = wait_for(lambda: pacs.instances(series.study_uid), 5, "the PACS has the study")

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import apsw
+import psutil
 import pydicom
 import pytest
 
@@ -90,9 +91,16 @@ class Killer:
         )
         self.kill("courier", "while it sends", within_seconds)
 
-    def anyone(self, within_seconds: float) -> None:
-        names = sorted(self.node.expected() | {"receiver"})
-        self.kill(self.random.choice(names), "at any time", within_seconds)
+    def a_decoder(self, series_uid: str, within_seconds: float) -> None:
+        """One of the worker's own children, which decode the images."""
+        self.node.wait(
+            lambda: any(j["state"] == "running" for j in self.node.jobs(series_uid)), 60, "the job is leased"
+        )
+        time.sleep(self.random.uniform(0.0, within_seconds))
+        worker = psutil.Process(self.node.wait(lambda: self.node.pids().get("worker"), 30, "the worker runs"))
+        child = self.random.choice(worker.children())
+        child.kill()
+        self.killed.append("a child of the worker")
 
 
 def in_background(ledger: Ledger, items: Sequence[Item]) -> threading.Thread:
@@ -120,15 +128,15 @@ def assert_whole(node: Node, pacs: Orthanc, ledger: Ledger, items: Sequence[Item
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("seed", range(4))
-def test_five_kills_on_the_way_of_one_series(node: Node, pacs: Orthanc, seed: int) -> None:
-    """Four times: twice while receiving, once while inferring or encoding, once while sending, once anyone."""
+@pytest.mark.parametrize(("seed", "also"), list(enumerate(["sidecar", "receiver", "courier", "receiver-2"])))
+def test_five_kills_on_the_way_of_one_series(node: Node, pacs: Orthanc, seed: int, also: str) -> None:
+    """Twenty in all: two while receiving, one while inferring or encoding, one while sending, one at any time."""
     series = make_series(f"kills {seed}")
     ledger, killer = Ledger(node.port), Killer(node, seed)
     sender = in_background(ledger, series.items)
     killer.while_receiving(ledger, SLICES, 2)
     sender.join(60)
-    killer.anyone(1.0)
+    killer.kill(also, "at any time", 1.0)
     killer.while_working(series.series_uid, 0.9)
     killer.while_sending(series.series_uid, 0.6)
     assert len(killer.killed) == 5
@@ -139,7 +147,7 @@ def test_five_kills_on_the_way_of_one_series(node: Node, pacs: Orthanc, seed: in
 
 @pytest.mark.timeout(240)
 def test_kills_on_the_way_of_the_real_ct(node: Node, pacs: Orthanc, line: SlowLink, real_ct: list[Path]) -> None:
-    """Six: three while receiving, two while inferring or encoding, one while sending."""
+    """Seven: three while receiving, three while decoding, inferring or encoding, one while sending."""
     header = pydicom.dcmread(real_ct[0], stop_before_pixels=True)
     study, series = str(header.StudyInstanceUID), str(header.SeriesInstanceUID)
     items = [item_of(p) for p in real_ct]
@@ -148,10 +156,11 @@ def test_kills_on_the_way_of_the_real_ct(node: Node, pacs: Orthanc, line: SlowLi
     sender = in_background(ledger, items)
     killer.while_receiving(ledger, len(items), 3)
     sender.join(90)
+    killer.a_decoder(series, 1.0)
     killer.while_working(series, 2.0)
     killer.while_working(series, 8.0)
     killer.while_sending(series, 2.0)
-    assert len(killer.killed) == 6
+    assert len(killer.killed) == 7
     node.wait_delivered(series, seconds=120)
     node.wait_ready()
     assert_whole(node, pacs, ledger, items, study, series)

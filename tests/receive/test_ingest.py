@@ -179,10 +179,10 @@ def test_failed_file_step_is_out_of_resources(
     assert lane.ingest.store(store_request()).status == 0
 
 
-@pytest.mark.parametrize("error", [StorageError("commit to the index", "no space left", retryable=True), apsw.FullError()])
-def test_failed_commit_is_out_of_resources(
-    lane: Lane, monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
+@pytest.mark.parametrize(
+    "error", [StorageError("commit to the index", "no space left", retryable=True), apsw.FullError()]
+)
+def test_failed_commit_is_out_of_resources(lane: Lane, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     real = Catalogue.add
 
     def add(self: Catalogue, new: NewInstance) -> Stored:
@@ -304,7 +304,7 @@ def test_the_contract_notices_a_step_that_is_missing_or_late(missing: str) -> No
     [
         ("write_synced", lambda path, parts: path.write_bytes(b"".join(parts))),
         ("sync_directory", lambda path: None),
-        ("rename_into_place", lambda temporary, final: os.rename(temporary, final)),
+        ("rename_into_place", os.rename),
     ],
 )
 def test_the_recording_notices_a_node_that_skips_a_step(

@@ -61,9 +61,7 @@ EVIDENCE = st.builds(
     Evidence,
     instances=st.integers(1, 300),
     associations=st.lists(
-        st.builds(
-            AssociationEvidence, st.sampled_from(["open", "released", "aborted", "lost"]), st.integers(1, 300)
-        ),
+        st.builds(AssociationEvidence, st.sampled_from(["open", "released", "aborted", "lost"]), st.integers(1, 300)),
         max_size=4,
     ),
     expected=st.none() | st.integers(0, 300),

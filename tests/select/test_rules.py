@@ -63,11 +63,13 @@ def test_a_value_matches_itself_in_any_case(value: str) -> None:
     assert value_matches(value, "*") and value_matches(value, (value, "other"))
 
 
-@given(plain, plain)
+word = st.text("abcXYZ0123.-_", max_size=12)
+
+
+@given(word, word)
 def test_glob_as_prefix_and_suffix(head: str, tail: str) -> None:
-    value = (head + tail).strip()
-    assert value_matches(value, f"{head.lstrip()}*")
-    assert value_matches(value, f"*{tail.rstrip()}")
+    assert value_matches(head + tail, f"{head}*")
+    assert value_matches(head + tail, f"*{tail}")
 
 
 @given(st.floats(-1e6, 1e6), st.floats(-1e6, 1e6), st.floats(-1e6, 1e6))

@@ -107,7 +107,9 @@ def test_hostile_values_stop_no_other_series(db: Database, clock: FakeClock, fie
     geometry = {"ImagePositionPatient": "0\\0\\1", "ImageOrientationPatient": "1\\0\\0\\0\\1\\0"}
     catalogue = opened(db)
     catalogue.commit([instance("1.66", association_id="a", **{**geometry, **fields})])
-    catalogue.commit([instance("1.66", association_id="a", **{**geometry, "ImagePositionPatient": f"0\\0\\{n}"}) for n in range(3)])
+    catalogue.commit(
+        [instance("1.66", association_id="a", **{**geometry, "ImagePositionPatient": f"0\\0\\{n}"}) for n in range(3)]
+    )
     catalogue.commit(slices(3))
     catalogue.association_closed("a", "released")
     selector = Selector(SETTINGS, db)
@@ -121,12 +123,20 @@ def test_localizers_do_not_disturb_the_stack(db: Database) -> None:
     catalogue = Catalogue(db)
     catalogue.commit(slices(3))
     catalogue.commit(
-        [instance(ImageType="ORIGINAL\\PRIMARY\\LOCALIZER", ImagePositionPatient="9\\9\\9", ImageOrientationPatient="0\\1\\0\\0\\0\\-1")]
+        [
+            instance(
+                ImageType="ORIGINAL\\PRIMARY\\LOCALIZER",
+                ImagePositionPatient="9\\9\\9",
+                ImageOrientationPatient="0\\1\\0\\0\\0\\-1",
+            )
+        ]
     )
     report = stack_of(catalogue.series_instances(series_row(db, "1.2.20")["id"]))
     assert report is not None and report.contiguous and len(report.order) == 3
 
 
-@pytest.mark.parametrize(("text", "count"), [("12", 12), ("0", None), ("", None), ("-1", None), ("1.5", None), ("007", 7)])
+@pytest.mark.parametrize(
+    ("text", "count"), [("12", 12), ("0", None), ("", None), ("-1", None), ("1.5", None), ("007", 7)]
+)
 def test_stated_count(text: str, count: int | None) -> None:
     assert stated_count({"NumberOfSeriesRelatedInstances": text}) == count
