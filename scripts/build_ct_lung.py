@@ -6,11 +6,11 @@ The model card is written by hand and only digested here.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import io
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -277,4 +277,6 @@ def build(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    build(Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER)
+    parser = argparse.ArgumentParser(description="Build the ct-lung bundle; the same bytes each time.")
+    parser.add_argument("folder", type=Path, nargs="?", default=FOLDER, help="where to write it")
+    build(parser.parse_args().folder)
