@@ -86,6 +86,10 @@ def run_program(name: str, *arguments: object, seconds: float = 120) -> subproce
     )
 
 
+LIVE: set[Process] = set()
+"""What was started and not stopped: a failed test leaves it behind, the session's end stops it."""
+
+
 class Process:
     """A program in a session of its own, its output in a file; ended with all its children."""
 
@@ -100,6 +104,7 @@ class Process:
             env=quiet_environment(**environment),
             start_new_session=True,
         )
+        LIVE.add(self)
 
     @property
     def running(self) -> bool:
@@ -110,6 +115,7 @@ class Process:
 
     def stop(self, seconds: float = 20.0) -> int:
         """SIGTERM, then SIGKILL to the whole session; the exit code."""
+        LIVE.discard(self)
         if self.running:
             self.popen.terminate()
         try:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.harness import SHARED_DATA, Node, rule
-from tests.peers import Orthanc, program
+from tests.peers import LIVE, Orthanc, program
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -16,6 +16,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents and "pacs" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.peers)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    yield
+    for process in list(LIVE):
+        process.stop(5)
 
 
 @pytest.fixture(scope="session")
