@@ -28,6 +28,7 @@ from dicomnode.supervisor import EXIT_CONFIGURATION, Child, Supervisor
 
 PROCESSES = ("receiver", "worker", "courier", "sidecar")
 MANUFACTURER = "dicomnode"
+BIND_SECONDS = 3.0
 SWEEP_SECONDS = 15.0
 """One folder of the store is swept this often: all 256 in about an hour."""
 
@@ -116,7 +117,7 @@ def run_receiver(settings: Settings, config: Path | None, *, fd: int = -1, slot:
 
     if fd >= 0:
         return _run_listener(settings, socket.socket(fileno=fd), f"receiver-{slot}", Listener)
-    listening = listen(settings.dimse.host, settings.dimse.port)
+    listening = _listen(listen, settings)
     if settings.dimse.workers == 1:
         return _run_listener(settings, listening, "receiver-1", Listener)
     shell = Shell(settings, "receiver")
@@ -133,6 +134,18 @@ def run_receiver(settings: Settings, config: Path | None, *, fd: int = -1, slot:
         return Supervisor(children, _restart_event(shell.db)).run(shell.stop)
     finally:
         shell.close()
+
+
+def _listen(listen: Callable[[str, int], socket.socket], settings: Settings) -> socket.socket:
+    """Bind, with patience for a former life of this receiver that is still going."""
+    deadline = time.monotonic() + BIND_SECONDS
+    while True:
+        try:
+            return listen(settings.dimse.host, settings.dimse.port)
+        except OperatorError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
 
 
 def _run_listener(settings: Settings, listening: socket.socket, name: str, listener_type: Any) -> int:

@@ -77,9 +77,13 @@ def make_directory(path: Path, mode: int = 0o700) -> None:
         return
     if path.parent != path:
         make_directory(path.parent, mode)
-    with contextlib.suppress(FileExistsError):
+    try:
         path.mkdir(mode=mode)
-        sync_directory(path.parent)
+    except FileExistsError:
+        return
+    except OSError as error:
+        raise _storage_error(f"create {path}", error) from error
+    sync_directory(path.parent)
 
 
 def write_synced(path: Path, parts: Sequence[bytes | memoryview | bytearray]) -> None:
@@ -167,7 +171,10 @@ def sha256_file(path: Path) -> str:
 
 
 def free_bytes(path: Path) -> int:
-    stat = os.statvfs(path)
+    try:
+        stat = os.statvfs(path)
+    except OSError as error:
+        raise _storage_error("look at free space", error) from error
     return stat.f_bavail * stat.f_frsize
 
 

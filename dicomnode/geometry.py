@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 ORIENTATION_TOLERANCE = 1e-3
 """Largest difference of a direction cosine within one stack; scanners round to 6 digits."""
@@ -61,18 +62,24 @@ def slice_normal(orientation: Sequence[float]) -> tuple[float, float, float]:
     return (float(normal[0]), float(normal[1]), float(normal[2]))
 
 
+def _most_common(orientations: npt.NDArray[np.float64]) -> int:
+    """Index of a row that most others equal, to three digits."""
+    _, first, counts = np.unique(np.round(orientations, 3), axis=0, return_index=True, return_counts=True)
+    return int(first[int(counts.argmax())])
+
+
 def analyse_stack(planes: Sequence[SlicePlane]) -> StackReport:
     """Sort planes along their common normal and say what keeps them from being a volume."""
     if not planes:
         return StackReport((), (0.0, 0.0, 0.0), 0.0, {})
     orientations = np.array([p.orientation for p in planes], float)
-    reference = orientations[0]
+    reference = orientations[_most_common(orientations)]
     normal = slice_normal(reference.tolist())
     problems: dict[str, str] = {}
     deviating = int(np.sum(np.abs(orientations - reference).max(axis=1) > ORIENTATION_TOLERANCE))
     if deviating or normal == (0.0, 0.0, 0.0):
         problems["MIXED_ORIENTATION"] = (
-            f"{deviating} of {len(planes)} slices are oriented differently from the first one"
+            f"{deviating} of {len(planes)} slices are oriented differently from the others"
             if deviating
             else "row and column direction are parallel"
         )

@@ -225,7 +225,10 @@ def _value_text(value: bytes, vr: str, encodings: tuple[str, ...], order: str) -
         decoded = value.decode("ascii", "replace")
     if vr in ("ST", "LT", "UT"):
         return decoded.rstrip(" \0")
-    return "\\".join(part.strip(" \0") for part in decoded.split("\\"))
+    parts = [part.strip(" \0") for part in decoded.split("\\")]
+    if vr == "PN":  # trailing component groups that are empty may be left out (PS3.5 6.2.1)
+        parts = [part.rstrip("=") for part in parts]
+    return "\\".join(parts)
 
 
 _ENCODINGS: dict[tuple[str, ...], tuple[str, ...]] = {}

@@ -271,6 +271,9 @@ def load_settings(path: Path | None) -> Settings:
             raise SettingsError(operation, f"{path}: {error.strerror}", "Check its permissions") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise SettingsError(operation, f"{path} is not TOML: {error}", "Mend the line that it names") from None
+    unknown = _unknown_environment()
+    if unknown:
+        raise SettingsError(operation, *unknown)
     try:
         settings = Settings(**data)
     except ValidationError as error:
@@ -296,6 +299,16 @@ def _explain(error: ValidationError, path: Path | None) -> str:
         lines.append(f"{key}{shown}: {message}")
     where = f"{path}: " if path else ""
     return where + "; ".join(lines)
+
+
+def _unknown_environment() -> tuple[str, str] | None:
+    """Cause and hint for a DICOMNODE__ variable whose section does not exist."""
+    prefix = "DICOMNODE__"
+    sections = sorted(Settings.model_fields)
+    for name in sorted(os.environ):
+        if name.upper().startswith(prefix) and name[len(prefix) :].split("__")[0].lower() not in sections:
+            return f"environment variable {name}: there is no such section", f"Sections: {', '.join(sections)}"
+    return None
 
 
 def _near(loc: tuple[int | str, ...]) -> str:

@@ -111,7 +111,7 @@ class Supervisor:
             try:
                 process.wait(max(0.1, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                self._log.warning("process did not stop in time, killed", pid=process.pid)
                 process.kill()
                 process.wait()
+                self._log.warning("process did not stop in time, killed", pid=process.pid)
             self._reap_group(process.pid)

@@ -97,3 +97,13 @@ def test_edges() -> None:
     parallel = (1.0, 0.0, 0.0, 1.0, 0.0, 0.0)
     assert set(analyse_stack(stack(parallel, [0.0, 1.0])).problems) == {"MIXED_ORIENTATION"}
     assert slice_normal(AXIAL) == (0.0, 0.0, 1.0), "axial, head first, supine: to the head"
+
+
+def test_mixed_orientation_counts_the_minority_wherever_it_stands() -> None:
+    straight = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+    tilted = (1.0, 0.0, 0.0, 0.0, 0.9397, -0.3420)
+    planes = [
+        SlicePlane(str(n), (0.0, 0.0, float(n)), tilted if n < 3 else straight)  # the odd ones come first
+        for n in range(10)
+    ]
+    assert "3 of 10" in analyse_stack(planes).problems["MIXED_ORIENTATION"]

@@ -65,7 +65,14 @@ class Courier:
                 self._outbox.extend(sorted(waiting), self._owner, lease)
 
         outgoing = [
-            Outgoing(int(i["id"]), self._store.path(i["file"]), i["SOPClassUID"], i["TransferSyntaxUID"]) for i in items
+            Outgoing(
+                int(i["id"]),
+                self._store.path(i["file"]),
+                i["SOPClassUID"],
+                i["TransferSyntaxUID"],
+                i["StudyInstanceUID"],
+            )
+            for i in items
         ]
         try:
             send_batch(self._settings.node.ae_title, peer, self._settings.delivery, outgoing, report)

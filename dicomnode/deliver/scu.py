@@ -30,12 +30,16 @@ SLOWEST_BYTES_PER_SECOND = 125_000
 
 @dataclass(frozen=True, slots=True)
 class Outgoing:
-    """A Part 10 file to send; ``key`` comes back with its outcome."""
+    """A Part 10 file to send; ``key`` comes back with its outcome.
+
+    Order is kept within a ``group`` (a study).
+    """
 
     key: int
     path: Path
     sop_class_uid: str
     transfer_syntax_uid: str
+    group: str = ""
 
 
 class Sent(StrEnum):
@@ -60,7 +64,7 @@ def classify_store_status(status: int | None) -> tuple[Sent, str]:
     if status is None:
         return Sent.retry, "the peer did not answer"
     name = f"status 0x{status:04X}"
-    if status == 0x0000 or status in (0xB000, 0xB006, 0xB007) or status in (0x0001, 0x0107, 0x0116):
+    if status in (0x0000, 0x0001, 0x0107, 0x0116) or 0xB000 <= status <= 0xBFFF:
         return Sent.stored, "" if status == 0 else f"stored with warning, {name}"
     if status == 0x0111:  # duplicate SOP instance: it is there
         return Sent.stored, f"was there already, {name}"
@@ -90,7 +94,7 @@ def _no_delay(event: Any) -> None:
 
 
 def _associate(ae: AE, peer: Peer, operation: str) -> Any:
-    """Established association. Raises PeerAway, or PeerRefused for a permanent rejection."""
+    """Established association. Raises PeerAway: also a rejection ends once the peer's list is mended."""
     if not peer.reachable:
         raise PeerRefused(operation, f"peer '{peer.name}' has no host and port", "Add them to [[peers]]")
     with warnings.catch_warnings():
@@ -139,8 +143,9 @@ def send_batch(
 ) -> None:
     """C-STORE each object in order on one association; report each as soon as it is known.
 
-    Stops at the first object that has to be retried and reports the rest as ``retry``, so
-    that order is kept. Raises PeerAway when no association came about (nothing reported).
+    After an object that has to be retried the rest of its group is reported as ``retry``, so
+    that order is kept; when the association is gone, everything that is left is. Raises
+    PeerAway when no association came about (nothing reported).
     """
     ae = _ae(local, delivery)
     for sop_class, syntax in _contexts(objects):
@@ -148,13 +153,15 @@ def send_batch(
     assoc = _associate(ae, peer, "C-STORE")
     try:
         accepted = {(str(c.abstract_syntax), str(c.transfer_syntax[0])) for c in assoc.accepted_contexts}
-        for index, outgoing in enumerate(objects):
+        held: set[str] = set()
+        for outgoing in objects:
+            if outgoing.group in held:
+                on_outcome(SendOutcome(outgoing.key, Sent.retry, "an earlier object of its study has to go first"))
+                continue
             outcome = _send(assoc, outgoing, accepted, delivery.response_seconds)
-            on_outcome(outcome)
             if outcome.sent is Sent.retry:
-                for later in objects[index + 1 :]:
-                    on_outcome(SendOutcome(later.key, Sent.retry, "an earlier object has to go first"))
-                return
+                held.add(outgoing.group)
+            on_outcome(outcome)
     finally:
         if assoc.is_established:
             assoc.release()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import random
 import sqlite3
 import threading
 import time
@@ -199,7 +200,7 @@ def _lock_current(fd: int, path: Path) -> None:
                     "Stop all of dicomnode.target, then start it again",
                     retryable=True,
                 ) from None
-            time.sleep(0.05)
+            time.sleep(random.uniform(0.02, 0.08))  # noqa: S311 jitter, so that starters do not retry in step
             continue
         if not _current(path):
             _migrate(path)

@@ -333,12 +333,19 @@ class Jobs:
         return {state.value: found.get(state.value, 0) for state in JobState}
 
     def inputs(self, job_id: int) -> list[Row]:
-        """The stored instances that the job was made for; a replaced one has its newest file."""
+        """The stored instances that the job was made for, with the content it was made for.
+
+        One whose content was replaced since is left out: its series is selected again.
+        """
         return self.db.rows(
-            "SELECT n.* FROM job_inputs i JOIN instances n ON n.SOPInstanceUID = i.SOPInstanceUID"
+            "SELECT n.* FROM job_inputs i"
+            " JOIN instances n ON n.SOPInstanceUID = i.SOPInstanceUID AND n.dataset_sha256 = i.sha256"
             " WHERE i.job_id = ? ORDER BY n.id",
             (job_id,),
         )
+
+    def input_count(self, job_id: int) -> int:
+        return int(self.db.value("SELECT count(*) FROM job_inputs WHERE job_id = ?", (job_id,)))
 
     def _owned(self, job_id: int, owner: str) -> Row:
         job = self.db.row("SELECT * FROM jobs WHERE id = ?", (job_id,))

@@ -135,6 +135,13 @@ class Worker:
             )
             for r in self._jobs.inputs(int(job["id"]))
         ]
+        if len(sources) != self._jobs.input_count(int(job["id"])):
+            raise NodeError(
+                "read inputs",
+                "an image was replaced after the series was selected",
+                "A newer revision follows",
+                retryable=True,
+            )
         model = self._models.get(str(job["model"]))
         seconds: dict[str, float] = {"wait": max(0.0, started - float(job["last_received_at"]))}
         analysis = model.analyse(sources, decoder=self._decoder)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from dicomnode import doorbell, logs, metrics
+from dicomnode.errors import NodeError
 from dicomnode.geometry import SlicePlane, StackReport, analyse_stack
 from dicomnode.index.catalogue import Catalogue
 from dicomnode.index.database import Database, Row
@@ -30,14 +31,32 @@ class Selector:
         self._events = Events(db)
         self._on_jobs = on_jobs or (lambda: None)
         self._log = logs.get()
+        self._reported: set[int] = set()
 
     def run_once(self) -> float:
         """Select what is complete; returns seconds until the next look is needed at most."""
         wait = doorbell.SLOW_BEAT_SECONDS
         for series in self._catalogue.open_series():
-            verdict = self._look(series)
+            try:
+                verdict = self._look(series)
+            except NodeError:
+                raise
+            except Exception as error:  # noqa: BLE001 one odd series must not keep the others waiting
+                self._report(int(series["id"]), error)
+                continue
             wait = min(wait, verdict.wait_seconds) if not verdict.complete else wait
         return max(wait, 0.01)
+
+    def _report(self, series_id: int, error: Exception) -> None:
+        if series_id not in self._reported:
+            self._reported.add(series_id)
+            self._log.error("series cannot be judged", exc_type=type(error).__name__, count=series_id)
+            self._events.add(
+                "error",
+                "selection",
+                f"series {series_id}",
+                f"it cannot be judged ({type(error).__name__}); report this",
+            )
 
     def _look(self, series: Row) -> Verdict:
         begin = time.perf_counter()

@@ -6,7 +6,7 @@ import itertools
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ def deliver(pacs: Pacs, objects: list[Outgoing]) -> list[SendOutcome]:
 
 def test_every_status_has_its_meaning() -> None:
     """PS3.4 table B.2-1, PS3.7 annex C: each of 65536 statuses means exactly one thing."""
-    stored = {0x0000, 0x0001, 0x0107, 0x0111, 0x0116, 0xB000, 0xB006, 0xB007}
+    stored = {0x0000, 0x0001, 0x0107, 0x0111, 0x0116, *range(0xB000, 0xC000)}
     retry = {*range(0xA700, 0xA800), 0x0110, 0x0124, 0x0210, 0x0213}
     for status in range(0x10000):
         expected = Sent.stored if status in stored else Sent.retry if status in retry else Sent.rejected
@@ -308,3 +308,12 @@ def test_new_life_takes_back_what_the_former_one_held(desk: Desk) -> None:
     desk.courier.start()
     desk.courier.run_once()
     assert desk.states() == ["stored", "stored"]
+
+
+def test_a_full_peer_holds_back_one_study_and_not_the_others(pacs: Pacs, tmp_path: Path) -> None:
+    objects = [replace(o, group="ab"[n % 2]) for n, o in enumerate(outgoing(tmp_path, 4))]
+    pacs.answer = lambda number: 0xA700 if number == 0 else 0x0000
+    outcomes: list[SendOutcome] = []
+    send_batch("NODE", pacs.peer(), DELIVERY, objects, outcomes.append)
+    assert [o.sent for o in outcomes] == [Sent.retry, Sent.stored, Sent.retry, Sent.stored]
+    assert pacs.stored == ["1.5.0", "1.5.1", "1.5.3"]
