@@ -69,6 +69,21 @@ def _inflate(data: bytes | bytearray | memoryview) -> bytes:
         raise MalformedDataSet("read header", "the deflated data set cannot be inflated") from None
 
 
+def inflates_within_limit(part10: bytes) -> bool:
+    """False for a Part 10 file with a deflated data set of more than ``MAX_INFLATED`` bytes.
+
+    Readers that inflate it whole would take memory by the gigabyte for a file of a megabyte.
+    """
+    start = 144 + int.from_bytes(part10[140:144], "little")
+    if not any(uid.encode() in part10[144:start] for uid in DEFLATED):
+        return True
+    try:
+        inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+        return len(inflater.decompress(memoryview(part10)[start:], MAX_INFLATED + 1)) <= MAX_INFLATED
+    except zlib.error:
+        return True  # the reader says what is wrong with it
+
+
 def _bad(cause: str) -> MalformedDataSet:
     return MalformedDataSet("read header", cause, "Check the object at its sender; it was not stored")
 
@@ -220,7 +235,7 @@ def _value_text(value: bytes, vr: str, encodings: tuple[str, ...], order: str) -
         return "\\".join(str(n) for n in struct.unpack(f"{order}{count}{_NUMBERS[vr]}", value[: count * size]))
     if vr in _TEXT_VRS:
         delimiters = PN_DELIMS if vr == "PN" else TEXT_VR_DELIMS
-        decoded: str = charset.decode_bytes(value, encodings, delimiters)
+        decoded = _decode_text(value, encodings, delimiters)
     else:
         decoded = value.decode("ascii", "replace")
     if vr in ("ST", "LT", "UT"):
@@ -229,6 +244,21 @@ def _value_text(value: bytes, vr: str, encodings: tuple[str, ...], order: str) -
     if vr == "PN":  # trailing component groups that are empty may be left out (PS3.5 6.2.1)
         parts = [part.rstrip("=") for part in parts]
     return "\\".join(parts)
+
+
+def _decode_text(value: bytes, encodings: tuple[str, ...], delimiters: set[int]) -> str:
+    """Text in the declared character sets; what does not decode becomes U+FFFD.
+
+    Only code extensions (ISO 2022, an escape in the value) need pydicom, which warns about
+    undecodable bytes: those are the sender's, and the bytes stay as they came.
+    """
+    if b"\x1b" not in value:
+        return value.decode(encodings[0], "replace")
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return str(charset.decode_bytes(value, encodings, delimiters))
 
 
 _ENCODINGS: dict[tuple[str, ...], tuple[str, ...]] = {}

@@ -328,3 +328,14 @@ def test_depth_has_a_limit_even_where_every_level_is_closed(inside: bool) -> Non
     assert read_header(nested(60), EXPLICIT, WANTED) == {}
     with pytest.raises(MalformedDataSet, match="nested deeper than 64"):
         read_header(nested(70), EXPLICIT, WANTED)
+
+
+@pytest.mark.parametrize("name", [b"A\x80\xff^B ", b"A\x1b$B\x80\x81\x1b(B^B"])
+def test_undecodable_text_is_replaced_without_a_warning(name: bytes) -> None:
+    """A warning would quote the value on stderr, and with other filters it would raise."""
+    declared = b"ISO_IR 192" if b"\x1b" not in name else b"\\ISO 2022 IR 87 "
+    name += b" " * (len(name) % 2)
+    data = b"\x08\x00\x05\x00CS" + struct.pack("<H", len(declared)) + declared
+    data += b"\x10\x00\x10\x00PN" + struct.pack("<H", len(name)) + name
+    text = read_header(data, "1.2.840.10008.1.2.1", Wanted(["SpecificCharacterSet", "PatientName"]))["PatientName"]
+    assert text.startswith("A")
