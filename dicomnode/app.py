@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from dicomnode import __version__, doorbell, durable, lifeline, logs, metrics
-from dicomnode.errors import NodeError, OperatorError
+from dicomnode.errors import NodeError, OperatorError, SettingsError, StorageError
 from dicomnode.index.database import Database
 from dicomnode.index.operation import BEAT_SECONDS, Events, Processes
 from dicomnode.records import Analysis, EncodedObject, ModelIdentity, ResultIdentity, SourceInstance
@@ -28,6 +28,7 @@ from dicomnode.supervisor import EXIT_CONFIGURATION, Child, Supervisor
 
 PROCESSES = ("receiver", "worker", "courier", "sidecar")
 MANUFACTURER = "dicomnode"
+JOB_GRACE_SECONDS = 2.0
 BIND_SECONDS = 3.0
 SWEEP_SECONDS = 15.0
 """One folder of the store is swept this often: all 256 in about an hour."""
@@ -92,6 +93,8 @@ class Shell:
                 lifeline.notify("WATCHDOG=1")
             except NodeError as error:
                 self.log.warning("heartbeat not written", error=str(error))
+            except Exception as error:  # noqa: BLE001 without this thread the process would look dead for ever
+                self.log.error("heartbeat not written", exc_type=type(error).__name__)
 
     def close(self) -> None:
         lifeline.notify("STOPPING=1")
@@ -149,9 +152,11 @@ def _listen(listen: Callable[[str, int], socket.socket], settings: Settings) -> 
 
 
 def _run_listener(settings: Settings, listening: socket.socket, name: str, listener_type: Any) -> int:
+    from dicomnode.serve import QueryRetrieve
+
     shell = Shell(settings, name)
     host, port = listening.getsockname()[:2]
-    listener = listener_type(settings, shell.db, listening, name)
+    listener = listener_type(settings, shell.db, listening, name, QueryRetrieve(settings, shell.db))
     shell.detail = lambda: {"host": host, "port": port, "associations": listener.open_associations()}
     shell.healthy = listener.accepting
     listener.start()
@@ -226,6 +231,7 @@ def run_worker(settings: Settings) -> int:
     shell.healthy = thread.is_alive
     thread.start()
     shell.ready()
+    threading.Thread(target=_leave_job, args=(shell, worker, decoder), name="stop", daemon=True).start()
     while not shell.stop.is_set():
         jobs_bell.clear()
         if not worker.run_once():
@@ -234,6 +240,18 @@ def run_worker(settings: Settings) -> int:
     decoder.close()
     shell.close()
     return 0
+
+
+def _leave_job(shell: Shell, worker: Any, decoder: Any) -> None:
+    """On a stop signal: a job that does not end at once goes back to the queue, uncounted."""
+    while not shell.stop.wait(3600.0):
+        pass
+    time.sleep(JOB_GRACE_SECONDS)  # the main thread ends by itself when it is idle
+    count = worker.hand_back()
+    shell.log.info("job handed back", count=count)
+    lifeline.notify("STOPPING=1")
+    decoder.kill()
+    os._exit(0)
 
 
 def _wait_either(first: threading.Event, stop: lifeline.StopFlag, seconds: float) -> None:
@@ -283,7 +301,7 @@ def run_courier(settings: Settings) -> int:
                 sweep_at = time.monotonic() + SWEEP_SECONDS
                 removed = sweeper.run_once()
                 if removed:
-                    shell.log.info("files without a row removed", count=removed)
+                    shell.log.warning("files without a row cleared away, see strays/ in data_dir", count=removed)
         except NodeError as error:
             shell.log.error("delivery failed, trying again", error=str(error))
             wait = doorbell.SLOW_BEAT_SECONDS
@@ -371,4 +389,9 @@ def _restart_event(db: Database) -> Callable[[str, int], None]:
 def explain_and_exit(error: NodeError) -> int:
     """Print an operator's error; the exit code says whether starting again can help."""
     sys.stderr.write(f"dicomnode: {error}\n")
-    return EXIT_CONFIGURATION if isinstance(error, OperatorError) and not error.retryable else 1
+    if isinstance(error, StorageError):
+        return durable.EXIT_STORAGE
+    under_systemd = bool(os.environ.get("NOTIFY_SOCKET"))
+    # A port or lock that another program holds is free some day: a unit must not stay down for it.
+    final = isinstance(error, SettingsError) or (isinstance(error, OperatorError) and not under_systemd)
+    return EXIT_CONFIGURATION if final and not error.retryable else 1

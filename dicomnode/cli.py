@@ -18,7 +18,13 @@ from dicomnode import __version__, logs
 from dicomnode.errors import NodeError, OperatorError
 from dicomnode.settings import Settings, load_settings
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="DICOM-native AI node.", rich_markup_mode=None)
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="DICOM-native AI node.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,  # they show values
+)
 jobs_app = typer.Typer(no_args_is_help=True, help="Analyses: list, show, retry.")
 deliveries_app = typer.Typer(no_args_is_help=True, help="Results on their way to DICOM peers: list, retry.")
 models_app = typer.Typer(no_args_is_help=True, help="Model bundles: list, verify, activate, rollback.")
@@ -42,6 +48,9 @@ def main() -> None:
         from dicomnode.app import explain_and_exit
 
         sys.exit(explain_and_exit(error))
+    except Exception as error:  # noqa: BLE001 a message or a frame's values may be patients' data
+        sys.stderr.write(f"dicomnode: unexpected {logs.fault(error)}; report this\n")
+        sys.exit(1)
 
 
 def _settings(config: Path | None) -> Settings:
@@ -131,10 +140,9 @@ def check_config(config: Config = None, as_json: Json = False) -> None:
         console.print(f"  data in {data['node']['data_dir']}")
         console.print(f"  peers: {', '.join(p['name'] for p in data['peers']) or 'none: every caller is rejected'}")
         for peer in settings.peers:
-            if peer.commitment or set(peer.allow) - {"echo", "store"}:
-                console.print(
-                    f"  note: peer {peer.name}: this version serves echo and store; the rest has no effect yet"
-                )
+            idle = [s for s in peer.allow if s in ("commit", "mpps")] + ["commitment"] * peer.commitment
+            if idle:
+                console.print(f"  note: peer {peer.name}: {', '.join(idle)} has no effect yet in this version")
         for rule in data["rules"]:
             targets = ", ".join(rule["send_to"]) or "nowhere"
             console.print(f"  rule {rule['name']}: {', '.join(rule['models'])} -> {targets}")

@@ -217,7 +217,7 @@ def _skip_implicit(data: memoryview, position: int, limit: int, elements: int) -
 
 
 def _decode(raw: Mapping[int, bytes], wanted: Wanted, order: str) -> dict[str, str]:
-    declared = [v.strip() for v in raw.get(0x00080005, b"").decode("ascii", "replace").split("\\")]
+    declared = [v.strip(" \0\t\r\n") for v in raw.get(0x00080005, b"").decode("ascii", "replace").split("\\")]
     encodings = charset_encodings(tuple(declared))
     text: dict[str, str] = {}
     for tag, value in raw.items():
@@ -274,7 +274,7 @@ def charset_encodings(declared: tuple[str, ...]) -> tuple[str, ...]:
             warnings.simplefilter("ignore")
             try:
                 known = tuple(charset.convert_encodings(list(declared)))
-            except LookupError:
+            except (LookupError, ValueError):  # a NUL inside is a ValueError
                 known = ("iso8859",)
         if len(_ENCODINGS) < 1000:
             _ENCODINGS[declared] = known

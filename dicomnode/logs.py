@@ -9,7 +9,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import sys
+import threading
+import traceback
 from collections.abc import MutableMapping
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -79,6 +82,19 @@ def uid_hash(uid: str) -> str:
     return hashlib.sha256(uid.encode()).hexdigest()[:12]
 
 
+def fault(error: BaseException) -> str:
+    """Type and places of an exception, innermost last; neither its message nor any value."""
+    frames = traceback.extract_tb(error.__traceback__)[-6:]
+    places = " > ".join(f"{Path(f.filename).name}:{f.lineno}" for f in frames)
+    return f"{type(error).__name__} at {places}"
+
+
+def _thread_failed(failed: threading.ExceptHookArgs) -> None:
+    """In place of a traceback on stderr, which quotes values."""
+    if failed.exc_value is not None and failed.exc_type is not SystemExit:
+        get().error("thread ended", exc_type=fault(failed.exc_value), name=failed.thread.name if failed.thread else "")
+
+
 def _allow_listed(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     dropped = [key for key in event if key not in ALLOWED and not key.startswith("_")]
     for key in dropped:
@@ -122,6 +138,7 @@ def configure(process: str, level: str = "info", style: str = "auto") -> None:
         logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
         cache_logger_on_first_use=False,
     )
+    threading.excepthook = _thread_failed
     # Libraries: pynetdicom logs identifiers and addresses of its own; only its silence is safe.
     logging.basicConfig(stream=sys.stderr, level=logging.CRITICAL, force=True)
     for name in ("pynetdicom", "pydicom", "highdicom"):

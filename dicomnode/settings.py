@@ -63,9 +63,11 @@ class Dimse(Section):
     pdu_seconds: float = Field(30.0, gt=0, description="absolute deadline for one PDU, from its first byte")
     request_seconds: float = Field(10.0, gt=0, description="time for A-ASSOCIATE-RQ after connecting")
     idle_seconds: float = Field(300.0, gt=0, description="an association without traffic is aborted")
-    max_connections: int = Field(256, ge=1, description="connections in total, each receiver process")
+    max_connections: int = Field(256, ge=1, le=300, description="connections in total, each receiver process")
     max_connections_per_address: int = Field(64, ge=1, description="connections from one address")
-    max_object_mb: int = Field(4096, ge=1, description="largest object in MiB; larger: 0xA700")
+    max_object_mb: int = Field(4096, ge=1, description="largest object in MiB; a larger one is aborted")
+    query_max_answers: int = Field(10000, ge=1, description="answers to one C-FIND; more: 0xB001 after these")
+    query_seconds: float = Field(30.0, gt=0, description="time to look through the index for one query")
     log_identifiers: Literal[False] = Field(False, description="query identifiers are never logged")
 
 
@@ -79,7 +81,7 @@ class Peer(Section):
     ae_title: AETitle = Field(description="the peer's AE title")
     host: str = Field("", description="address; where given, the caller's address must match")
     port: int = Field(0, ge=0, le=65535, description="the peer's DICOM port, for sending to it")
-    allow: tuple[Service, ...] = Field((), description="services that the peer may use here")
+    allow: tuple[Service, ...] = Field((), description="services that it may use here; commit, mpps: no effect yet")
     commitment: bool = Field(False, description="ask for storage commitment after delivery")
 
     _check = field_validator("ae_title")(_ae_title)
@@ -101,7 +103,7 @@ class Inference(Section):
     job_seconds: float = Field(
         1800.0, gt=10, description="a job that takes longer ends its worker and counts as an attempt"
     )
-    max_attempts: int = Field(5, ge=1, description="crashes or errors before a job is parked as failed")
+    max_attempts: int = Field(10, ge=1, description="crashes or errors before a job is parked as failed")
 
 
 class Delivery(Section):

@@ -73,17 +73,21 @@ class Supervisor:
         now = time.monotonic()
         if child.process is None:
             if now >= child.due:
-                child.process = subprocess.Popen(
-                    child.argv, pass_fds=child.pass_fds, start_new_session=True, env=_child_environment()
-                )
                 child.started = now
+                try:
+                    child.process = subprocess.Popen(
+                        child.argv, pass_fds=child.pass_fds, start_new_session=True, env=_child_environment()
+                    )
+                except OSError as error:  # no memory or process to spare: that passes, and the others work on
+                    child.due = now + BACKOFF_LONGEST
+                    self._log.error("process cannot be started", name=child.name, error=error.strerror)
             return True
         code = child.process.poll()
         if code is None:
             return True
         self._reap_group(child.process.pid)
         child.process = None
-        if code == EXIT_CONFIGURATION:
+        if code == EXIT_CONFIGURATION and not child.restarts:  # later it did work: a port or lock still to be let go
             return False
         child.failures = 1 if now - child.started > STEADY_SECONDS else child.failures + 1
         child.restarts += 1

@@ -35,7 +35,8 @@ APPLICATION_CONTEXT = b"1.2.840.10008.3.1.1.1"
 
 def program(name: str) -> str:
     """Path of a program of others; skips the test without it, fails it where CI is true."""
-    path = shutil.which(name) or shutil.which(name, path="/usr/sbin:/usr/local/sbin")
+    # Debian's first: pynetdicom puts a storescu of its own into the environment's bin.
+    path = shutil.which(name, path="/usr/bin:/usr/local/bin:/usr/sbin:/usr/local/sbin") or shutil.which(name)
     if path:
         return path
     if os.environ.get("CI") == "true":

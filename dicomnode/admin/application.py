@@ -18,7 +18,7 @@ from dicomnode.admin import exposition, guard, page
 from dicomnode.admin.ready import Check, check_port, local_checks
 from dicomnode.admin.status import status_report
 from dicomnode.admin.words import choose_language
-from dicomnode.errors import IllegalTransition, NodeError, OperatorError
+from dicomnode.errors import IllegalTransition, NodeError, OperatorError, StorageError
 from dicomnode.index.database import Database, Row
 from dicomnode.index.jobs import Jobs
 from dicomnode.index.outbox import Outbox
@@ -215,7 +215,8 @@ async def _errors_middleware(request: web.Request, handler: Handler) -> web.Stre
     except IllegalTransition as error:
         return _problem(409, error)
     except OperatorError as error:
-        status = 503 if error.retryable else 404 if "there is no" in error.cause else 400
+        passing = error.retryable or isinstance(error, StorageError)
+        status = 503 if passing else 404 if "there is no" in error.cause else 400
         return _problem(status, error)
     except (NodeError, apsw.Error, OSError) as error:
         logs.get().error("request failed", operation="admin", exc_type=type(error).__name__, path=request.path)

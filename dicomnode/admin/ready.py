@@ -12,7 +12,7 @@ import apsw
 
 from dicomnode import durable
 from dicomnode.admin.status import MEBIBYTE, failed_models, serving_models, wanted_models
-from dicomnode.errors import NodeError
+from dicomnode.errors import NodeError, StorageError
 from dicomnode.index.database import Database, Row
 from dicomnode.index.operation import Figures, Processes
 from dicomnode.settings import Settings
@@ -45,8 +45,8 @@ def check_index(db: Database) -> Check:
 def check_disk(settings: Settings) -> Check:
     try:
         free = durable.free_bytes(settings.node.data_dir) // MEBIBYTE
-    except OSError as error:
-        return Check(False, f"data_dir: {error.strerror}", "Check the volume of data_dir")
+    except StorageError as error:
+        return Check(False, f"data_dir: {error.cause}", "Check the volume of data_dir")
     reserve = settings.node.reserve_mb
     return Check(
         free > reserve,

@@ -1,8 +1,9 @@
-"""Removes files that no row names: left by a crash between writing and committing.
+"""Clears away files that no row names: left by a crash between writing and committing.
 
-Such a file was never acknowledged. It is removed only after it was seen without a row
-twice, an hour of node time apart, so neither a slow commit nor a jump of the wall clock can
-cost an object.
+Such a file was never acknowledged, unless the index was lost or restored from a backup. So
+only what has not got its name yet (``.part``) is deleted; a whole object is put aside into
+``<data_dir>/strays``, and only after it was seen without a row twice, an hour of node time
+apart, so neither a slow commit nor a jump of the wall clock can cost an object.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ class Sweeper:
         self._folders = list(store.folders())
         self._next = 0
         self._suspects: dict[Path, float] = {}
+        self._aside = store.root.parent / "strays"
 
     def run_once(self) -> int:
-        """Look at the next folder; returns how many files were removed."""
+        """Look at the next folder; returns how many files were cleared away."""
         folder = self._folders[self._next]
         self._next = (self._next + 1) % len(self._folders)
         present = {entry for entry in folder.iterdir()} if folder.is_dir() else set()
@@ -43,7 +45,15 @@ class Sweeper:
         for stray in strays:
             first_seen = self._suspects.setdefault(stray, now)
             if now - first_seen >= GRACE_SECONDS:
-                durable.remove(stray)
+                self._clear(stray)
                 del self._suspects[stray]
                 removed += 1
         return removed
+
+    def _clear(self, stray: Path) -> None:
+        if stray.suffix == durable.TEMPORARY_SUFFIX:
+            durable.remove(stray)
+            return
+        durable.make_directory(self._aside)
+        durable.rename_into_place(stray, self._aside / stray.name)
+        durable.sync_directory(self._aside)

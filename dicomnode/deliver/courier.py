@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from dicomnode import doorbell, logs, metrics
+from dicomnode import doorbell, durable, logs, metrics
 from dicomnode.deliver.scu import Outgoing, SendOutcome, Sent, send_batch
 from dicomnode.durable import ObjectStore
 from dicomnode.errors import PeerError
@@ -64,6 +64,13 @@ class Courier:
             if waiting:
                 self._outbox.extend(sorted(waiting), self._owner, lease)
 
+        for item in items:
+            if not self._intact(item):
+                waiting.discard(int(item["id"]))
+                self._reject(item, peer, "the stored object is damaged or gone: its SHA-256 differs")
+        items = [i for i in items if int(i["id"]) in waiting]
+        if not items:
+            return
         outgoing = [
             Outgoing(
                 int(i["id"]),
@@ -99,17 +106,26 @@ class Courier:
         elif outcome.sent is Sent.retry:
             self._retry(item, outcome.cause)
         else:
-            self._outbox.reject(item["id"], self._owner, outcome.cause)
-            metrics.delivery("rejected")
-            self._log.error(
-                "result rejected by peer",
-                peer=peer.name,
-                kind=item["kind"],
-                instance=uid,
-                delivery=item["id"],
-                cause=outcome.cause,
-            )
-            self._events.add("error", "delivery-rejected", peer.name, f"delivery {item['id']}: {outcome.cause}")
+            self._reject(item, peer, outcome.cause)
+
+    def _intact(self, item: Row) -> bool:
+        try:
+            return durable.sha256_file(self._store.path(item["file"])) == str(item["sha256"])
+        except OSError:
+            return False
+
+    def _reject(self, item: Row, peer: Peer, cause: str) -> None:
+        self._outbox.reject(item["id"], self._owner, cause)
+        metrics.delivery("rejected")
+        self._log.error(
+            "result rejected",
+            peer=peer.name,
+            kind=item["kind"],
+            delivery=item["id"],
+            cause=cause,
+            instance=logs.uid_hash(item["SOPInstanceUID"]),
+        )
+        self._events.add("error", "delivery-rejected", peer.name, f"delivery {item['id']}: {cause}")
 
     def _retry(self, item: Row, cause: str) -> None:
         delivery = self._settings.delivery

@@ -187,5 +187,7 @@ def _send(assoc: Any, outgoing: Outgoing, accepted: set[tuple[str, str]], respon
         return SendOutcome(outgoing.key, Sent.rejected, "the object is not in the store")
     except (ValueError, RuntimeError, OSError) as error:
         return SendOutcome(outgoing.key, Sent.retry, f"the association was cut ({type(error).__name__})")
+    except Exception as error:  # noqa: BLE001 a damaged file must not keep the courier from the others
+        return SendOutcome(outgoing.key, Sent.rejected, f"the object cannot be read ({type(error).__name__})")
     sent, cause = classify_store_status(status.Status if "Status" in status else None)
     return SendOutcome(outgoing.key, sent, cause)

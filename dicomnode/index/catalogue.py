@@ -58,7 +58,7 @@ class Catalogue:
         uid = new.attributes["SOPInstanceUID"]
         now, moment = db.clock.ticks(), iso(db.clock.wall())
         known = db.row(
-            "SELECT id, file, sha256, dataset_sha256, TransferSyntaxUID, association_id FROM instances"
+            "SELECT id, series_id, file, sha256, dataset_sha256, TransferSyntaxUID, association_id FROM instances"
             " WHERE SOPInstanceUID = ?",
             (uid,),
         )
@@ -99,6 +99,8 @@ class Catalogue:
             )
             assignments = ", ".join(f'"{k}" = ?' for k in row)
             db.execute(f"UPDATE instances SET {assignments} WHERE id = ?", (*row.values(), known["id"]))
+        if known is not None and known["series_id"] != series_id:  # it moved: its former series has changed too
+            db.execute("UPDATE series SET generation = generation + 1 WHERE id = ?", (known["series_id"],))
         if new.origin == "received":
             db.execute(
                 "UPDATE series SET generation = generation + 1, last_received_at = ? WHERE id = ?",

@@ -271,6 +271,15 @@ class Jobs:
             )
             return state
 
+    def hand_back(self, owner: str) -> int:
+        """The worker is told to stop: what it holds waits again, and the attempt does not count."""
+        with self.db.transaction():
+            held = self.db.rows("SELECT * FROM jobs WHERE state = 'running' AND lease_owner = ?", (owner,))
+            for job in held:
+                self._leave(job, JobEvent.lose)
+                self.db.execute("UPDATE jobs SET attempts = max(0, attempts - 1) WHERE id = ?", (job["id"],))
+        return len(held)
+
     def expire(self, max_attempts: int, dead_owners: Sequence[str] = ()) -> list[Row]:
         """Take back leases that ran out, or whose owner is known to be gone.
 

@@ -8,8 +8,10 @@ cores and turns a crash of a codec into an error of this one series.
 from __future__ import annotations
 
 import io
+import logging
 import multiprocessing
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -67,6 +69,13 @@ def decode_frame(part10: bytes, rows: int, columns: int) -> Pixels:
     if array.shape != (rows, columns) or array.dtype.kind not in "iu":
         raise Undecodable("DECODE_FAILED", f"decoded to {array.shape}, expected {(rows, columns)}")
     return np.ascontiguousarray(array)
+
+
+def _begin_child() -> None:
+    """Die with the worker, and stay silent: what libraries warn of quotes values, which are patients' data."""
+    die_with_parent()
+    warnings.simplefilter("ignore")
+    logging.disable(logging.CRITICAL)
 
 
 class Decoder(Protocol):
@@ -130,8 +139,13 @@ class PoolDecoder:
     def _executor(self) -> ProcessPoolExecutor:
         if self._pool is None:
             context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self._processes, mp_context=context, initializer=die_with_parent)
+            self._pool = ProcessPoolExecutor(self._processes, mp_context=context, initializer=_begin_child)
         return self._pool
+
+    def kill(self) -> None:
+        """End the children at once; for a process that is about to end itself."""
+        for child in multiprocessing.active_children():
+            child.kill()
 
     def close(self) -> None:
         """End the children; the next use starts new ones."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import cmp_to_key
 from pathlib import Path
 
 from dicomnode import logs
-from dicomnode.errors import BundleError
+from dicomnode.errors import BundleError, EngineError
 from dicomnode.index.database import Database
 from dicomnode.index.operation import Events, Models
 from dicomnode.infer.bundle import BundleFolder, compare_versions, find_bundles
@@ -61,21 +62,41 @@ class ServingModels:
         self._log = logs.get()
 
     def get(self, reference: str) -> ReadyModel:
-        """A model that has passed its golden cases. Raises BundleError or EngineError."""
+        """A model that has passed its golden cases.
+
+        When the version that should serve cannot, the last good one does: the one that is
+        loaded, else the one that was active before, else the next older release. A rule that
+        pins ``name@version`` gets that version or nothing. Raises BundleError or EngineError
+        when none can serve.
+        """
         folders = bundle_folders(self._models_dir, self._data_dir)
-        folder = resolve(folders, reference, self._models.active())
+        wanted = resolve(folders, reference, self._models.active())
         known = self._ready.get(reference)
-        if known is not None and known.identity.version == folder.version:
+        if known is not None and known.identity.version == wanted.version:
+            return known
+        if known is not None and time.monotonic() < self._not_before.get(reference, 0.0):
             return known
         try:
-            ready = open_model(folder.path, self._engine, threads=self._threads)
+            ready = self._open(wanted)
         except Exception as error:
             self._fail(reference, str(error))
-            raise
+            if "@" in reference:
+                raise
+            if known is not None:
+                return known
+            fallback = self._fallback(folders, wanted)
+            if fallback is None:
+                raise
+            ready = fallback
+        else:
+            self._errors.pop(reference, None)
         if known is not None:
             known.close()
         self._ready[reference] = ready
-        self._errors.pop(reference, None)
+        return ready
+
+    def _open(self, folder: BundleFolder) -> ReadyModel:
+        ready = open_model(folder.path, self._engine, threads=self._threads)
         self._log.info(
             "model verified",
             model=folder.name,
@@ -84,6 +105,22 @@ class ServingModels:
             digest=ready.identity.digest[:16],
         )
         return ready
+
+    def _fallback(self, folders: Sequence[BundleFolder], failed: BundleFolder) -> ReadyModel | None:
+        """The best of the other versions that passes, or None."""
+        previous = self._models.previous(failed.name)
+        others = [f for f in folders if f.name == failed.name and f.version != failed.version and "-" not in f.version]
+        others.sort(key=cmp_to_key(lambda a, b: compare_versions(b.version, a.version)))
+        others.sort(key=lambda f: f.version != previous)
+        for folder in others:
+            try:
+                ready = self._open(folder)
+            except (BundleError, EngineError) as error:
+                self._log.error("model cannot serve", model=folder.name, version=folder.version, error=str(error))
+                continue
+            self._log.warning("the last good version serves", model=folder.name, version=folder.version)
+            return ready
+        return None
 
     def prepare(self, references: Sequence[str]) -> None:
         """Verify all of these now; what fails is reported and tried again with its next job."""

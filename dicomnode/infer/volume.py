@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from dicomnode.errors import MalformedDataSet, UnsuitableSeries
 from dicomnode.geometry import SlicePlane, StackReport, analyse_stack
+from dicomnode.header import inflates_within_limit
 from dicomnode.infer.contract import InputContract
 from dicomnode.infer.decode import Decoder, InlineDecoder, Undecodable
 from dicomnode.records import SourceInstance
@@ -132,6 +133,8 @@ def read_header(part10: bytes) -> SliceHeader:
     """Parse the attributes of one Part 10 file that matter here; missing ones are tolerated."""
     from pydicom import dcmread
 
+    if not inflates_within_limit(part10):
+        raise refuse("TOO_LARGE", "a deflated file becomes too large", "Send it in another transfer syntax")
     try:
         ds = dcmread(io.BytesIO(part10), stop_before_pixels=True, specific_tags=list(_TAGS))
         uid = str(ds.get("SOPInstanceUID", ""))
@@ -197,9 +200,7 @@ def plan_stack(headers: Sequence[SliceHeader], contract: InputContract) -> Stack
 def _check_kind(slices: Sequence[SliceHeader], contract: InputContract) -> None:
     for h in slices:
         if h.modality != contract.modality:
-            raise refuse(
-                "WRONG_MODALITY", f"the series has modality {h.modality[:16] or 'none'}, not {contract.modality}"
-            )
+            raise refuse("WRONG_MODALITY", f"the series has another modality than {contract.modality}")
         if h.sop_class_uid not in contract.sop_classes:
             raise refuse("WRONG_SOP_CLASS", "the model does not take images of this SOP class")
     if len({h.series_uid for h in slices}) > 1:

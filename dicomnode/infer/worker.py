@@ -12,7 +12,7 @@ from typing import Any
 from dicomnode import durable, logs, metrics
 from dicomnode.clock import iso
 from dicomnode.durable import ObjectStore, SyncFailed
-from dicomnode.errors import InputError, LeaseLost, NodeError, OperatorError, UnsuitableSeries
+from dicomnode.errors import EngineError, InputError, LeaseLost, NodeError, OperatorError, UnsuitableSeries
 from dicomnode.header import Wanted, read_header
 from dicomnode.identity import parameters_digest, result_identity
 from dicomnode.index.catalogue import NewInstance
@@ -62,6 +62,10 @@ class Worker:
     def start(self) -> None:
         """Take back what a former life of this worker held."""
         self._expire((self._owner,))
+
+    def hand_back(self) -> int:
+        """Give up what this worker holds; the attempt does not count."""
+        return self._jobs.hand_back(self._owner)
 
     def run_once(self) -> bool:
         """Do one job if one is due; False when there was none."""
@@ -143,8 +147,20 @@ class Worker:
                 retryable=True,
             )
         model = self._models.get(str(job["model"]))
+        for source in sources:
+            if not _intact(source):
+                raise NodeError(
+                    "read inputs",
+                    "a stored image is damaged or gone: its SHA-256 differs",
+                    "Send the series again",
+                    retryable=True,
+                )
         seconds: dict[str, float] = {"wait": max(0.0, started - float(job["last_received_at"]))}
-        analysis = model.analyse(sources, decoder=self._decoder)
+        try:
+            analysis = model.analyse(sources, decoder=self._decoder)
+        except EngineError as error:
+            # The model has passed its golden cases here, so it is this series: not tried without limit.
+            raise NodeError(error.operation, error.cause, error.hint, retryable=True) from error
         seconds.update(analysis.seconds)
         begin = time.perf_counter()
         identity = self._identity(job, model, analysis)
@@ -258,6 +274,13 @@ def data_set_of(part10: bytes) -> memoryview:
     """The data set of a Part 10 file: what follows group 2 (PS3.10 7.1)."""
     length = int.from_bytes(part10[140:144], "little")
     return memoryview(part10)[144 + length :]
+
+
+def _intact(source: SourceInstance) -> bool:
+    try:
+        return durable.sha256_file(source.path) == source.sha256
+    except OSError:
+        return False
 
 
 def _measurement(measurement: Any, analysis: Analysis) -> dict[str, Any]:

@@ -28,6 +28,9 @@ DATA_SET_MISMATCH = 0xA900
 CANNOT_UNDERSTAND = 0xC000
 """Statuses of the Storage Service Class, PS3.4 table B.2-1."""
 
+PROCESSING_FAILURE = 0x0110
+"""PS3.7 C.5.12: a fault of ours, not of the object."""
+
 MAX_BATCH = 256
 _UID = re.compile(r"[0-9.]{1,64}")
 

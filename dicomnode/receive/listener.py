@@ -6,13 +6,14 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 from pynetdicom import AE, evt
 from pynetdicom import _config as pynetdicom_config
 from pynetdicom._globals import ALL_TRANSFER_SYNTAXES
 from pynetdicom.association import Association
+from pynetdicom.pdu_primitives import SCP_SCU_RoleSelectionNegotiation
 from pynetdicom.presentation import PresentationContext, build_context
 from pynetdicom.sop_class import Verification
 from pynetdicom.transport import RequestHandler, ThreadedAssociationServer
@@ -27,13 +28,39 @@ from dicomnode.index.keys import HEADER_KEYS
 from dicomnode.index.operation import Events, Severity
 from dicomnode.receive.classes import STORAGE_CLASSES
 from dicomnode.receive.guard import ConnectionCounter, GuardedSocket, Limits
-from dicomnode.receive.ingest import OUT_OF_RESOURCES, SUCCESS, Committer, Ingest, StoreAnswer, StoreRequest
+from dicomnode.receive.ingest import (
+    OUT_OF_RESOURCES,
+    PROCESSING_FAILURE,
+    SUCCESS,
+    Committer,
+    Ingest,
+    StoreAnswer,
+    StoreRequest,
+)
 from dicomnode.receive.part10 import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 from dicomnode.receive.policy import Rejection, decide_association
-from dicomnode.settings import Peer, Settings
+from dicomnode.settings import Peer, Service, Settings
 
 SHUTDOWN_SECONDS = 3.0
 REPEAT_SECONDS = 10.0
+UNCOMPRESSED = ("1.2.840.10008.1.2.1", "1.2.840.10008.1.2")
+"""Explicit and implicit VR little endian."""
+
+
+class Services(Protocol):
+    """What is served beside C-ECHO and C-STORE; the composition root passes it in.
+
+    ``classes`` maps a SOP class to the service that a peer must be allowed.
+    """
+
+    @property
+    def classes(self) -> Mapping[str, Service]: ...
+
+    def negotiate(self, assoc: Any, proposed: Mapping[str, bytes]) -> dict[str, bytes]: ...
+
+    def serve(self, assoc: Any, request: Any, context: Any) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class Throttle:
@@ -56,32 +83,79 @@ class Throttle:
             return True
 
 
-def accepted_contexts(proposed: Sequence[Any], allowed: frozenset[str]) -> list[PresentationContext]:
+def accepted_contexts(
+    proposed: Sequence[Any],
+    allowed: frozenset[str],
+    classes: Mapping[str, Service] | None = None,
+    roles: Mapping[str, tuple[bool, bool]] | None = None,
+) -> list[PresentationContext]:
     """Contexts to support for one request, in the requestor's own order of transfer syntaxes.
 
     pynetdicom picks the first match in the acceptor's order, so this makes the sender's
     preference the policy: objects come as the sender holds them and are stored as received.
+    ``roles`` are the (SCU, SCP) roles that the requestor proposes by SOP class (PS3.7 D.3.3.4);
+    a storage class whose SCP it alone is, for C-GET, gets an uncompressed syntax where it offers
+    one, because every object can be sent in that.
     """
     syntaxes: dict[str, list[str]] = {}
+    played: dict[str, tuple[bool, bool]] = {}
     for context in proposed:
         abstract = str(context.abstract_syntax)
-        if (abstract == Verification and "echo" in allowed) or (abstract in STORAGE_CLASSES and "store" in allowed):
-            known = syntaxes.setdefault(abstract, [])
-            known.extend(
-                str(t) for t in context.transfer_syntax if str(t) in ALL_TRANSFER_SYNTAXES and str(t) not in known
-            )
-    return [build_context(abstract, known) for abstract, known in syntaxes.items() if known]
+        offered = [str(t) for t in context.transfer_syntax]
+        if abstract in STORAGE_CLASSES:
+            as_scu, as_scp = (roles or {}).get(abstract, (True, False))
+            play = (as_scu and "store" in allowed, as_scp and "get" in allowed)
+            if not any(play):
+                continue
+            played[abstract] = play
+            usable = [t for t in offered if t in ALL_TRANSFER_SYNTAXES]
+            if play == (False, True) and any(t in UNCOMPRESSED for t in usable):
+                usable = [t for t in usable if t in UNCOMPRESSED]
+        elif abstract == Verification and "echo" in allowed:
+            usable = [t for t in offered if t in ALL_TRANSFER_SYNTAXES]
+        elif (classes or {}).get(abstract, "") in allowed:
+            usable = [t for t in offered if t in UNCOMPRESSED]
+        else:
+            continue
+        known = syntaxes.setdefault(abstract, [])
+        known.extend(t for t in dict.fromkeys(usable) if t not in known)
+    supported = []
+    for abstract, known in syntaxes.items():
+        if not known:
+            continue
+        built = build_context(abstract, known)
+        if abstract in (roles or {}) and abstract in played:
+            built.scu_role, built.scp_role = played[abstract]
+        supported.append(built)
+    return supported
+
+
+def proposed_roles(request: Any) -> dict[str, tuple[bool, bool]]:
+    """SOP class -> (SCU, SCP) that the requestor wants to be."""
+    return {
+        str(item.sop_class_uid): (bool(item.scu_role), bool(item.scp_role))
+        for item in request.user_information
+        if isinstance(item, SCP_SCU_RoleSelectionNegotiation)
+    }
 
 
 class Listener:
     """One receiver process: accepts on ``listening`` until :meth:`close`."""
 
-    def __init__(self, settings: Settings, db: Database, listening: socket.socket, name: str) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        db: Database,
+        listening: socket.socket,
+        name: str,
+        services: Services | None = None,
+    ) -> None:
         pynetdicom_config.LOG_HANDLER_LEVEL = "none"  # its handlers log patient identifiers
         pynetdicom_config.USE_SHORT_DIMSE_AET = True
         dimse = settings.dimse
         self.settings = settings
         self.name = name
+        self.services = services
         self.log = logs.get()
         self.events = Events(db)
         self._throttle = Throttle()
@@ -135,6 +209,8 @@ class Listener:
         for assoc in self._server.active_associations:
             assoc.abort(block=False)
         self.committer.close()
+        if self.services is not None:
+            self.services.close()
 
     # Events of pynetdicom; each runs in the association's own thread.
 
@@ -155,7 +231,12 @@ class Listener:
         assoc.node_peer = decision
         assoc.node_id = ""
         allowed = frozenset(decision.allow)
-        assoc.acceptor.supported_contexts = accepted_contexts(request.presentation_context_definition_list, allowed)
+        assoc.acceptor.supported_contexts = accepted_contexts(
+            request.presentation_context_definition_list,
+            allowed,
+            self.services.classes if self.services is not None else None,
+            proposed_roles(request),
+        )
 
     def _report_rejection(self, rejection: Rejection, assoc: Any) -> None:
         metrics.association("rejected")
@@ -163,6 +244,35 @@ class Listener:
         if self._throttle.passes((address, rejection.cause)):
             self.log.warning("association rejected", address=address, cause=rejection.cause, hint=rejection.hint)
             self._event("warning", "association-rejected", address, f"{rejection.cause}. {rejection.hint}")
+
+    def on_extended(self, event: Any) -> dict[str, bytes]:
+        """SOP Class Extended Negotiation (PS3.7 D.3.3.5); without an answer nothing is extended."""
+        if self.services is None:
+            return {}
+        return self.services.negotiate(event.assoc, {str(uid): info for uid, info in event.app_info.items()})
+
+    def on_message(self, event: Any) -> None:
+        """In the order of arrival: a cancel that came before this request was for an earlier one.
+
+        pynetdicom clears cancels when it begins to serve, and so loses one that follows its request closely.
+        """
+        if type(event.message).__name__ in ("C_FIND_RQ", "C_MOVE_RQ", "C_GET_RQ"):
+            event.assoc.dimse.cancel_req.clear()
+
+    def serve(self, assoc: Any, request: Any, context_id: int) -> bool:
+        """Serve a request of the further services; False when it is none."""
+        context = assoc._accepted_cx.get(context_id)
+        if self.services is None or context is None or str(context.abstract_syntax) not in self.services.classes:
+            return False
+        if not request.is_valid_request:
+            return False
+        assoc._is_paused = True  # this thread is the reactor: sub-operations need not wait for it
+        try:
+            self.services.serve(assoc, request, context)
+        finally:
+            assoc._is_paused = False
+            assoc.dul.socket.message_done()
+        return True
 
     def on_established(self, event: Any) -> None:
         metrics.association("accepted")
@@ -189,6 +299,8 @@ class Listener:
             )
         except NodeError as error:
             answer = StoreAnswer(OUT_OF_RESOURCES, f"{error.operation}: {error.cause}", error.hint)
+        except Exception as error:  # noqa: BLE001 pynetdicom would answer 0xC211 and tell nobody
+            answer = StoreAnswer(PROCESSING_FAILURE, f"unexpected {type(error).__name__}", "Report this")
         size = len(buffer)
         buffer.release()
         assoc.dul.socket.message_done()
@@ -252,9 +364,10 @@ class Listener:
     def _closed(self, assoc: Any, state: str) -> None:
         if getattr(assoc, "node_closed", False):
             return
+        if assoc.node_id:
+            self.catalogue.association_closed(assoc.node_id, state)  # when it fails, finished() tries again
         assoc.node_closed = True
         if assoc.node_id:
-            self.catalogue.association_closed(assoc.node_id, state)
             doorbell.ring(self.settings.node.data_dir, "worker")
         metrics.association("released" if state == "released" else "aborted" if state == "aborted" else "lost")
 
@@ -270,6 +383,13 @@ class _Handler(RequestHandler):  # type: ignore[misc]
         while not assoc.dul.event_queue.empty():
             assoc.dul.event_queue.get_nowait()
         assoc.set_socket(GuardedSocket(assoc, self.request, self.server.listener.limits))
+        listener, serve_request = self.server.listener, assoc._serve_request
+
+        def serve(message: Any, context_id: int) -> None:
+            if not listener.serve(assoc, message, context_id):
+                serve_request(message, context_id)
+
+        assoc._serve_request = serve
         return assoc
 
 
@@ -288,6 +408,8 @@ class _Server(ThreadedAssociationServer):  # type: ignore[misc]
             (evt.EVT_REQUESTED, listener.on_requested),
             (evt.EVT_ESTABLISHED, listener.on_established),
             (evt.EVT_C_STORE, listener.on_store),
+            (evt.EVT_DIMSE_RECV, listener.on_message),
+            (evt.EVT_SOP_EXTENDED, listener.on_extended),
             (evt.EVT_RELEASED, listener.on_released),
             (evt.EVT_ABORTED, listener.on_aborted),
         ]

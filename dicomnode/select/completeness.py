@@ -48,9 +48,12 @@ class Verdict:
 
 
 def decide(evidence: Evidence, quiet_seconds: float) -> Verdict:
-    """Complete now, or wait; better evidence ends the quiet period earlier."""
+    """Complete now, or wait; better evidence ends the quiet period earlier.
+
+    A stated count that was exceeded is disproved and counts for nothing.
+    """
     states = [a.state for a in evidence.associations]
-    if evidence.expected is not None and evidence.instances >= evidence.expected > 0:
+    if evidence.expected is not None and evidence.instances == evidence.expected > 0:
         return Verdict(True, f"expected-count: the sender stated {evidence.expected} instance(s) and they are here")
     if states and all(state == "released" for state in states):
         several = max(a.instances for a in evidence.associations) > 1

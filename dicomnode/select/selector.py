@@ -68,6 +68,9 @@ class Selector:
         count = sum(a.instances for a in associations)
         silent = max(0.0, self._db.clock.ticks() - float(series["last_received_at"] or 0.0))
         quiet = self._settings.completeness.quiet_seconds
+        if count == 0:
+            self._jobs.select(series["id"], int(series["generation"]), "no instance is left in it", [])
+            return Verdict(True, "")
         if any(a.state == "open" for a in associations) and silent < quiet and (expected is None or count < expected):
             # Cheap answer while the sender is at work; only a stated count could end it earlier.
             return Verdict(False, "", quiet - silent)

@@ -29,6 +29,8 @@ DESTINATION = "cloud"
 
 BATCH_OBJECTS = 16
 MAX_REPLY_BYTES = 4 << 20
+SLOWEST_BYTES_PER_SECOND = 125_000
+"""A line of 1 Mbit/s."""
 CHUNK_BYTES = 256 * 1024
 
 
@@ -144,7 +146,11 @@ class StowSender:
         wait: float | None = None
         try:
             async with session.post(
-                self.cloud.stow_url, data=self._body(head, parts, tail), headers=headers, allow_redirects=False
+                self.cloud.stow_url,
+                data=self._body(head, parts, tail),
+                headers=headers,
+                allow_redirects=False,
+                timeout=request_timeout(self.cloud.timeout_seconds, length),
             ) as response:
                 wait = retry_after_seconds(response.headers.get("Retry-After"), self.db.clock.wall())
                 status = response.status
@@ -221,6 +227,11 @@ class StowSender:
             Events(self.db).add("warning", "cloud", DESTINATION, f"results wait: {text}")
         self._told = "" if kind is Fate.stored else state
         self._log.info("cloud", destination=DESTINATION, state=str(kind), cause=text)
+
+
+def request_timeout(seconds: float, length: int) -> aiohttp.ClientTimeout:
+    """``seconds`` and the time that ``length`` bytes take on a slow line: else a large batch would never arrive."""
+    return aiohttp.ClientTimeout(total=seconds + length / SLOWEST_BYTES_PER_SECOND, connect=min(30.0, seconds))
 
 
 def _head(boundary: str) -> bytes:

@@ -20,7 +20,7 @@ from dicomnode.deliver import courier as courier_module
 from dicomnode.deliver.courier import Courier
 from dicomnode.deliver.files import find_files, send_files
 from dicomnode.deliver.scu import Outgoing, SendOutcome, Sent, classify_store_status, echo, send_batch
-from dicomnode.durable import ObjectStore
+from dicomnode.durable import ObjectStore, sha256_file
 from dicomnode.errors import OperatorError, PeerAway, PeerRefused
 from dicomnode.index.database import Database
 from dicomnode.index.outbox import Outbox
@@ -225,7 +225,9 @@ class Desk:
         store = ObjectStore(self.folder)
         rows = self.db.rows("SELECT file, SOPInstanceUID FROM results WHERE job_id = ? ORDER BY id", (job_id,))
         for row in rows:
-            write(store.path(row["file"]), row["SOPInstanceUID"])
+            path = write(store.path(row["file"]), row["SOPInstanceUID"])
+            with self.db.transaction():
+                self.db.execute("UPDATE results SET sha256 = ? WHERE file = ?", (sha256_file(path), row["file"]))
         return [str(r["SOPInstanceUID"]) for r in rows]
 
     def states(self) -> list[str]:
@@ -235,6 +237,15 @@ class Desk:
 @pytest.fixture
 def desk(db: Database, clock: FakeClock, pacs: Pacs, tmp_path: Path) -> Desk:
     return Desk(db, clock, pacs, tmp_path / "data")
+
+
+def test_a_damaged_result_is_parked_and_the_next_one_goes(desk: Desk) -> None:
+    uids = desk.work()
+    first = ObjectStore(desk.folder).path(str(desk.db.value("SELECT file FROM results ORDER BY id LIMIT 1")))
+    first.write_bytes(first.read_bytes()[:-2] + b"\0\0")
+    desk.courier.run_once()
+    assert desk.states() == ["rejected", "stored"] and desk.pacs.stored == uids[1:]
+    assert "SHA-256" in str(desk.db.value("SELECT last_error FROM deliveries ORDER BY id LIMIT 1"))
 
 
 def test_courier_delivers_once(desk: Desk) -> None:

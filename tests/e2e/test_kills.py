@@ -50,7 +50,7 @@ def node(tmp_path_factory: pytest.TempPathFactory, line: SlowLink) -> Iterator[N
         peers=[{"name": "pacs", "ae_title": "PACS", "host": "127.0.0.1", "port": line.port}],
         rules=[rule("ct", {"Modality": "CT"}, to=["pacs"])],
         completeness={"quiet_seconds": QUIET_SECONDS},
-        inference={"max_attempts": 100, "lease_seconds": 10},
+        inference={"lease_seconds": 10},
     ).start()
     yield running
     assert running.stop() == 0

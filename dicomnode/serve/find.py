@@ -1,0 +1,56 @@
+"""C-FIND as SCP (PS3.4 C.4.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from dicomnode.index.database import Database
+from dicomnode.index.matching import IdentifierError, Plan, Root, Row, plan_find
+from dicomnode.index.query import Ended, run
+from dicomnode.serve.exchange import (
+    CANCELLED,
+    IDENTIFIER_MISMATCH,
+    LIMIT_REACHED,
+    OUT_OF_RESOURCES,
+    PENDING,
+    PENDING_WARNING,
+    SUCCESS,
+    Exchange,
+)
+from dicomnode.serve.identifier import encode_identifier, parse_identifier
+from dicomnode.settings import Settings
+
+
+def find(settings: Settings, db: Database, exchange: Exchange, root: Root, *, relational: bool) -> int:
+    """Answer one request; the final status. Raises MalformedDataSet, StorageError."""
+    try:
+        plan = plan_find(
+            root, parse_identifier(exchange.identifier, exchange.transfer_syntax_uid), relational=relational
+        )
+    except IdentifierError:
+        exchange.respond(IDENTIFIER_MISMATCH)
+        return IDENTIFIER_MISMATCH
+    dimse = settings.dimse
+    found = run(db, plan, limit=dimse.query_max_answers, seconds=dimse.query_seconds, cancelled=exchange.cancelled)
+    status = PENDING_WARNING if plan.empty else PENDING
+    if found.ended is not Ended.cancelled:
+        for answer in answers(plan, found.rows, settings.node.ae_title, exchange.transfer_syntax_uid):
+            if exchange.cancelled():
+                break
+            exchange.respond(status, answer)
+    final = {Ended.complete: SUCCESS, Ended.limit: LIMIT_REACHED, Ended.deadline: OUT_OF_RESOURCES}.get(
+        found.ended, CANCELLED
+    )
+    if exchange.cancelled():
+        final = CANCELLED
+    exchange.respond(final)
+    return final
+
+
+def answers(plan: Plan, rows: list[Row], ae_title: str, transfer_syntax_uid: str) -> Iterator[bytes]:
+    """One identifier for each row: what was asked for, and what the standard adds to it."""
+    for row in rows:
+        values = {k: str(v) if (v := row[k]) is not None else "" for k in plan.returned}
+        values |= {"QueryRetrieveLevel": plan.level.value, "RetrieveAETitle": ae_title}
+        values["InstanceAvailability"] = "ONLINE"
+        yield encode_identifier(values, transfer_syntax_uid, plan.empty)

@@ -1,0 +1,237 @@
+"""C-MOVE and C-GET as SCP (PS3.4 C.4.2, C.4.3): C-STORE sub-operations from the stored files."""
+
+from __future__ import annotations
+
+import socket
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pynetdicom import AE, evt
+from pynetdicom.dsutils import split_dataset
+from pynetdicom.presentation import build_context
+
+from dicomnode.durable import ObjectStore
+from dicomnode.index.database import Database
+from dicomnode.index.matching import IdentifierError, Root, Row, plan_retrieve
+from dicomnode.index.query import Ended, run
+from dicomnode.serve.exchange import (
+    CANCELLED,
+    CANNOT_COUNT,
+    DESTINATION_UNKNOWN,
+    IDENTIFIER_MISMATCH,
+    PENDING,
+    Counts,
+    Exchange,
+    Originator,
+    store,
+    usable,
+)
+from dicomnode.serve.identifier import parse_identifier
+from dicomnode.serve.transcode import UNCOMPRESSED, NotTranscodable, Transcoder
+from dicomnode.settings import Peer, Settings
+
+MAX_INSTANCES = 65535
+"""Counts are US (PS3.7 9.1.3): more cannot be told."""
+MAX_CONTEXTS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    sop_class_uid: str
+    sop_instance_uid: str
+    transfer_syntax_uid: str
+    path: Path
+
+
+class Refused(Exception):
+    """The retrieve ends with ``status`` before any sub-operation."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"0x{status:04X}")
+        self.status = status
+
+
+class Retriever:
+    """C-MOVE and C-GET over one index and store; thread-safe."""
+
+    def __init__(self, settings: Settings, db: Database) -> None:
+        self._settings = settings
+        self._db = db
+        self._store = ObjectStore(settings.node.data_dir)
+        self._transcode = Transcoder()
+
+    def close(self) -> None:
+        self._transcode.close()
+
+    def get(self, exchange: Exchange, root: Root, *, relational: bool) -> int:
+        """Sub-operations on the requestor's own association; the final status."""
+        try:
+            instances = self._select(exchange, root, relational)
+        except Refused as refusal:
+            exchange.respond(refusal.status)
+            return refusal.status
+        counts = Counts(remaining=len(instances))
+        self._send_all(exchange, exchange.assoc, instances, counts, None)
+        return self._finish(exchange, counts)
+
+    def move(self, exchange: Exchange, root: Root, *, relational: bool) -> int:
+        """Sub-operations on an association to a listed peer; the final status."""
+        target = self._destination(str(exchange.request.MoveDestination or ""))
+        if target is None:
+            exchange.respond(DESTINATION_UNKNOWN)
+            return DESTINATION_UNKNOWN
+        try:
+            instances = self._select(exchange, root, relational)
+        except Refused as refusal:
+            exchange.respond(refusal.status)
+            return refusal.status
+        counts = Counts(remaining=len(instances))
+        originator = Originator(exchange.assoc.node_peer.ae_title, exchange.message_id)
+        for batch in batches(instances):
+            if exchange.cancelled():
+                break
+            assoc = self._associate(target, batch)
+            if assoc is None:
+                for instance in batch:
+                    counts.add(None, instance.sop_instance_uid)
+                continue
+            try:
+                self._send_all(exchange, assoc, batch, counts, originator)
+            finally:
+                if assoc.is_established:
+                    assoc.release()
+        return self._finish(exchange, counts)
+
+    def _finish(self, exchange: Exchange, counts: Counts) -> int:
+        # A cancel that comes after the last sub-operation finds nothing to stop.
+        status = CANCELLED if counts.remaining else counts.final_status()
+        exchange.respond_final(status, counts)
+        return status
+
+    def _select(self, exchange: Exchange, root: Root, relational: bool) -> list[Instance]:
+        """What the identifier names. Raises Refused, MalformedDataSet, StorageError."""
+        identifier = parse_identifier(exchange.identifier, exchange.transfer_syntax_uid)
+        try:
+            plan = plan_retrieve(root, identifier, relational=relational)
+        except IdentifierError:
+            raise Refused(IDENTIFIER_MISMATCH) from None
+        seconds = self._settings.dimse.query_seconds
+        found = run(self._db, plan, limit=MAX_INSTANCES, seconds=seconds, cancelled=exchange.cancelled)
+        match found.ended:
+            case Ended.limit | Ended.deadline:
+                raise Refused(CANNOT_COUNT)
+            case Ended.cancelled:
+                raise Refused(CANCELLED)
+        return [self._instance(row) for row in found.rows]
+
+    def _instance(self, row: Row) -> Instance:
+        return Instance(
+            row["SOPClassUID"], row["SOPInstanceUID"], row["TransferSyntaxUID"], self._store.path(row["file"])
+        )
+
+    def _destination(self, ae_title: str) -> Peer | None:
+        """Only a listed peer with an address: a move must not send patients' data elsewhere."""
+        wanted = ae_title.strip()
+        return next((p for p in self._settings.peers if p.ae_title == wanted and p.reachable), None)
+
+    def _send_all(
+        self,
+        exchange: Exchange,
+        assoc: Any,
+        instances: Sequence[Instance],
+        counts: Counts,
+        originator: Originator | None,
+    ) -> None:
+        for number, instance in enumerate(instances, start=1):
+            if exchange.cancelled():
+                return
+            status = self._send(exchange, assoc, instance, originator, number % 65535 + 1)
+            if status is None and exchange.gone():
+                return
+            counts.add(status, instance.sop_instance_uid)
+            if counts.remaining:
+                exchange.respond(PENDING, None, counts)
+
+    def _send(
+        self, exchange: Exchange, assoc: Any, instance: Instance, originator: Originator | None, message_id: int
+    ) -> int | None:
+        """C-STORE as stored, else in the uncompressed default; None when it could not be done."""
+        if not usable(assoc):
+            return None
+        contexts = {
+            str(c.transfer_syntax[0]): int(c.context_id)
+            for c in assoc.accepted_contexts
+            if c.abstract_syntax == instance.sop_class_uid and c.as_scu
+        }
+        data: tuple[Path, int] | bytes
+        try:
+            if instance.transfer_syntax_uid in contexts:
+                context_id = contexts[instance.transfer_syntax_uid]
+                data = (instance.path, int(split_dataset(instance.path)[1]))
+            else:
+                syntax = next((s for s in UNCOMPRESSED if s in contexts), None)
+                if syntax is None:
+                    return None
+                context_id = contexts[syntax]
+                data = self._transcode(instance.path, syntax)
+            return store(
+                assoc,
+                context_id,
+                message_id=message_id,
+                sop_class_uid=instance.sop_class_uid,
+                sop_instance_uid=instance.sop_instance_uid,
+                data=data,
+                originator=originator,
+                seconds=self._settings.delivery.response_seconds,
+                given_up=exchange.gone,
+            )
+        except (OSError, NotTranscodable):
+            return None
+
+    def _associate(self, peer: Peer, instances: Sequence[Instance]) -> Any:
+        """Established association for these instances, Nagle's algorithm off; None when there is none."""
+        delivery = self._settings.delivery
+        ae = AE(ae_title=self._settings.node.ae_title)
+        ae.connection_timeout = delivery.connect_seconds
+        ae.acse_timeout = delivery.response_seconds
+        ae.dimse_timeout = delivery.response_seconds
+        ae.network_timeout = delivery.response_seconds
+        ae.maximum_pdu_size = self._settings.dimse.max_pdu_bytes
+        ae.requested_contexts = [build_context(c, list(syntaxes)) for c, syntaxes in proposals(instances)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assoc = ae.associate(
+                peer.host, peer.port, ae_title=peer.ae_title, evt_handlers=[(evt.EVT_CONN_OPEN, _no_delay)]
+            )
+        return assoc if assoc.is_established else None
+
+
+def _no_delay(event: Any) -> None:
+    sock = event.assoc.dul.socket.socket
+    if sock is not None:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def proposals(instances: Sequence[Instance]) -> list[tuple[str, tuple[str, ...]]]:
+    """Contexts to propose: each class in each stored syntax, and in the uncompressed default. Pure."""
+    stored = dict.fromkeys((i.sop_class_uid, (i.transfer_syntax_uid,)) for i in instances)
+    default = dict.fromkeys((i.sop_class_uid, UNCOMPRESSED) for i in instances)
+    return [*stored, *default]
+
+
+def batches(instances: Sequence[Instance]) -> Iterator[list[Instance]]:
+    """Runs of instances whose contexts fit on one association (PS3.8 9.3.2.2: 128). Pure."""
+    batch: list[Instance] = []
+    seen: set[tuple[str, str]] = set()
+    for instance in instances:
+        wanted = {(instance.sop_class_uid, instance.transfer_syntax_uid), (instance.sop_class_uid, "")}
+        if len(seen | wanted) > MAX_CONTEXTS:
+            yield batch
+            batch, seen = [], set()
+        batch.append(instance)
+        seen |= wanted
+    if batch:
+        yield batch
