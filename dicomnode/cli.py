@@ -454,17 +454,19 @@ def models_rollback(
     """Return to the version that served before."""
     from dicomnode.app import verify_model
     from dicomnode.index.operation import Models
-    from dicomnode.infer.serving import bundle_folders, resolve
+    from dicomnode.infer.serving import bundle_folders, resolve, version_before
 
     settings = _settings(config)
     with _index(settings) as db:
-        previous = Models(db).previous(name)
+        models = Models(db)
+        active, recorded = models.active().get(name), models.previous(name)
+    folders = bundle_folders(settings.inference.models_dir, settings.node.data_dir)
+    previous = version_before(folders, name, active, recorded)
     if previous is None:
         raise OperatorError(
             "roll back model", f"no earlier version of '{name}' was active", "See 'dicomnode models list'"
         )
-    folder = resolve(bundle_folders(settings.inference.models_dir, settings.node.data_dir), f"{name}@{previous}", {})
-    verify_model(settings, folder.path)
+    verify_model(settings, resolve(folders, f"{name}@{previous}", {}).path)
     _switch(settings, name, previous, as_json)
 
 

@@ -111,18 +111,11 @@ class Models:
                 {
                     "name": name,
                     "version": version,
-                    "previous_version": known["version"] if known else self._serving(name, version),
+                    "previous_version": known["version"] if known else None,
                     "activated_time": iso(db.clock.wall()),
                 },
                 conflict="OR REPLACE",
             )
-
-    def _serving(self, name: str, version: str) -> str | None:
-        """What the worker said it serves by default, so that a first activation can be rolled back."""
-        detail = json.loads(self.db.value("SELECT detail FROM processes WHERE name = 'worker'") or "{}")
-        ready = (detail.get("models") or {}).get("ready") or {}
-        versions = [m.get("version") for m in ready.values() if m.get("name") == name]
-        return next((v for v in versions if v and v != version), None)
 
     def pulls(self) -> list[Row]:
         return self.db.rows("SELECT * FROM model_pulls ORDER BY name, version")

@@ -42,6 +42,19 @@ def resolve(folders: Sequence[BundleFolder], reference: str, active: dict[str, s
     return best
 
 
+def version_before(folders: Sequence[BundleFolder], name: str, active: str | None, previous: str | None) -> str | None:
+    """What a roll-back of ``name`` returns to. Pure.
+
+    The version that was active before; after a first activation the one that served by
+    default, which is the newest other release on this box. None when nothing was activated
+    or there is no other version.
+    """
+    if active is None or previous is not None:
+        return previous
+    others = [f for f in folders if f.name == name and f.version != active]
+    return resolve(others, name, {}).version if others else None
+
+
 RETRY_SECONDS = 30.0
 """A bundle that cannot serve is looked at again this often while no job asks for it."""
 

@@ -10,9 +10,9 @@ import pytest
 
 from dicomnode.errors import BundleError
 from dicomnode.index.database import Database
-from dicomnode.index.operation import Events, Models, Processes
+from dicomnode.index.operation import Events, Models
 from dicomnode.infer.ort import OnnxRuntimeCpu
-from dicomnode.infer.serving import ServingModels
+from dicomnode.infer.serving import ServingModels, bundle_folders, version_before
 
 SHIPPED = Path(__file__).resolve().parents[2] / "models" / "ct-lung" / "1.0.0"
 
@@ -50,14 +50,18 @@ def test_a_damaged_newest_version_leaves_the_last_good_one_serving(db: Database,
         models.get("ct-lung@1.1.0")  # a pinned version is that one or nothing
 
 
-def test_the_version_before_a_first_activation_can_be_returned_to(db: Database, tmp_path: Path) -> None:
+def test_a_first_activation_can_be_rolled_back(db: Database, tmp_path: Path) -> None:
     copy_as(tmp_path / "models", "1.0.0")
     models = serving(db, tmp_path)
-    models.get("ct-lung")
-    Processes(db).beat("worker", "ready", {"models": models.report()})
+    assert models.get("ct-lung").identity.version == "1.0.0"
     copy_as(tmp_path / "models", "1.1.0")
     Models(db).activate("ct-lung", "1.1.0")
     assert models.get("ct-lung").identity.version == "1.1.0"
-    assert Models(db).previous("ct-lung") == "1.0.0"
-    Models(db).activate("ct-lung", "1.0.0")
+    folders = bundle_folders(tmp_path / "models", tmp_path / "data")
+    before = version_before(folders, "ct-lung", "1.1.0", Models(db).previous("ct-lung"))
+    assert before == "1.0.0"
+    Models(db).activate("ct-lung", before)
     assert models.get("ct-lung").identity.version == "1.0.0"
+    assert version_before(folders, "ct-lung", "1.0.0", Models(db).previous("ct-lung")) == "1.1.0"
+    assert version_before(folders, "ct-lung", None, None) is None
+    assert version_before(folders[:1], "ct-lung", "1.0.0", None) is None
