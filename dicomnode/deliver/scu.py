@@ -21,6 +21,7 @@ from pynetdicom.presentation import build_context
 from pynetdicom.sop_class import Verification
 
 from dicomnode.errors import PeerAway, PeerRefused
+from dicomnode.reactor import park
 from dicomnode.settings import Delivery, Peer
 
 MAX_CONTEXTS = 127
@@ -127,6 +128,7 @@ def echo(local: str, peer: Peer, delivery: Delivery) -> None:
     try:
         if not assoc.accepted_contexts:
             raise PeerRefused("C-ECHO", f"peer '{peer.name}' does not accept the Verification SOP class")
+        park(assoc)
         status = assoc.send_c_echo()
         if "Status" not in status or status.Status != 0x0000:
             raise PeerAway("C-ECHO", f"peer '{peer.name}' did not answer with success")
@@ -182,6 +184,7 @@ def _send(assoc: Any, outgoing: Outgoing, accepted: set[tuple[str, str]], respon
         size = outgoing.path.stat().st_size
         # pynetdicom starts this clock when the object is queued, not when it is sent.
         assoc.dimse_timeout = response_seconds + size / SLOWEST_BYTES_PER_SECOND
+        park(assoc)
         status = assoc.send_c_store(outgoing.path)
     except FileNotFoundError:
         return SendOutcome(outgoing.key, Sent.rejected, "the object is not in the store")

@@ -18,6 +18,7 @@ from typing import Any
 from pynetdicom.dimse_messages import C_STORE_RQ
 from pynetdicom.dimse_primitives import C_STORE
 
+from dicomnode.reactor import park
 from dicomnode.serve.identifier import encode_identifier
 
 SUCCESS = 0x0000
@@ -165,6 +166,7 @@ def store(
         request.DataSet = io.BytesIO(data)
     else:
         request._dataset_path = data
+    park(assoc)
     assoc._reactor_checkpoint.clear()
     try:
         while not assoc._is_paused:

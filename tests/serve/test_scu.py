@@ -15,6 +15,7 @@ from pynetdicom import AE, build_role, evt
 from pynetdicom.pdu_primitives import SOPClassExtendedNegotiation
 from pynetdicom.presentation import build_context
 
+from dicomnode.reactor import park
 from tests.e2e.harness import CANARY, item_from
 from tests.peers import CT_IMAGE, EXPLICIT_LITTLE, IMPLICIT_LITTLE, Association, command_set, send_items
 from tests.serve.cases import MR_IMAGE, SERIES_A1, SERIES_D, STUDY_A, STUDY_B, STUDY_C, STUDY_D, UIDS, dataset
@@ -60,6 +61,7 @@ def associated(
 
 
 def find(assoc: Any, query: Dataset, model: str = STUDY_FIND) -> tuple[list[Dataset], list[int]]:
+    park(assoc)
     answers = list(assoc.send_c_find(query, model))
     return [ds for _, ds in answers if ds is not None], [status.Status for status, _ in answers]
 
@@ -177,6 +179,7 @@ class Getter:
         with associated(
             self.site, contexts, negotiation=[*roles, *negotiation], handlers=[(evt.EVT_C_STORE, self._store)]
         ) as assoc:
+            park(assoc)
             return list(assoc.send_c_get(query, model, msg_id=7))
 
 
@@ -280,6 +283,7 @@ def test_move_names_who_asked(site: Site) -> None:
     try:
         with associated(site, [(STUDY_MOVE, [IMPLICIT_LITTLE])]) as assoc:
             query = keys("SERIES", StudyInstanceUID=STUDY_D, SeriesInstanceUID=SERIES_D)
+            park(assoc)
             answers = list(assoc.send_c_move(query, "SINK", STUDY_MOVE, msg_id=9))
     finally:
         server.shutdown()
@@ -303,6 +307,7 @@ def test_a_target_that_goes_away(site: Site) -> None:
     try:
         with associated(site, [(STUDY_MOVE, [IMPLICIT_LITTLE])]) as assoc:
             query = keys("SERIES", StudyInstanceUID=STUDY_A, SeriesInstanceUID=SERIES_A1)
+            park(assoc)
             status, identifier = list(assoc.send_c_move(query, "SINK", STUDY_MOVE))[-1]
     finally:
         server.shutdown()
