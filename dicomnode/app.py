@@ -152,11 +152,9 @@ def _listen(listen: Callable[[str, int], socket.socket], settings: Settings) -> 
 
 
 def _run_listener(settings: Settings, listening: socket.socket, name: str, listener_type: Any) -> int:
-    from dicomnode.serve import QueryRetrieve
-
     shell = Shell(settings, name)
     host, port = listening.getsockname()[:2]
-    listener = listener_type(settings, shell.db, listening, name, QueryRetrieve(settings, shell.db))
+    listener = listener_type(settings, shell.db, listening, name, dimse_services(settings, shell.db))
     shell.detail = lambda: {"host": host, "port": port, "associations": listener.open_associations()}
     shell.healthy = listener.accepting
     listener.start()
@@ -166,6 +164,13 @@ def _run_listener(settings: Settings, listening: socket.socket, name: str, liste
     listener.close()
     shell.close()
     return 0
+
+
+def dimse_services(settings: Settings, db: Database) -> Sequence[Any]:
+    """What the acceptor serves beside C-ECHO and C-STORE."""
+    from dicomnode.serve import QueryRetrieve
+
+    return [QueryRetrieve(settings, db)]
 
 
 def run_worker(settings: Settings) -> int:

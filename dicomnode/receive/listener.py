@@ -6,16 +6,12 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 from pynetdicom import AE, evt
 from pynetdicom import _config as pynetdicom_config
-from pynetdicom._globals import ALL_TRANSFER_SYNTAXES
 from pynetdicom.association import Association
-from pynetdicom.pdu_primitives import SCP_SCU_RoleSelectionNegotiation
-from pynetdicom.presentation import PresentationContext, build_context
-from pynetdicom.sop_class import Verification
 from pynetdicom.transport import RequestHandler, ThreadedAssociationServer
 
 from dicomnode import doorbell, logs, metrics
@@ -26,7 +22,6 @@ from dicomnode.index.catalogue import Catalogue
 from dicomnode.index.database import Database
 from dicomnode.index.keys import HEADER_KEYS
 from dicomnode.index.operation import Events, Severity
-from dicomnode.receive.classes import STORAGE_CLASSES
 from dicomnode.receive.guard import ConnectionCounter, GuardedSocket, Limits
 from dicomnode.receive.ingest import (
     OUT_OF_RESOURCES,
@@ -37,30 +32,13 @@ from dicomnode.receive.ingest import (
     StoreAnswer,
     StoreRequest,
 )
+from dicomnode.receive.negotiation import Services, accepted_contexts, proposed_roles
 from dicomnode.receive.part10 import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 from dicomnode.receive.policy import Rejection, decide_association
-from dicomnode.settings import Peer, Service, Settings
+from dicomnode.settings import Peer, Settings
 
 SHUTDOWN_SECONDS = 3.0
 REPEAT_SECONDS = 10.0
-UNCOMPRESSED = ("1.2.840.10008.1.2.1", "1.2.840.10008.1.2")
-"""Explicit and implicit VR little endian."""
-
-
-class Services(Protocol):
-    """What is served beside C-ECHO and C-STORE; the composition root passes it in.
-
-    ``classes`` maps a SOP class to the service that a peer must be allowed.
-    """
-
-    @property
-    def classes(self) -> Mapping[str, Service]: ...
-
-    def negotiate(self, assoc: Any, proposed: Mapping[str, bytes]) -> dict[str, bytes]: ...
-
-    def serve(self, assoc: Any, request: Any, context: Any) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class Throttle:
@@ -83,62 +61,6 @@ class Throttle:
             return True
 
 
-def accepted_contexts(
-    proposed: Sequence[Any],
-    allowed: frozenset[str],
-    classes: Mapping[str, Service] | None = None,
-    roles: Mapping[str, tuple[bool, bool]] | None = None,
-) -> list[PresentationContext]:
-    """Contexts to support for one request, in the requestor's own order of transfer syntaxes.
-
-    pynetdicom picks the first match in the acceptor's order, so this makes the sender's
-    preference the policy: objects come as the sender holds them and are stored as received.
-    ``roles`` are the (SCU, SCP) roles that the requestor proposes by SOP class (PS3.7 D.3.3.4);
-    a storage class whose SCP it alone is, for C-GET, gets an uncompressed syntax where it offers
-    one, because every object can be sent in that.
-    """
-    syntaxes: dict[str, list[str]] = {}
-    played: dict[str, tuple[bool, bool]] = {}
-    for context in proposed:
-        abstract = str(context.abstract_syntax)
-        offered = [str(t) for t in context.transfer_syntax]
-        if abstract in STORAGE_CLASSES:
-            as_scu, as_scp = (roles or {}).get(abstract, (True, False))
-            play = (as_scu and "store" in allowed, as_scp and "get" in allowed)
-            if not any(play):
-                continue
-            played[abstract] = play
-            usable = [t for t in offered if t in ALL_TRANSFER_SYNTAXES]
-            if play == (False, True) and any(t in UNCOMPRESSED for t in usable):
-                usable = [t for t in usable if t in UNCOMPRESSED]
-        elif abstract == Verification and "echo" in allowed:
-            usable = [t for t in offered if t in ALL_TRANSFER_SYNTAXES]
-        elif (classes or {}).get(abstract, "") in allowed:
-            usable = [t for t in offered if t in UNCOMPRESSED]
-        else:
-            continue
-        known = syntaxes.setdefault(abstract, [])
-        known.extend(t for t in dict.fromkeys(usable) if t not in known)
-    supported = []
-    for abstract, known in syntaxes.items():
-        if not known:
-            continue
-        built = build_context(abstract, known)
-        if abstract in (roles or {}) and abstract in played:
-            built.scu_role, built.scp_role = played[abstract]
-        supported.append(built)
-    return supported
-
-
-def proposed_roles(request: Any) -> dict[str, tuple[bool, bool]]:
-    """SOP class -> (SCU, SCP) that the requestor wants to be."""
-    return {
-        str(item.sop_class_uid): (bool(item.scu_role), bool(item.scp_role))
-        for item in request.user_information
-        if isinstance(item, SCP_SCU_RoleSelectionNegotiation)
-    }
-
-
 class Listener:
     """One receiver process: accepts on ``listening`` until :meth:`close`."""
 
@@ -148,14 +70,14 @@ class Listener:
         db: Database,
         listening: socket.socket,
         name: str,
-        services: Services | None = None,
+        services: Sequence[Services] = (),
     ) -> None:
         pynetdicom_config.LOG_HANDLER_LEVEL = "none"  # its handlers log patient identifiers
         pynetdicom_config.USE_SHORT_DIMSE_AET = True
         dimse = settings.dimse
         self.settings = settings
         self.name = name
-        self.services = services
+        self.services = {uid: service for service in services for uid in service.classes}
         self.log = logs.get()
         self.events = Events(db)
         self._throttle = Throttle()
@@ -209,8 +131,8 @@ class Listener:
         for assoc in self._server.active_associations:
             assoc.abort(block=False)
         self.committer.close()
-        if self.services is not None:
-            self.services.close()
+        for service in dict.fromkeys(self.services.values()):
+            service.close()
 
     # Events of pynetdicom; each runs in the association's own thread.
 
@@ -230,12 +152,8 @@ class Listener:
             return
         assoc.node_peer = decision
         assoc.node_id = ""
-        allowed = frozenset(decision.allow)
         assoc.acceptor.supported_contexts = accepted_contexts(
-            request.presentation_context_definition_list,
-            allowed,
-            self.services.classes if self.services is not None else None,
-            proposed_roles(request),
+            request.presentation_context_definition_list, decision, self.services, proposed_roles(request)
         )
 
     def _report_rejection(self, rejection: Rejection, assoc: Any) -> None:
@@ -247,9 +165,13 @@ class Listener:
 
     def on_extended(self, event: Any) -> dict[str, bytes]:
         """SOP Class Extended Negotiation (PS3.7 D.3.3.5); without an answer nothing is extended."""
-        if self.services is None:
-            return {}
-        return self.services.negotiate(event.assoc, {str(uid): info for uid, info in event.app_info.items()})
+        answers: dict[str, bytes] = {}
+        proposed = {str(uid): info for uid, info in event.app_info.items()}
+        for service in dict.fromkeys(self.services.values()):
+            mine = {uid: info for uid, info in proposed.items() if uid in service.classes}
+            if mine:
+                answers |= service.negotiate(event.assoc, mine)
+        return answers
 
     def on_message(self, event: Any) -> None:
         """In the order of arrival: a cancel that came before this request was for an earlier one.
@@ -262,13 +184,12 @@ class Listener:
     def serve(self, assoc: Any, request: Any, context_id: int) -> bool:
         """Serve a request of the further services; False when it is none."""
         context = assoc._accepted_cx.get(context_id)
-        if self.services is None or context is None or str(context.abstract_syntax) not in self.services.classes:
-            return False
-        if not request.is_valid_request:
+        service = self.services.get(str(context.abstract_syntax)) if context is not None else None
+        if service is None or not request.is_valid_request:
             return False
         assoc._is_paused = True  # this thread is the reactor: sub-operations need not wait for it
         try:
-            self.services.serve(assoc, request, context)
+            service.serve(assoc, request, context)
         finally:
             assoc._is_paused = False
             assoc.dul.socket.message_done()

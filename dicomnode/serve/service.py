@@ -22,7 +22,7 @@ from dicomnode.index.matching import Root
 from dicomnode.serve.exchange import CANNOT_COUNT, OUT_OF_RESOURCES, UNABLE_TO_PROCESS, Exchange
 from dicomnode.serve.find import find
 from dicomnode.serve.retrieve import Retriever
-from dicomnode.settings import Service, Settings
+from dicomnode.settings import Peer, Service, Settings
 
 _MODELS: Mapping[str, tuple[Service, Root, Any]] = {
     str(PatientRootQueryRetrieveInformationModelFind): ("find", Root.PATIENT, C_FIND),
@@ -37,16 +37,19 @@ _MODELS: Mapping[str, tuple[Service, Root, Any]] = {
 class QueryRetrieve:
     """C-FIND, C-MOVE and C-GET, Patient Root and Study Root.
 
-    ``classes`` maps each SOP class to the word in ``allow`` that opens it to a peer.
+    Each SOP class is open to a peer whose ``allow`` has its word: find, move or get.
     """
 
-    classes: Mapping[str, Service] = {uid: service for uid, (service, _, _) in _MODELS.items()}
+    classes = frozenset(_MODELS)
 
     def __init__(self, settings: Settings, db: Database) -> None:
         self._settings = settings
         self._db = db
         self._retriever = Retriever(settings, db)
         self._log = logs.get()
+
+    def roles(self, sop_class: str, peer: Peer) -> tuple[bool, bool]:
+        return _MODELS[sop_class][0] in peer.allow, False
 
     def negotiate(self, assoc: Any, proposed: Mapping[str, bytes]) -> dict[str, bytes]:
         """SOP Class Extended Negotiation (PS3.4 C.5.1.1, C.5.2.1): relational queries, nothing else.

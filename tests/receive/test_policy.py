@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pynetdicom.presentation import build_context
 
-from dicomnode.receive.listener import accepted_contexts
+from dicomnode.receive.negotiation import accepted_contexts
 from dicomnode.receive.policy import Rejection, decide_association
 from dicomnode.settings import Peer, Settings
 
@@ -64,9 +66,13 @@ def test_strangers_cannot_write_into_the_log(title: str) -> None:
             assert len(found.cause) < 120
 
 
+def allowing(*services: Any) -> Peer:
+    return Peer(name="p", ae_title="P", allow=services)
+
+
 def test_contexts_keep_the_order_of_the_requestor() -> None:
     proposed = [build_context(CT, [JPEG, EXPLICIT, "9.9.9"]), build_context(CT, [IMPLICIT, JPEG])]
-    (context,) = accepted_contexts(proposed, frozenset({"store"}))
+    (context,) = accepted_contexts(proposed, allowing("store"))
     assert [str(t) for t in context.transfer_syntax] == [JPEG, EXPLICIT, IMPLICIT]
 
 
@@ -76,8 +82,8 @@ def test_contexts_keep_the_order_of_the_requestor() -> None:
 )
 def test_contexts_follow_the_services_of_the_peer(allowed: set[str], accepted: list[str]) -> None:
     proposed = [build_context(c, [IMPLICIT]) for c in (VERIFICATION, CT, FIND, "1.2.3.99")]
-    assert [str(c.abstract_syntax) for c in accepted_contexts(proposed, frozenset(allowed))] == accepted
+    assert [str(c.abstract_syntax) for c in accepted_contexts(proposed, allowing(*allowed))] == accepted
 
 
 def test_context_without_a_known_syntax_is_not_accepted() -> None:
-    assert accepted_contexts([build_context(CT, ["9.9.9"])], frozenset({"store"})) == []
+    assert accepted_contexts([build_context(CT, ["9.9.9"])], allowing("store")) == []

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from dicomnode.receive.listener import accepted_contexts
+from dicomnode.receive.negotiation import accepted_contexts
 from dicomnode.serve.exchange import Counts
 from dicomnode.serve.retrieve import Instance, batches, proposals
 from dicomnode.serve.service import QueryRetrieve
+from dicomnode.settings import Peer
 
 CT, FIND, VERIFY = "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.2.2.1", "1.2.840.10008.1.1"
 EXPLICIT, IMPLICIT, J2K = "1.2.840.10008.1.2.1", "1.2.840.10008.1.2", "1.2.840.10008.1.2.4.90"
@@ -22,7 +23,9 @@ def accepted(allow: set[str], roles: dict[str, tuple[bool, bool]] | None = None)
         SimpleNamespace(abstract_syntax=FIND, transfer_syntax=["1.2.840.10008.1.2.2", IMPLICIT]),
         SimpleNamespace(abstract_syntax=VERIFY, transfer_syntax=[IMPLICIT]),
     ]
-    found = accepted_contexts(proposed, frozenset(allow), QueryRetrieve.classes, roles)
+    service = QueryRetrieve.__new__(QueryRetrieve)
+    peer = Peer(name="p", ae_title="P", allow=tuple(sorted(allow)))
+    found = accepted_contexts(proposed, peer, dict.fromkeys(service.classes, service), roles)
     return {c.abstract_syntax: (c.transfer_syntax, c.scu_role, c.scp_role) for c in found}
 
 
