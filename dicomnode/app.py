@@ -116,7 +116,8 @@ def command(process: str, config: Path | None, *extra: str) -> list[str]:
 
 def run_receiver(settings: Settings, config: Path | None, *, fd: int = -1, slot: int = 0) -> int:
     """Accept associations; with several workers, supervise them on one listening socket."""
-    from dicomnode.receive.listener import Listener, listen
+    from dicomnode.receive.acceptor import listen
+    from dicomnode.receive.listener import Listener
 
     if fd >= 0:
         return _run_listener(settings, socket.socket(fileno=fd), f"receiver-{slot}", Listener)
@@ -152,9 +153,11 @@ def _listen(listen: Callable[[str, int], socket.socket], settings: Settings) -> 
 
 
 def _run_listener(settings: Settings, listening: socket.socket, name: str, listener_type: Any) -> int:
+    from dicomnode.receive.acceptor import Door
+
     shell = Shell(settings, name)
     host, port = listening.getsockname()[:2]
-    listener = listener_type(settings, shell.db, listening, name, dimse_services(settings, shell.db))
+    listener = listener_type(settings, shell.db, [Door(listening)], name, dimse_services(settings, shell.db))
     shell.detail = lambda: {"host": host, "port": port, "associations": listener.open_associations()}
     shell.healthy = listener.accepting
     listener.start()
@@ -168,9 +171,9 @@ def _run_listener(settings: Settings, listening: socket.socket, name: str, liste
 
 def dimse_services(settings: Settings, db: Database) -> Sequence[Any]:
     """What the acceptor serves beside C-ECHO and C-STORE."""
-    from dicomnode.serve import QueryRetrieve
+    from dicomnode.serve import ProcedureSteps, QueryRetrieve
 
-    return [QueryRetrieve(settings, db)]
+    return [QueryRetrieve(settings, db), ProcedureSteps(settings, db)]
 
 
 def run_worker(settings: Settings) -> int:
@@ -289,11 +292,14 @@ def run_courier(settings: Settings) -> int:
     """Send results to DICOM peers."""
     from dicomnode.custody.sweep import Sweeper
     from dicomnode.deliver.courier import Courier
+    from dicomnode.deliver.notify import Notifier
 
     shell = Shell(settings, "courier")
     bell = doorbell.Doorbell(settings.node.data_dir, "courier")
     courier = Courier(settings, shell.db, "courier")
     courier.start()
+    notifier = Notifier(settings, shell.db, "courier")
+    notifier.start()
     sweeper = Sweeper(shell.db, durable.ObjectStore(settings.node.data_dir))
     sweep_at = time.monotonic() + SWEEP_SECONDS
     shell.ready()
@@ -302,6 +308,7 @@ def run_courier(settings: Settings) -> int:
         bell.wait(min(wait, doorbell.SLOW_BEAT_SECONDS))
         try:
             wait = courier.run_once()
+            wait = min(wait, notifier.run_once())
             if time.monotonic() >= sweep_at:
                 sweep_at = time.monotonic() + SWEEP_SECONDS
                 removed = sweeper.run_once()

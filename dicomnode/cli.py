@@ -130,31 +130,30 @@ def run(
 @app.command("check-config")
 def check_config(config: Config = None, as_json: Json = False) -> None:
     """Read the configuration, check every key and say what it means; exit 78 when it is wrong."""
+    from dicomnode.config_summary import summary
+    from dicomnode.findings import Level
+    from dicomnode.tls_check import tls_findings
+
     settings = _settings(config)
+    findings = list(tls_findings(settings))
+    wrong = [f for f in findings if f.level is Level.fault]
 
-    def show(data: dict[str, Any]) -> None:
-        console.print(f"{config}: OK")
-        console.print(
-            f"  AE title {data['node']['ae_title']}, DICOM on {data['dimse']['host']}:{data['dimse']['port']}"
-        )
-        console.print(f"  data in {data['node']['data_dir']}")
-        console.print(f"  peers: {', '.join(p['name'] for p in data['peers']) or 'none: every caller is rejected'}")
-        for peer in settings.peers:
-            idle = [s for s in peer.allow if s in ("commit", "mpps")] + ["commitment"] * peer.commitment
-            if idle:
-                console.print(f"  note: peer {peer.name}: {', '.join(idle)} has no effect yet in this version")
-        for rule in data["rules"]:
-            targets = ", ".join(rule["send_to"]) or "nowhere"
-            console.print(f"  rule {rule['name']}: {', '.join(rule['models'])} -> {targets}")
-        if not data["rules"]:
-            console.print("  rules: none: what arrives is stored and indexed, nothing is analysed")
+    def show(_: dict[str, Any]) -> None:
+        console.print(f"{config}: {'WRONG' if wrong else 'OK'}")
+        for line in summary(settings):
+            console.print(f"  {line}")
+        for finding in findings:
+            if finding.level is not Level.note:
+                console.print(f"  {finding.level.value} {finding.check}: {finding.text}. {finding.hint}".rstrip(". "))
 
-    _print(settings.model_dump(mode="json"), as_json, show)
+    _print({**settings.model_dump(mode="json"), "findings": [f.as_dict() for f in findings]}, as_json, show)
+    if wrong:
+        raise typer.Exit(78)
 
 
 @app.command()
 def doctor(config: Config = None, as_json: Json = False) -> None:
-    """Check ports, disk, clock, engine, models and peers, and say what to do; exit 1 on a fault."""
+    """Check ports, TLS, disk, clock, engine, models and peers, and say what to do; exit 1 on a fault."""
     from dicomnode.doctor import examine
 
     findings = [f.as_dict() for f in examine(_settings(config))]

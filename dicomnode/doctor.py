@@ -21,15 +21,17 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
 from datetime import datetime
-from enum import StrEnum
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from dicomnode import durable
 from dicomnode.errors import BundleError, NodeError
+from dicomnode.findings import Finding, Level
 from dicomnode.settings import EngineName, Peer, Settings
+from dicomnode.tls_check import tls_findings
+
+__all__ = ["Finding", "Level", "examine"]
 
 MEBIBYTE = 1 << 20
 SLOW_FSYNC_SECONDS = 0.020
@@ -41,26 +43,6 @@ _TIME_ERROR = 5
 _STA_UNSYNC = 0x40
 
 
-class Level(StrEnum):
-    ok = "OK"
-    note = "NOTE"
-    warn = "WARN"
-    fault = "FAULT"
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """``text`` says what is, ``hint`` what to do; FAULT means that the node cannot do its work."""
-
-    level: Level
-    check: str
-    text: str
-    hint: str = ""
-
-    def as_dict(self) -> dict[str, str]:
-        return {**asdict(self), "level": self.level.value}
-
-
 def examine(settings: Settings) -> list[Finding]:
     """All checks, in the order in which a person would go about it. Never raises."""
     checks: Sequence[tuple[str, Callable[[Settings], Iterable[Finding]]]] = (
@@ -69,6 +51,8 @@ def examine(settings: Settings) -> list[Finding]:
         ("disk", _disk),
         ("clock", _clock),
         ("DICOM port", _dicom_port),
+        ("TLS port", _tls_port),
+        ("TLS", tls_findings),
         ("HTTP port", _http_port),
         ("engine", _engine),
         ("models", _models),
@@ -233,6 +217,12 @@ def _port(name: str, host: str, port: int, owner: str | None, key: str) -> Findi
 
 def _dicom_port(settings: Settings) -> Iterable[Finding]:
     yield _port("DICOM port", settings.dimse.host, settings.dimse.port, _running(settings, "receiver"), "dimse.port")
+
+
+def _tls_port(settings: Settings) -> Iterable[Finding]:
+    tls = settings.tls
+    if tls.port is not None:
+        yield _port("TLS port", tls.host, tls.port, _running(settings, "receiver"), "tls.port")
 
 
 def _http_port(settings: Settings) -> Iterable[Finding]:

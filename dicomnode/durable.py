@@ -37,6 +37,8 @@ class Steps:
 
     open = staticmethod(os.open)
     write = staticmethod(os.writev)
+    pwrite = staticmethod(os.pwrite)
+    fdatasync = staticmethod(os.fdatasync)
     fsync = staticmethod(os.fsync)
     rename = staticmethod(os.rename)
     unlink = staticmethod(os.unlink)
@@ -82,12 +84,28 @@ def make_directory(path: Path, mode: int = 0o700) -> None:
     except FileExistsError:
         return
     except OSError as error:
-        raise _storage_error(f"create {path}", error) from error
+        raise storage_error(f"create {path}", error) from error
     sync_directory(path.parent)
 
 
-def write_synced(path: Path, parts: Sequence[bytes | memoryview | bytearray]) -> None:
-    """Write a new file (0600) and fsync it; the name is not durable yet.
+def sync_file(path: Path) -> None:
+    """fsync a file that was written before. Raises SyncFailed; a file that is gone is fine."""
+    try:
+        fd = steps.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise SyncFailed("open file to fsync it", error.strerror or str(error)) from error
+    try:
+        steps.fsync(fd)
+    except OSError as error:
+        raise SyncFailed("fsync file", error.strerror or str(error), "Check the disk") from error
+    finally:
+        os.close(fd)
+
+
+def write_synced(path: Path, parts: Sequence[bytes | memoryview | bytearray], *, sync: bool = True) -> None:
+    """Write a new file (0600) and, unless ``sync`` is false, fsync it; the name is not durable yet.
 
     Raises DiskFull when there is no room, SyncFailed when fsync fails, StorageError else;
     the partial file is removed.
@@ -95,18 +113,14 @@ def write_synced(path: Path, parts: Sequence[bytes | memoryview | bytearray]) ->
     try:
         fd = steps.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise _storage_error("create file", error) from error
+        raise storage_error("create file", error) from error
     try:
         try:
             _write_all(fd, parts)
         except OSError as error:
-            raise _storage_error("write file", error) from error
-        try:
-            steps.fsync(fd)
-        except OSError as error:
-            if error.errno in _FULL:  # delayed allocation: no room is found out here
-                raise _storage_error("fsync file", error) from error
-            raise SyncFailed("fsync file", error.strerror or str(error), "Check the disk") from error
+            raise storage_error("write file", error) from error
+        if sync:
+            _sync_file(fd)
     except BaseException:
         with contextlib.suppress(OSError):
             path.unlink()
@@ -125,12 +139,65 @@ def _write_all(fd: int, parts: Sequence[bytes | memoryview | bytearray]) -> None
             pending[0] = pending[0][written:]
 
 
+class StagedFile:
+    """A new file (0600) written piece by piece; its name is temporary until it is placed.
+
+    Raises as :func:`write_synced` does. :meth:`abandon` may be called at any time.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._fd = steps.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise storage_error("create file", error) from error
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def write(self, parts: Sequence[bytes | memoryview | bytearray]) -> None:
+        try:
+            _write_all(self._fd, parts)
+        except OSError as error:
+            raise storage_error("write file", error) from error
+
+    def flush(self) -> None:
+        """Have what was written on the disk: a long object must not fill the memory with dirty pages."""
+        _sync_file(self._fd)
+
+    def sync(self) -> None:
+        """fsync and close; afterwards only the name is missing."""
+        try:
+            _sync_file(self._fd)
+        finally:
+            self._close()
+
+    def abandon(self) -> None:
+        self._close()
+        with contextlib.suppress(OSError):
+            self.path.unlink()
+
+    def _close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _sync_file(fd: int) -> None:
+    try:
+        steps.fsync(fd)
+    except OSError as error:
+        if error.errno in _FULL:  # delayed allocation: no room is found out here
+            raise storage_error("fsync file", error) from error
+        raise SyncFailed("fsync file", error.strerror or str(error), "Check the disk") from error
+
+
 def rename_into_place(temporary: Path, final: Path) -> None:
     """Give a synced file its name; durable once :func:`sync_directory` has run."""
     try:
         steps.rename(temporary, final)
     except OSError as error:
-        raise _storage_error("rename file", error) from error
+        raise storage_error("rename file", error) from error
 
 
 def write_durable(path: Path, data: bytes) -> None:
@@ -153,7 +220,7 @@ def remove(path: Path) -> None:
     except FileNotFoundError:
         return
     except OSError as error:
-        raise _storage_error("remove file", error) from error
+        raise storage_error("remove file", error) from error
 
 
 def remove_tree(path: Path) -> None:
@@ -170,15 +237,52 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@dataclass(frozen=True, slots=True)
+class ObjectHash:
+    """Hex SHA-256: of a data set, and of the data set followed by its file meta information."""
+
+    data_set: str
+    whole: str
+
+
+def hash_object(data_set: bytes | memoryview, meta: bytes) -> ObjectHash:
+    digest = hashlib.sha256(data_set)
+    alone = digest.hexdigest()
+    digest.update(meta)
+    return ObjectHash(alone, digest.hexdigest())
+
+
+def sha256_object(path: Path) -> str:
+    """SHA-256 over the data set of a Part 10 file of ours, then over what stands before it.
+
+    In this order the hash of the data set alone is a step on the way: one pass gives both.
+    """
+    with path.open("rb") as file:
+        head = file.read(144)
+        head += file.read(int.from_bytes(head[140:144], "little"))
+        digest = hashlib.file_digest(file, "sha256")
+    digest.update(head)
+    return digest.hexdigest()
+
+
+def object_intact(path: Path, expected: str) -> bool:
+    """Whether a stored object is what was indexed; objects from before 0.2 were hashed as files.
+
+    Raises OSError when it cannot be read.
+    """
+    return sha256_object(path) == expected or sha256_file(path) == expected
+
+
 def free_bytes(path: Path) -> int:
     try:
         stat = os.statvfs(path)
     except OSError as error:
-        raise _storage_error("look at free space", error) from error
+        raise storage_error("look at free space", error) from error
     return stat.f_bavail * stat.f_frsize
 
 
-def _storage_error(operation: str, error: OSError) -> StorageError:
+def storage_error(operation: str, error: OSError) -> StorageError:
+    """The error of a failed system call: DiskFull when there is no room."""
     cause = error.strerror or str(error)
     if error.errno in _FULL:
         return DiskFull(operation, cause, "Free space on the volume of data_dir")
@@ -215,11 +319,27 @@ class ObjectStore:
     def path(self, name: str) -> Path:
         return self.root / name
 
-    def stage(self, name: str, parts: Sequence[bytes | memoryview | bytearray]) -> Path:
-        """Write, fsync and name an object; the caller still has to sync its folder."""
+    def begin(self) -> StagedFile:
+        """A file for an object whose series is not known yet; it gets its name in :meth:`place`."""
+        name = uuid.uuid4().hex
+        return StagedFile(self.root / name[:2] / f"{name}{TEMPORARY_SUFFIX}")
+
+    def place(self, staged: StagedFile, name: str) -> Path:
+        """Sync a staged file and give it its name; the caller still has to sync its folder."""
+        final = self.path(name)
+        staged.sync()
+        rename_into_place(staged.path, final)
+        return final
+
+    def stage(self, name: str, parts: Sequence[bytes | memoryview | bytearray], *, sync: bool = True) -> Path:
+        """Write, fsync and name an object; the caller still has to sync its folder.
+
+        Without ``sync`` the file is whole for all who look, but nothing of it survives a power
+        cut until :func:`sync_file` has run.
+        """
         final = self.path(name)
         temporary = final.with_suffix(TEMPORARY_SUFFIX)
-        write_synced(temporary, parts)
+        write_synced(temporary, parts, sync=sync)
         try:
             rename_into_place(temporary, final)
         except StorageError:

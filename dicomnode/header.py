@@ -1,27 +1,40 @@
 """A bounded reader of data set headers: the attributes the index needs, nothing else.
 
 Walks the top level of an encoded data set (PS3.5 7) without recursion and stops at Pixel
-Data. Depth, items, element count and lengths are limited, so hostile bytes cost neither
-stack nor memory. Text is decoded by Specific Character Set (0008,0005).
+Data. What has a length is skipped unread. Depth, items, element count and lengths are
+limited, so hostile bytes cost neither stack nor memory. Text is decoded by Specific
+Character Set (0008,0005).
+
+It runs once for each stored object, so its loops are written for speed: tags and VRs are
+compared as the numbers that their bytes make, places are noted first, and only wanted
+values are copied.
 """
 
 from __future__ import annotations
 
+import json
 import struct
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
 
-from pydicom import charset
 from pydicom.datadict import dictionary_VR, tag_for_keyword
-from pydicom.valuerep import PN_DELIMS, TEXT_VR_DELIMS
 
+from dicomnode.chartext import PLAIN, charset_encodings, is_plain, text_of
 from dicomnode.errors import MalformedDataSet
 
 MAX_DEPTH = 64
 MAX_ITEMS = 100_000
-MAX_ELEMENTS = 100_000
+MAX_ELEMENTS = 400_000
+"""Elements of one data set that are looked at."""
 MAX_VALUE = 64 * 1024
 """Longest value of a wanted attribute that is kept, bytes; longer ones are cut off."""
+MAX_KEPT_ITEMS = 16
+"""Items of a wanted sequence that are kept; a series is seldom requested more than twice."""
+MAX_ITEM_VALUE = 4 * 1024
+"""As MAX_VALUE, for an attribute in an item."""
+MAX_HEAD = 64 * 1024
+"""Bytes of a header that are turned to text at once; values behind them are read one by one."""
 
 MAX_INFLATED = 64 * 1024 * 1024
 """Most bytes of a deflated data set that are inflated to find the header."""
@@ -30,35 +43,109 @@ IMPLICIT_LITTLE = "1.2.840.10008.1.2"
 EXPLICIT_BIG = "1.2.840.10008.1.2.2"
 DEFLATED = frozenset({"1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.4.95", "1.2.840.10008.1.2.4.205"})
 
+_TOO_MANY = f"it has more than {MAX_ELEMENTS} elements before Pixel Data"
 _UNDEFINED = 0xFFFFFFFF
-_LONG_VRS = frozenset({b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"})
-_TEXT_VRS = frozenset({"SH", "LO", "ST", "LT", "UC", "UT", "PN"})
-_NUMBERS = {"US": "H", "SS": "h", "UL": "I", "SL": "i", "FL": "f", "FD": "d"}
+_LONG_VRS = b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split()
+_SHORT_VRS = b"AE AS AT CS DA DS DT FL FD IS LO LT PN SH SL SS ST TM UI UL US".split()
 _PIXEL_TAGS = frozenset({0x7FE00008, 0x7FE00009, 0x7FE00010})
+_CHARSET = 0x00080005
 _ITEM, _ITEM_END, _SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
 
 
+class _Order:
+    """Tags, VRs and lengths as numbers of one byte order; a tag read so is called a word."""
+
+    def __init__(self, name: Literal["little", "big"]) -> None:
+        mark = "<" if name == "little" else ">"
+        self.name = name
+        self.group_shift = 16 if name == "big" else 0
+        self.element = struct.Struct(f"{mark}IHH").unpack_from  # word, VR, short length
+        self.pair = struct.Struct(f"{mark}II").unpack_from  # word, long length
+        self.long = struct.Struct(f"{mark}I").unpack_from
+        self.short_vrs = frozenset(int.from_bytes(vr, name) for vr in _SHORT_VRS)
+        self.long_vrs = frozenset(int.from_bytes(vr, name) for vr in _LONG_VRS)
+        self.sequence, self.unknown = int.from_bytes(b"SQ", name), int.from_bytes(b"UN", name)
+        self.delimited = frozenset(int.from_bytes(vr, name) for vr in (b"SQ", b"OB", b"OW"))
+        """VRs that may have no length: sequences, and fragments (PS3.5 A.4)."""
+
+    def word(self, tag: int) -> int:
+        """The word of a tag, and the tag of a word."""
+        return tag if self.name == "big" else (tag & 0xFFFF) << 16 | tag >> 16
+
+    def is_vr(self, vr: int) -> bool:
+        """Whether a VR that this reader does not know could be one; it is read with a short length."""
+        text = vr.to_bytes(2, self.name)
+        return text.isalpha() and text.isupper()
+
+
+_LITTLE, _BIG = _Order("little"), _Order("big")
+
+
+class _Slot(NamedTuple):
+    """A wanted element. ``plain``: where its bytes are ASCII, only padding has to go; ``parts``: see Wanted."""
+
+    keyword: str
+    vr: str
+    plain: bool
+    charset: bool
+    parts: _Slots | None = None
+
+
+class _Slots:
+    """Wanted elements of a data set by their word, in either byte order; the charset is always one."""
+
+    def __init__(self) -> None:
+        self.by_word: dict[_Order, dict[int, _Slot]] = {_LITTLE: {}, _BIG: {}}
+        self.add(_CHARSET, "", "CS")
+
+    def add(self, tag: int, keyword: str, vr: str, parts: _Slots | None = None) -> None:
+        for order, slots in self.by_word.items():
+            slots[order.word(tag)] = _Slot(keyword, vr, is_plain(vr), tag == _CHARSET, parts)
+
+
+_Found = list[tuple[_Slot, int, int]]
+"""Wanted elements, each with begin and end of its value."""
+
+
 class Wanted:
-    """The keywords to collect, resolved to tags once per process."""
+    """The attributes to collect, resolved to tags once per process.
+
+    ``RequestAttributesSequence.AccessionNumber`` is an attribute in the items of a sequence;
+    a sequence without such parts is not collected, nor is what does not exist.
+    """
 
     def __init__(self, keywords: Iterable[str]) -> None:
         self.by_tag: dict[int, tuple[str, str]] = {}
-        for keyword in keywords:
-            tag = tag_for_keyword(keyword)
-            if tag is not None:
-                self.by_tag[tag] = (keyword, dictionary_VR(tag)[:2])
+        """Tag -> keyword and VR, of the top level."""
+        self.slots = _Slots()
+        sequences: dict[str, _Slots] = {}
+        for name in sorted(keywords):
+            keyword, _, part = name.partition(".")
+            tag, part_tag = tag_for_keyword(keyword), tag_for_keyword(part)
+            if tag is None or tag in _PIXEL_TAGS:
+                continue
+            vr = dictionary_VR(tag)[:2]
+            if not part and vr != "SQ":
+                self.by_tag[tag] = (keyword, vr)
+                self.slots.add(tag, keyword, vr)
+            elif part_tag is not None and vr == "SQ":
+                self.by_tag[tag] = (keyword, vr)
+                parts = sequences.setdefault(keyword, _Slots())
+                parts.add(part_tag, part, dictionary_VR(part_tag)[:2])
+                self.slots.add(tag, keyword, vr, parts)
         self.last = max(self.by_tag, default=0)
 
 
 def read_header(data: bytes | bytearray | memoryview, transfer_syntax_uid: str, wanted: Wanted) -> dict[str, str]:
     """Keyword -> decoded text, multiple values joined by a backslash; empty ones left out.
 
+    A wanted sequence is JSON text: a list with an object (keyword -> text) for each item.
     Raises MalformedDataSet when the bytes cannot be walked within the limits.
     """
     if transfer_syntax_uid in DEFLATED:
         data = _inflate(data)
-    raw = _walk(memoryview(data).cast("B"), transfer_syntax_uid, wanted)
-    return _decode(raw, wanted, ">" if transfer_syntax_uid == EXPLICIT_BIG else "<")
+    with memoryview(data).cast("B") as view:
+        return _Reader(view, transfer_syntax_uid).read(wanted)
 
 
 def _inflate(data: bytes | bytearray | memoryview) -> bytes:
@@ -88,194 +175,280 @@ def _bad(cause: str) -> MalformedDataSet:
     return MalformedDataSet("read header", cause, "Check the object at its sender; it was not stored")
 
 
-def _walk(  # noqa: PLR0912, PLR0915 one loop over one grammar; splitting it would hide its state
-    data: memoryview, syntax: str, wanted: Wanted
-) -> dict[int, bytes]:
-    """Raw values of the wanted top-level elements."""
-    explicit = syntax != IMPLICIT_LITTLE
-    order = ">" if syntax == EXPLICIT_BIG else "<"
-    tag_of, u16_of, u32_of = (
-        struct.Struct(f"{order}HH").unpack_from,
-        struct.Struct(f"{order}H").unpack_from,
-        struct.Struct(f"{order}I").unpack_from,
-    )
-    found: dict[int, bytes] = {}
-    end = len(data)
-    position = 0
-    elements = items = 0
-    # Nesting: for each open sequence or item its end offset (None: delimited), whether its
-    # content is a list of items, and the nearest end that is known.
-    stack: list[tuple[int | None, bool, int]] = []
-    while True:
-        while stack and stack[-1][0] is not None and position >= stack[-1][0]:
-            stack.pop()
-        limit = stack[-1][2] if stack else end
-        if position + 8 > limit:
-            if position == limit and not stack:
-                return found
-            raise _bad("it ends inside an element" if not stack else "it ends inside a sequence")
-        group, element = tag_of(data, position)
-        tag = group << 16 | element
-        if not stack:
-            if group == 0xFFFE:
-                raise _bad("it has an item delimiter outside a sequence")
-            if tag in _PIXEL_TAGS or (tag > wanted.last and tag >= 0x7FE00000):
-                return found
-        elements += 1
-        if elements > MAX_ELEMENTS * 4:
-            raise _bad(f"it has more than {MAX_ELEMENTS * 4} elements before Pixel Data")
-        if group == 0xFFFE:
-            length = u32_of(data, position + 4)[0]
-            position += 8
-            if tag == _ITEM:
-                items += 1
-                if items > MAX_ITEMS:
-                    raise _bad(f"it has more than {MAX_ITEMS} sequence items")
-                if not stack or not stack[-1][1]:
-                    raise _bad("it has an item outside a sequence")
-                _push(stack, position, length, limit, is_sequence=False)
-            elif tag in (_ITEM_END, _SEQUENCE_END):
-                closes_sequence = tag == _SEQUENCE_END
-                if not stack or stack[-1][1] != closes_sequence or stack[-1][0] is not None:
-                    raise _bad("its sequence delimiters do not match")
-                stack.pop()
+class _Reader:
+    """One pass over one data set; counts what it has looked at.
+
+    The walks take ``end`` as the end of all that they may look at and ``last`` as the last
+    wanted tag of the top level, -1 inside an item.
+    """
+
+    def __init__(self, data: memoryview, syntax: str) -> None:
+        self.data = data
+        self.explicit = syntax != IMPLICIT_LITTLE
+        self.order = _BIG if syntax == EXPLICIT_BIG else _LITTLE
+        self.walk = self._explicit if self.explicit else self._implicit
+        self.elements = 0
+        self.items = 0
+        self.kept: dict[str, list[_Found]] = {}
+        """Items of wanted sequences, by keyword."""
+
+    def read(self, wanted: Wanted) -> dict[str, str]:
+        found: _Found = []
+        stop = self.walk(found, wanted.slots, 0, len(self.data), wanted.last, delimited=False)
+        head = str(self.data[: min(stop, MAX_HEAD)], "latin-1")
+        encodings = self._encodings(found, PLAIN)
+        values = self._decode(found, head, encodings)
+        for keyword, items in self.kept.items():
+            texts = [self._decode(item, head, self._encodings(item, encodings)) for item in items]
+            if any(texts):
+                values[keyword] = json.dumps([t for t in texts if t], ensure_ascii=False, separators=(",", ":"))
+        return values
+
+    def _explicit(  # noqa: PLR0912 as _skip
+        self, found: _Found, slots: _Slots, position: int, end: int, last: int, *, delimited: bool
+    ) -> int:
+        """Note the places of wanted values in one data set; where it ends.
+
+        That is at ``end``, at Pixel Data, or behind the delimiter when it is the content of an
+        item of undefined length (``delimited``).
+        """
+        data, order = self.data, self.order
+        unpack, lookup = order.element, slots.by_word[order].get
+        short_vrs, long_vrs, shift = order.short_vrs, order.long_vrs, order.group_shift
+        while True:
+            for elements in range(self.elements + 1, MAX_ELEMENTS + 1):
+                start = position + 8
+                if start > end:
+                    self.elements = elements
+                    return _end(position, end, delimited=delimited)
+                word, vr, length = unpack(data, position)
+                slot = lookup(word)
+                high = slot is None and word >> shift & 0xFFFF >= 0x7FE0
+                if high and _closes(order.word(word), last, delimited=delimited):
+                    self.elements = elements
+                    return start if delimited else position
+                if vr in short_vrs:
+                    pass
+                elif vr in long_vrs:
+                    start += 4
+                    if start > end:
+                        raise _bad("it ends inside an element")
+                    length = order.long(data, position + 8)[0]
+                    if vr == order.sequence or length == _UNDEFINED:
+                        self.elements = elements
+                        position = self._sequence(vr, slot, start, length, end)
+                        break
+                elif not order.is_vr(vr):
+                    raise _bad("it has a value representation that does not exist")
+                position = start + length
+                if position > end:
+                    raise _bad("an element is longer than what is left of it")
+                if slot is not None:
+                    found.append((slot, start, position))
             else:
-                raise _bad("it has an unknown delimiter")
-            continue
-        if stack and stack[-1][1]:
-            raise _bad("it has an element where a sequence item must be")
-        vr, length, value = b"", 0, position
-        if explicit:
-            vr = bytes(data[position + 4 : position + 6])
-            if vr in _LONG_VRS:
-                if position + 12 > limit:
-                    raise _bad("it ends inside an element")
-                length, value = u32_of(data, position + 8)[0], position + 12
-            elif vr.isalpha() and vr.isupper():
-                length, value = u16_of(data, position + 6)[0], position + 8
+                raise _bad(_TOO_MANY)
+
+    def _implicit(self, found: _Found, slots: _Slots, position: int, end: int, last: int, *, delimited: bool) -> int:
+        """As :meth:`_explicit`, for Implicit VR Little Endian."""
+        data, unpack, lookup = self.data, _LITTLE.pair, slots.by_word[_LITTLE].get
+        while True:
+            for elements in range(self.elements + 1, MAX_ELEMENTS + 1):
+                start = position + 8
+                if start > end:
+                    self.elements = elements
+                    return _end(position, end, delimited=delimited)
+                word, length = unpack(data, position)
+                slot = lookup(word)
+                if slot is None and word & 0xFFFF >= 0x7FE0 and _closes(_LITTLE.word(word), last, delimited=delimited):
+                    self.elements = elements
+                    return start if delimited else position
+                if length == _UNDEFINED or (slot is not None and slot.parts is not None):
+                    self.elements = elements
+                    position = self._sequence(_LITTLE.sequence, slot, start, length, end)
+                    break
+                position = start + length
+                if position > end:
+                    raise _bad("an element is longer than what is left of it")
+                if slot is not None:
+                    found.append((slot, start, position))
             else:
-                raise _bad("it has a value representation that does not exist")
-        else:
-            length, value = u32_of(data, position + 4)[0], position + 8
-            if length == _UNDEFINED or tag in wanted.by_tag:
-                vr = b"SQ" if length == _UNDEFINED else b""
-        if length == _UNDEFINED:
-            if vr not in (b"SQ", b"UN", b""):
-                raise _bad("it has an element of undefined length that is no sequence")
-            if vr == b"UN" and explicit:
-                # PS3.5 6.2.2: UN of undefined length is an implicit VR sequence.
-                position, elements = _skip_implicit(data, value, limit, elements)
-                continue
-            _push(stack, value, length, limit, is_sequence=True)
-            position = value
-            continue
-        if value + length > limit:
+                raise _bad(_TOO_MANY)
+
+    def _sequence(self, vr: int, slot: _Slot | None, start: int, length: int, end: int) -> int:
+        """Pass over a sequence, or over fragments; the items of a wanted one are noted."""
+        stop = end if length == _UNDEFINED else start + length
+        if stop > end:
             raise _bad("an element is longer than what is left of it")
-        if not stack and tag in wanted.by_tag and tag not in found:
-            found[tag] = bytes(data[value : value + min(length, MAX_VALUE)])
-        position = value + length
-
-
-def _push(stack: list[tuple[int | None, bool, int]], start: int, length: int, limit: int, *, is_sequence: bool) -> None:
-    if len(stack) >= 2 * MAX_DEPTH:
-        raise _bad(f"its sequences are nested deeper than {MAX_DEPTH}")
-    if length == _UNDEFINED:
-        stack.append((None, is_sequence, limit))
-        return
-    if start + length > limit:
-        raise _bad("an item is longer than what is left of it")
-    stack.append((start + length, is_sequence, start + length))
-
-
-def _skip_implicit(data: memoryview, position: int, limit: int, elements: int) -> tuple[int, int]:
-    """End of an undefined-length UN value, which is encoded as implicit VR little endian.
-
-    ``elements`` counts over the whole data set, so that many such values are bounded too.
-    """
-    depth = 1
-    while depth:
-        elements += 1
-        if elements > MAX_ELEMENTS * 4:
-            raise _bad(f"it has more than {MAX_ELEMENTS * 4} elements before Pixel Data")
-        if position + 8 > limit:
-            raise _bad("it ends inside a sequence")
-        group, element = struct.unpack_from("<HH", data, position)
-        length = struct.unpack_from("<I", data, position + 4)[0]
-        tag = group << 16 | element
-        position += 8
-        if tag in (_ITEM_END, _SEQUENCE_END):
-            depth -= 1
-        elif length == _UNDEFINED:
-            depth += 1
-            if depth > 2 * MAX_DEPTH:
-                raise _bad(f"its sequences are nested deeper than {MAX_DEPTH}")
-        elif tag != _ITEM:
-            if position + length > limit:
-                raise _bad("an element is longer than what is left of it")
-            position += length
-    return position, elements
-
-
-def _decode(raw: Mapping[int, bytes], wanted: Wanted, order: str) -> dict[str, str]:
-    declared = [v.strip(" \0\t\r\n") for v in raw.get(0x00080005, b"").decode("ascii", "replace").split("\\")]
-    encodings = charset_encodings(tuple(declared))
-    text: dict[str, str] = {}
-    for tag, value in raw.items():
-        keyword, vr = wanted.by_tag[tag]
-        decoded = _value_text(value, vr, encodings, order)
-        if decoded:
-            text[keyword] = decoded
-    return text
-
-
-def _value_text(value: bytes, vr: str, encodings: tuple[str, ...], order: str) -> str:
-    if vr in _NUMBERS:
-        size = struct.calcsize(_NUMBERS[vr])
-        count = len(value) // size
-        return "\\".join(str(n) for n in struct.unpack(f"{order}{count}{_NUMBERS[vr]}", value[: count * size]))
-    if vr in _TEXT_VRS:
-        delimiters = PN_DELIMS if vr == "PN" else TEXT_VR_DELIMS
-        decoded = _decode_text(value, encodings, delimiters)
-    else:
-        decoded = value.decode("ascii", "replace")
-    if vr in ("ST", "LT", "UT"):
-        return decoded.rstrip(" \0")
-    parts = [part.strip(" \0") for part in decoded.split("\\")]
-    if vr == "PN":  # trailing component groups that are empty may be left out (PS3.5 6.2.1)
-        parts = [part.rstrip("=") for part in parts]
-    return "\\".join(parts)
-
-
-def _decode_text(value: bytes, encodings: tuple[str, ...], delimiters: set[int]) -> str:
-    """Text in the declared character sets; what does not decode becomes U+FFFD.
-
-    Only code extensions (ISO 2022, an escape in the value) need pydicom, which warns about
-    undecodable bytes: those are the sender's, and the bytes stay as they came.
-    """
-    if b"\x1b" not in value:
-        return value.decode(encodings[0], "replace")
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return str(charset.decode_bytes(value, encodings, delimiters))
-
-
-_ENCODINGS: dict[tuple[str, ...], tuple[str, ...]] = {}
-
-
-def charset_encodings(declared: tuple[str, ...]) -> tuple[str, ...]:
-    """Python encodings of a Specific Character Set value; unknown ones read as Latin-1."""
-    known = _ENCODINGS.get(declared)
-    if known is None:
-        import warnings
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        parts = slot.parts if slot is not None else None
+        if slot is not None and parts is not None and vr == self.order.sequence and slot.keyword not in self.kept:
+            items: list[_Found] = []
+            self.kept[slot.keyword] = items
+            if length == _UNDEFINED:
+                return self._collect(items, parts, start, end, delimited=True)
             try:
-                known = tuple(charset.convert_encodings(list(declared)))
-            except (LookupError, ValueError):  # a NUL inside is a ValueError
-                known = ("iso8859",)
-        if len(_ENCODINGS) < 1000:
-            _ENCODINGS[declared] = known
-    return known
+                self._collect(items, parts, start, stop, delimited=False)
+            except MalformedDataSet:
+                items.clear()  # what has a length is passed over, whatever is in it
+        if length != _UNDEFINED:
+            return stop
+        if vr == self.order.unknown:
+            return self._skip_unknown(start, end)
+        if vr not in self.order.delimited:
+            raise _bad("it has an element of undefined length that is no sequence")
+        return self._skip(start, end)
+
+    def _collect(self, items: list[_Found], slots: _Slots, position: int, end: int, *, delimited: bool) -> int:
+        """Note the wanted values in each item of one sequence; where it ends."""
+        order = self.order
+        while delimited or position < end:
+            if position + 8 > end:
+                raise _bad("it ends inside a sequence")
+            word, length = order.pair(self.data, position)
+            tag = order.word(word)
+            position += 8
+            if tag == _SEQUENCE_END and delimited:
+                return position
+            if tag != _ITEM:
+                raise _bad("it has an element where a sequence item must be")
+            self._count_item()
+            stop = end if length == _UNDEFINED else position + length
+            if stop > end:
+                raise _bad("an item is longer than what is left of it")
+            found: _Found = []
+            position = self.walk(found, slots, position, stop, -1, delimited=length == _UNDEFINED)
+            if len(items) < MAX_KEPT_ITEMS:
+                items.append([(slot, start, min(stop, start + MAX_ITEM_VALUE)) for slot, start, stop in found])
+        return position
+
+    def _count_item(self) -> None:
+        self.items += 1
+        if self.items > MAX_ITEMS:
+            raise _bad(f"it has more than {MAX_ITEMS} sequence items")
+
+    def _skip(self, position: int, end: int) -> int:  # noqa: PLR0912 one loop over one grammar; splitting it would hide its state
+        """End of a sequence of undefined length.
+
+        What has a length is passed over, so all that is open is delimited: sequences and
+        items alternate, and an odd ``depth`` is a sequence.
+        """
+        data, order = self.data, self.order
+        item, closing = order.word(_ITEM), (order.word(_ITEM_END), order.word(_SEQUENCE_END))
+        depth = 1
+        while depth:
+            for elements in range(self.elements + 1, MAX_ELEMENTS + 1):
+                if position + 8 > end:
+                    raise _bad("it ends inside a sequence")
+                word, length = order.pair(data, position)
+                vr = order.sequence
+                if word == closing[depth & 1]:
+                    position += 8
+                    depth -= 1
+                    if depth:
+                        continue
+                    self.elements = elements
+                    break
+                if depth & 1:
+                    if word != item:
+                        raise _bad("it has an element where a sequence item must be")
+                    self._count_item()
+                elif order.word(word) >> 16 == 0xFFFE:
+                    raise _bad("its sequence delimiters do not match")
+                elif self.explicit:
+                    word, vr, length = order.element(data, position)
+                    if vr in order.long_vrs:
+                        position += 4
+                        if position + 8 > end:
+                            raise _bad("it ends inside an element")
+                        length = order.long(data, position + 4)[0]
+                    elif not order.is_vr(vr):
+                        raise _bad("it has a value representation that does not exist")
+                position += 8
+                if length != _UNDEFINED:
+                    position += length
+                    if position > end:
+                        raise _bad("an element or item is longer than what is left of it")
+                elif vr in order.delimited:
+                    depth = _deeper(depth)
+                elif vr == order.unknown:
+                    self.elements = elements
+                    position = self._skip_unknown(position, end)
+                    break
+                else:
+                    raise _bad("it has an element of undefined length that is no sequence")
+            else:
+                raise _bad(_TOO_MANY)
+        return position
+
+    def _skip_unknown(self, position: int, end: int) -> int:
+        """End of a UN value of undefined length: an implicit VR sequence, whatever surrounds it (PS3.5 6.2.2)."""
+        depth = 1
+        for elements in range(self.elements + 1, MAX_ELEMENTS + 1):
+            if position + 8 > end:
+                raise _bad("it ends inside a sequence")
+            word, length = _LITTLE.pair(self.data, position)
+            tag = _LITTLE.word(word)
+            position += 8
+            if tag in (_ITEM_END, _SEQUENCE_END):
+                depth -= 1
+                if not depth:
+                    self.elements = elements
+                    return position
+            elif length == _UNDEFINED:
+                depth = _deeper(depth)
+            elif tag != _ITEM:
+                position += length
+                if position > end:
+                    raise _bad("an element is longer than what is left of it")
+        raise _bad(_TOO_MANY)
+
+    def _encodings(self, found: _Found, inherited: tuple[str, ...]) -> tuple[str, ...]:
+        for slot, start, stop in found:
+            if slot.charset:
+                return charset_encodings(bytes(self.data[start : min(stop, start + MAX_VALUE)]))
+        return inherited
+
+    def _decode(self, found: _Found, head: str, encodings: tuple[str, ...]) -> dict[str, str]:
+        """Texts by keyword; of elements with the same tag the first counts.
+
+        ``head`` is the begin of the data as Latin-1. Every character set that is read agrees
+        with it on ASCII as long as no escape switches to another.
+        """
+        texts: dict[str, str] = {}
+        limit = len(head)
+        for (keyword, vr, plain, _, _), start, stop in reversed(found):
+            if plain and stop <= limit and (text := head[start:stop]).isascii() and "\x1b" not in text:
+                if "\\" in text:
+                    text = "\\".join([part.strip(" \0") for part in text.split("\\")])
+                else:
+                    text = text.strip(" \0")
+            else:
+                value = bytes(self.data[start : min(stop, start + MAX_VALUE)])
+                text = text_of(value, vr, encodings, big=self.order is _BIG)
+            if text:
+                texts[keyword] = text
+        texts.pop("", None)
+        return texts
+
+
+def _end(position: int, end: int, *, delimited: bool) -> int:
+    """No whole tag is left: that is right at the end alone."""
+    if position != end or delimited:
+        raise _bad("it ends inside a sequence" if delimited else "it ends inside an element")
+    return position
+
+
+def _closes(tag: int, last: int, *, delimited: bool) -> bool:
+    """Whether a high tag ends the data set that it stands in; ``last`` is -1 inside an item."""
+    if tag >> 16 == 0xFFFE:
+        if delimited and tag == _ITEM_END:
+            return True
+        raise _bad(
+            "its sequence delimiters do not match" if delimited else "it has an item delimiter outside a sequence"
+        )
+    return last >= 0 and (tag in _PIXEL_TAGS or tag > last)
+
+
+def _deeper(depth: int) -> int:
+    if depth >= 2 * MAX_DEPTH:
+        raise _bad(f"its sequences are nested deeper than {MAX_DEPTH}")
+    return depth + 1

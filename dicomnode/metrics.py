@@ -77,6 +77,15 @@ JOBS_TOTAL = Counter("dicomnode_jobs", "Ends of attempts at a job", ["outcome"],
 DELIVERIES_TOTAL = Counter(
     "dicomnode_deliveries", "Attempts to send a result to a DICOM peer", ["outcome"], registry=REGISTRY
 )
+NOTIFICATIONS_TOTAL = Counter(
+    "dicomnode_notifications", "Attempts to send an Instance Availability Notification", ["outcome"], registry=REGISTRY
+)
+PROCEDURE_STEP_TOTAL = Counter(
+    "dicomnode_procedure_step_requests",
+    "N-CREATE, N-SET and N-GET requests of MPPS answered, by operation and DIMSE status",
+    ["operation", "status"],
+    registry=REGISTRY,
+)
 SYNC_TOTAL = Counter(
     "dicomnode_sync", "Attempts to send a result to the cloud (STOW-RS)", ["outcome"], registry=REGISTRY
 )
@@ -101,7 +110,10 @@ _FIRST_VALUES: Mapping[str, Iterable[tuple[Counter, tuple[str, ...]]]] = {
         (ASSOCIATIONS_TOTAL, ("accepted", "rejected", "released", "aborted", "refused", "lost")),
     ),
     "worker": ((JOBS_TOTAL, ("done", "refused", "retried", "failed", "lost")),),
-    "courier": ((DELIVERIES_TOTAL, ("stored", "retried", "rejected")),),
+    "courier": (
+        (DELIVERIES_TOTAL, ("stored", "retried", "rejected")),
+        (NOTIFICATIONS_TOTAL, ("stored", "retried", "rejected")),
+    ),
     "sidecar": (
         (SYNC_TOTAL, ("stored", "retried", "rejected")),
         (MODEL_PULLS_TOTAL, ("activated", "retried", "rejected")),
@@ -157,6 +169,15 @@ def job(outcome: JobOutcome) -> None:
 
 def delivery(outcome: SendOutcome) -> None:
     DELIVERIES_TOTAL.labels(outcome).inc()
+
+
+def notification(outcome: SendOutcome) -> None:
+    NOTIFICATIONS_TOTAL.labels(outcome).inc()
+
+
+def procedure_step(operation: str, status: int) -> None:
+    """Count one answered request; ``operation`` is one of ours, not the peer's text."""
+    PROCEDURE_STEP_TOTAL.labels(operation, f"0x{status:04X}").inc()
 
 
 def sync(outcome: SendOutcome) -> None:

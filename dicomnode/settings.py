@@ -6,20 +6,31 @@ from files that the settings only name. An unknown key is an error.
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import re
 import tomllib
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from dicomnode.errors import SettingsError
+from dicomnode.peer_settings import (
+    AETitle,
+    AETitles,
+    Peer,
+    Section,
+    Service,
+    Tls,
+    caller_matches,
+    check_peer,
+    checked_ae_title,
+)
 
-Service = Literal["echo", "store", "find", "move", "get", "commit", "mpps"]
+__all__ = ["Peer", "Section", "Service", "Tls", "caller_matches"]
+
 Priority = Literal["stat", "routine", "batch"]
 MatchScalar = str | int | float
 
@@ -31,28 +42,19 @@ class EngineName(StrEnum):
     onnxruntime_cpu = "onnxruntime-cpu"
 
 
-def _ae_title(value: str) -> str:
-    """PS3.5 6.2: AE is 1 to 16 characters of the default repertoire, no backslash or control."""
-    stripped = value.strip(" ")
-    if not re.fullmatch(r"[ -\[\]-~]{1,16}", stripped):
-        raise ValueError("an AE title has 1 to 16 printable ASCII characters and no backslash")
-    return stripped
-
-
-AETitle = Annotated[str, Field(description="AE title, PS3.5 6.2")]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
 class Node(Section):
     ae_title: AETitle = Field("DICOMNODE", description="AE title that peers call")
+    more_ae_titles: AETitles = Field((), description="further AE titles that this node answers to")
     data_dir: Path = Field(Path("/var/lib/dicomnode"), description="objects, index and state")
     institution: str = Field("", description="InstitutionName in results; empty: copied from nothing")
     reserve_mb: int = Field(1024, ge=1, description="MiB kept free; below it C-STORE answers 0xA700")
 
-    _check = field_validator("ae_title")(_ae_title)
+    _check = field_validator("ae_title")(checked_ae_title)
+
+    @property
+    def ae_titles(self) -> tuple[str, ...]:
+        """Every AE title that may be called here."""
+        return (self.ae_title, *self.more_ae_titles)
 
 
 class Dimse(Section):
@@ -63,11 +65,26 @@ class Dimse(Section):
     pdu_seconds: float = Field(30.0, gt=0, description="absolute deadline for one PDU, from its first byte")
     request_seconds: float = Field(10.0, gt=0, description="time for A-ASSOCIATE-RQ after connecting")
     idle_seconds: float = Field(300.0, gt=0, description="an association without traffic is aborted")
-    max_connections: int = Field(256, ge=1, le=300, description="connections in total, each receiver process")
+    max_connections: int = Field(256, ge=1, le=4096, description="connections in total, each receiver process")
     max_connections_per_address: int = Field(64, ge=1, description="connections from one address")
     max_object_mb: int = Field(4096, ge=1, description="largest object in MiB; a larger one is aborted")
+    journal_mb: int = Field(
+        512, ge=4, le=65536, description="MiB of the intake journal, made once, of each receiver process"
+    )
+    max_unfinished_mb: int = Field(
+        8192, ge=1, description="MiB of unfinished objects from one peer, each receiver process; beyond: 0xA700"
+    )
     query_max_answers: int = Field(10000, ge=1, description="answers to one C-FIND; more: 0xB001 after these")
     query_seconds: float = Field(30.0, gt=0, description="time to look through the index for one query")
+    query_per_second: float = Field(
+        200.0, gt=0, description="C-FIND requests per second of one AE title, each receiver process; beyond: 0xA700"
+    )
+    queries_at_once: int = Field(
+        4, ge=1, description="C-FIND requests at a time of one AE title, each receiver process; beyond: 0xA700"
+    )
+    query_match_unknown: bool = Field(
+        False, description="an empty attribute matches any value of a required key (PS3.4 C.2.2.1.2)"
+    )
     log_identifiers: Literal[False] = Field(False, description="query identifiers are never logged")
 
 
@@ -76,23 +93,11 @@ class Http(Section):
     port: int = Field(8080, ge=0, le=65535, description="TCP port; 0 lets the system choose")
 
 
-class Peer(Section):
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$", description="short name used in rules and logs")
-    ae_title: AETitle = Field(description="the peer's AE title")
-    host: str = Field("", description="address; where given, the caller's address must match")
-    port: int = Field(0, ge=0, le=65535, description="the peer's DICOM port, for sending to it")
-    allow: tuple[Service, ...] = Field((), description="services that it may use here; commit, mpps: no effect yet")
-    commitment: bool = Field(False, description="ask for storage commitment after delivery")
-
-    _check = field_validator("ae_title")(_ae_title)
-
-    @property
-    def reachable(self) -> bool:
-        return bool(self.host and self.port)
-
-
 class Completeness(Section):
     quiet_seconds: float = Field(10.0, gt=0, description="the longest wait after the last instance")
+    step_seconds: float = Field(
+        600.0, ge=0, description="the longest silence while a procedure step (MPPS) says that more is to come"
+    )
 
 
 class Inference(Section):
@@ -163,6 +168,7 @@ class Rule(Section):
     models: tuple[str, ...] = Field(min_length=1, description="bundle names, or name@version")
     priority: Priority = Field("routine", description="stat before routine before batch")
     send_to: tuple[str, ...] = Field((), description="peer names that get the results")
+    notify: tuple[str, ...] = Field((), description="peer names that are told where the results are (IAN)")
 
     @field_validator("match")
     @classmethod
@@ -173,6 +179,11 @@ class Rule(Section):
             if tag_for_keyword(keyword) is None:
                 raise ValueError(f"'{keyword}' is not a DICOM keyword (PS3.6), e.g. Modality or BodyPartExamined")
         return value
+
+
+def _meet(one: str, other: str) -> bool:
+    """Whether two listening addresses share a network interface."""
+    return one == other or bool({one, other} & {"0.0.0.0", "::"})  # noqa: S104 compared, not bound
 
 
 class Settings(BaseSettings):
@@ -188,6 +199,7 @@ class Settings(BaseSettings):
 
     node: Node = Node()
     dimse: Dimse = Dimse()
+    tls: Tls = Tls()
     http: Http = Http()
     peers: tuple[Peer, ...] = ()
     completeness: Completeness = Completeness()
@@ -209,9 +221,19 @@ class Settings(BaseSettings):
         names = [p.name for p in self.peers]
         if len(set(names)) != len(names):
             raise ValueError("peers: two peers have the same name; names must differ")
-        callers = [(p.ae_title, p.host) for p in self.peers]
+        callers = [
+            (p.ae_title, frozenset(p.hosts), p.tls, p.certificate_sha256, p.certificate_name, frozenset(p.called_ae))
+            for p in self.peers
+        ]
         if len(set(callers)) != len(callers):
-            raise ValueError("peers: two peers have the same ae_title and host; the caller would be ambiguous")
+            raise ValueError(
+                "peers: two peers have the same ae_title and host (and tls, certificate and called_ae);"
+                " the caller would be ambiguous"
+            )
+        if self.tls.port and self.tls.port == self.dimse.port and _meet(self.tls.host, self.dimse.host):
+            raise ValueError("tls.port is dimse.port; TLS needs a port of its own, usually 2762")
+        for peer in self.peers:
+            check_peer(peer, self.tls, self.node.ae_titles)
         rule_names = [r.name for r in self.rules]
         if len(set(rule_names)) != len(rule_names):
             raise ValueError("rules: two rules have the same name; names must differ")
@@ -222,6 +244,11 @@ class Settings(BaseSettings):
                     raise ValueError(f"rules '{rule.name}': send_to names the peer '{target}', which [[peers]] lacks")
                 if not by_name[target].reachable:
                     raise ValueError(f"rules '{rule.name}': peer '{target}' needs host and port to be sent to")
+            for target in rule.notify:
+                if target not in by_name:
+                    raise ValueError(f"rules '{rule.name}': notify names the peer '{target}', which [[peers]] lacks")
+                if not by_name[target].reachable:
+                    raise ValueError(f"rules '{rule.name}': peer '{target}' needs host and port to be notified")
         return self
 
     def peer(self, name: str) -> Peer | None:
@@ -231,29 +258,6 @@ class Settings(BaseSettings):
     def rule_keywords(self) -> frozenset[str]:
         """DICOM keywords that rules look at; the header reader collects them."""
         return frozenset(k for r in self.rules for k in r.match)
-
-
-def caller_matches(peer: Peer, address: str) -> bool:
-    """Whether a connection from ``address`` may speak for ``peer`` (its host, if it is an address)."""
-    if not peer.host:
-        return True
-    try:
-        wanted: Any = ipaddress.ip_address(peer.host)
-        actual: Any = ipaddress.ip_address(address)
-    except ValueError:
-        return _resolves_to(peer.host, address)
-    mapped = getattr(actual, "ipv4_mapped", None)
-    return bool(wanted == actual or (mapped is not None and mapped == wanted))
-
-
-def _resolves_to(host: str, address: str) -> bool:
-    import socket
-
-    try:
-        infos = socket.getaddrinfo(host, None)
-    except OSError:
-        return False
-    return any(info[4][0] == address for info in infos)
 
 
 def load_settings(path: Path | None) -> Settings:
@@ -346,4 +350,11 @@ def _anchored(settings: Settings, base: Path) -> Settings:
     cloud = settings.cloud.model_copy(
         update={k: absolute(v) for k in ("token_file", "ca_file") if (v := getattr(settings.cloud, k)) is not None}
     )
-    return settings.model_copy(update={"node": node, "inference": inference, "cloud": cloud})
+    tls = settings.tls.model_copy(
+        update={
+            key: absolute(path)
+            for key in ("certificate_file", "key_file", "ca_file", "crl_file")
+            if (path := getattr(settings.tls, key)) is not None
+        }
+    )
+    return settings.model_copy(update={"node": node, "inference": inference, "cloud": cloud, "tls": tls})

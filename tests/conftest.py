@@ -14,6 +14,8 @@ from dicomnode import doorbell
 from dicomnode.index.database import Database
 from tests.index.rows import FakeClock
 
+os.environ.setdefault("DICOMNODE__DIMSE__JOURNAL_MB", "8")  # hundreds of nodes are started; each makes its journals
+
 settings.register_profile(
     "node",
     deadline=None,

@@ -238,6 +238,7 @@ class Association:
         host: str = "127.0.0.1",
         source: str = "127.0.0.1",
         timeout: float = 20.0,
+        secure: Callable[[socket.socket], socket.socket] | None = None,
     ) -> None:
         self.peer_max_pdu = 16384
         self._message = 0
@@ -248,6 +249,8 @@ class Association:
             raise Cut(f"connect: {error}") from error
         try:
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if secure is not None:
+                self.sock = secure(self.sock)
             self.send(associate_rq(called, calling, contexts, 131072))
             kind, payload = self.read_pdu()
             if kind == 0x03:
@@ -454,7 +457,9 @@ class Ledger:
 class Orthanc:
     """Orthanc as PACS, with its REST interface."""
 
-    def __init__(self, folder: Path, *, aet: str = "PACS", node_port: int = 0, dicom_port: int = 0) -> None:
+    def __init__(
+        self, folder: Path, *, aet: str = "PACS", node_port: int = 0, dicom_port: int = 0, **more: Any
+    ) -> None:
         self.aet = aet
         self.dicom_port = dicom_port or free_port()
         self.http_port = free_port()
@@ -477,6 +482,7 @@ class Orthanc:
             "AuthenticationEnabled": False,
             "Plugins": [],
             "DicomModalities": {"node": ["DICOMNODE", "127.0.0.1", node_port]} if node_port else {},
+            **more,
         }
         self._config = folder / "orthanc.json"
         self._config.write_text(json.dumps(config))
@@ -504,6 +510,11 @@ class Orthanc:
         )
         with urllib.request.urlopen(request, timeout=60) as answer:
             return json.load(answer)
+
+    def delete(self, path: str) -> None:
+        request = urllib.request.Request(f"http://127.0.0.1:{self.http_port}{path}", method="DELETE")
+        with urllib.request.urlopen(request, timeout=30):
+            pass
 
     def file(self, identifier: str) -> bytes:
         url = f"http://127.0.0.1:{self.http_port}/instances/{identifier}/file"

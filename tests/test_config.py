@@ -88,13 +88,18 @@ def test_example_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings.cloud.stow_url == ""
     # The commented entries are right, too.
     uncommented = re.sub(
-        r"^# (\[\[cloud\.models\]\]|(?:name|version|url|sha256|token_file|ca_file) = )", r"\1", TEXT, flags=re.M
+        r"^# (\[\[cloud\.models\]\]|(?:name|version|url|sha256|token_file|ca_file|port|certificate_file|key_file"
+        r"|crl_file|tls|certificate_name|certificate_sha256) = )",
+        r"\1",
+        TEXT,
+        flags=re.M,
     )
     path = tmp_path / "dicomnode.toml"
     path.write_text(uncommented, encoding="utf-8")
     full = load_settings(path)
     assert [m.name for m in full.cloud.models] == ["ct-lung"]
     assert full.cloud.token_file is not None
+    assert (full.tls.port, full.peers[1].tls, full.peers[1].bound) == (2762, True, True)
     assert Range.model_fields.keys() == {"min", "max"}
 
 

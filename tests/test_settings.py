@@ -80,6 +80,8 @@ def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:
         (PEER + PEER.replace('"pacs"', '"two"'), "the same ae_title and host"),
         ('[[rules]]\nname = "r"\nmodels = ["m"]\nsend_to = ["pacs"]', "names the peer 'pacs', which [[peers]] lacks"),
         (PEER.replace("port = 104", "") + '[[rules]]\nname = "r"\nmodels = ["m"]\nsend_to = ["pacs"]', "host and port"),
+        ('[[rules]]\nname = "r"\nmodels = ["m"]\nnotify = ["ris"]', "notify names the peer 'ris'"),
+        (PEER.replace("port = 104", "") + '[[rules]]\nname = "r"\nmodels = ["m"]\nnotify = ["pacs"]', "to be notified"),
         (2 * '[[rules]]\nname = "r"\nmodels = ["m"]\n', "two rules have the same name"),
     ],
 )

@@ -21,6 +21,7 @@ from dicomnode.admin.words import choose_language
 from dicomnode.errors import IllegalTransition, NodeError, OperatorError, StorageError
 from dicomnode.index.database import Database, Row
 from dicomnode.index.jobs import Jobs
+from dicomnode.index.notices import Notices, NoticeState
 from dicomnode.index.outbox import Outbox
 from dicomnode.index.states import JobState, SendState
 from dicomnode.settings import Settings
@@ -90,6 +91,7 @@ class Admin:
                 jobs=Jobs(self.db).listing(25),
                 deliveries=Outbox(self.db, "deliveries").listing(25),
                 sync=Outbox(self.db, "sync_items").listing(25),
+                notifications=Notices(self.db).listing(25),
                 language=language,
                 changes_allowed=guard.is_loopback(self.settings.http.host),
             )
@@ -136,6 +138,17 @@ class Admin:
 
         return listing
 
+    async def notifications(self, request: web.Request) -> web.Response:
+        limit, state = _listing_query(request, NoticeState)
+        rows = await self.blocking(Notices(self.db).listing, limit, state)
+        return json_response({"notifications": [_shown(row) for row in rows]})
+
+    async def retry_notification(self, request: web.Request) -> web.Response:
+        notice_id = int(request.match_info["id"])
+        state = await self.blocking(Notices(self.db).requeue, notice_id)
+        doorbell.ring(self.settings.node.data_dir, "courier")
+        return json_response({"id": notice_id, "state": state}, status=202)
+
     def retry_item(self, table: Table, bell: str) -> Handler:
         async def retry(request: web.Request) -> web.Response:
             item_id = int(request.match_info["id"])
@@ -169,6 +182,8 @@ def make_app(db: Database, settings: Settings, *, own_process: str = "sidecar") 
     app.router.add_post(f"/api/v1/jobs/{_ITEM}/retry", admin.retry_job)
     app.router.add_get("/api/v1/deliveries", admin.outbox("deliveries", "deliveries"))
     app.router.add_post(f"/api/v1/deliveries/{_ITEM}/retry", admin.retry_item("deliveries", "courier"))
+    app.router.add_get("/api/v1/notifications", admin.notifications)
+    app.router.add_post(f"/api/v1/notifications/{_ITEM}/retry", admin.retry_notification)
     app.router.add_get("/api/v1/sync", admin.outbox("sync_items", "items"))
     app.router.add_post(f"/api/v1/sync/{_ITEM}/retry", admin.retry_item("sync_items", "sidecar"))
     return app
@@ -184,7 +199,7 @@ def _shown(row: Mapping[str, Any]) -> Row:
     return {k: v for k, v in row.items() if k not in _HIDDEN_COLUMNS}
 
 
-def _listing_query(request: web.Request, states: type[JobState] | type[SendState]) -> tuple[int, str | None]:
+def _listing_query(request: web.Request, states: type[JobState] | type[SendState] | type[NoticeState]) -> tuple[int, str | None]:
     state = request.query.get("state") or None
     if state is not None and state not in list(states):
         raise OperatorError("read query", "state is unknown", f"Use one of: {', '.join(states)}")

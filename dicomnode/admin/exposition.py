@@ -17,6 +17,7 @@ from dicomnode.index.database import Database, Row
 from dicomnode.index.jobs import Jobs
 from dicomnode.index.operation import Figures, Models, Processes
 from dicomnode.index.outbox import Outbox
+from dicomnode.index.procedure import Steps
 from dicomnode.settings import Settings
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -34,6 +35,8 @@ class Facts:
     deliveries: list[Row] = field(default_factory=list)
     sync: Mapping[str, int] = field(default_factory=dict)
     sync_rows: list[Row] = field(default_factory=list)
+    notifications: list[Row] = field(default_factory=list)
+    procedure_steps: Mapping[str, int] = field(default_factory=dict)
     stored: Mapping[str, int] = field(default_factory=dict)
     open_associations: int = 0
     active: Mapping[str, str] = field(default_factory=dict)
@@ -53,6 +56,8 @@ def read_facts(db: Database, settings: Settings) -> Facts:
         deliveries=figures.waiting("deliveries"),
         sync=Outbox(db, "sync_items").counts(),
         sync_rows=figures.waiting("sync_items"),
+        notifications=figures.waiting("notifications"),
+        procedure_steps=Steps(db).counts(),
         stored=Catalogue(db).counts(),
         open_associations=figures.open_associations(),
         active=models.active(),
@@ -141,6 +146,13 @@ def gauges(facts: Facts) -> list[Metric]:
             ("destination",),
             [((destination,), seconds) for destination, seconds in oldest.items()],
         ),
+        _gauge(
+            "queue_notifications",
+            "Instance Availability Notifications in the index by destination and state",
+            ("destination", "state"),
+            [((r["destination"], r["state"]), r["count"]) for r in facts.notifications],
+        ),
+        _gauge("procedure_steps", "Performed procedure steps by state", ("state",), _by_state(facts.procedure_steps)),
         _gauge("queue_sync_items", "Items of the cloud outbox by state", ("state",), _by_state(facts.sync)),
         _gauge(
             "queue_oldest_sync_seconds", "Age of the oldest cloud item that waits, seconds", (), [((), oldest_sync)]

@@ -31,6 +31,7 @@ class View:
     sync: Sequence[Mapping[str, Any]]
     language: Language
     changes_allowed: bool
+    notifications: Sequence[Mapping[str, Any]] = ()
 
 
 def render(view: View) -> str:
@@ -63,6 +64,7 @@ def render(view: View) -> str:
         _checks(view, w),
         _jobs(view, w),
         _deliveries(view, w),
+        _notifications(view, w),
         _sync(view, w),
         _peers(view, w),
         _models(view, w),
@@ -147,6 +149,13 @@ def _jobs(view: View, w: Words) -> Markup:
 
 def _deliveries(view: View, w: Words) -> Markup:
     return _section(w("deliveries"), _outbox(view, w, "deliveries", view.deliveries))
+
+
+def _notifications(view: View, w: Words) -> Markup | None:
+    """Only where a rule asks for them."""
+    if not view.notifications:
+        return None
+    return _section(w("notifications"), _outbox(view, w, "notifications", view.notifications))
 
 
 def _sync(view: View, w: Words) -> Markup:

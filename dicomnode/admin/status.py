@@ -17,8 +17,10 @@ from dicomnode.clock import iso
 from dicomnode.index.catalogue import Catalogue
 from dicomnode.index.database import Database, Row
 from dicomnode.index.jobs import Jobs
+from dicomnode.index.notices import Notices
 from dicomnode.index.operation import Events, Figures, Models, Processes
 from dicomnode.index.outbox import Outbox
+from dicomnode.index.procedure import Steps
 from dicomnode.settings import Settings
 
 RECENT_EVENTS = 20
@@ -45,6 +47,8 @@ def status_report(db: Database, settings: Settings) -> dict[str, Any]:
         "oldest_job_seconds": round(figures.oldest_job_seconds(), 1),
         "deliveries": Outbox(db, "deliveries").counts(),
         "sync_items": Outbox(db, "sync_items").counts(),
+        "notifications": Notices(db).counts(),
+        "procedure_steps": Steps(db).counts(),
         "destinations": [*_destinations(figures, "deliveries"), *_destinations(figures, "sync_items")],
         "models": {
             "active": models.active(),

@@ -35,6 +35,7 @@ WORDS: Mapping[str, tuple[str, str]] = {
     "jobs": ("Jobs", "任务"),
     "deliveries": ("Deliveries", "投递"),
     "sync": ("Cloud", "云同步"),
+    "notifications": ("Notifications (IAN)", "可用性通知 (IAN)"),
     "peers": ("Peers", "对端设备"),
     "processes": ("Processes", "进程"),
     "schedule": ("Periodic work", "定时任务"),

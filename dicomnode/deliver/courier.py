@@ -77,6 +77,7 @@ class Courier:
                 self._store.path(i["file"]),
                 i["SOPClassUID"],
                 i["TransferSyntaxUID"],
+                i["SOPInstanceUID"],
                 i["StudyInstanceUID"],
             )
             for i in items

@@ -7,10 +7,19 @@ from pathlib import Path
 
 import pydicom
 from pydicom.errors import InvalidDicomError
+from pydicom.uid import ExplicitVRLittleEndian
 
-from dicomnode.deliver.scu import MAX_CONTEXTS, Outgoing, SendOutcome, send_batch
-from dicomnode.errors import OperatorError
+from dicomnode.deliver.scu import Outgoing, SendOutcome, send_batch
+from dicomnode.dimse.requestor import MAX_CONTEXTS
+from dicomnode.dimse.store import NotPart10, data_set_offset
+from dicomnode.errors import MalformedDataSet, OperatorError
+from dicomnode.header import Wanted, read_header
 from dicomnode.settings import Delivery, Peer
+
+_META = Wanted(["MediaStorageSOPClassUID", "TransferSyntaxUID", "MediaStorageSOPInstanceUID"])
+_META_START = 132
+_HEAD_BYTES = 4096
+_MOST_META_BYTES = 1024 * 1024
 
 
 def find_files(paths: Iterable[Path]) -> tuple[list[Outgoing], list[Path]]:
@@ -24,14 +33,37 @@ def find_files(paths: Iterable[Path]) -> tuple[list[Outgoing], list[Path]]:
         if not path.exists():
             raise OperatorError("find files", f"{path} does not exist", "Check the path")
         for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
-            try:
-                meta = pydicom.dcmread(file, specific_tags=[], stop_before_pixels=True).file_meta
-                found.append(Outgoing(len(found), file, str(meta.MediaStorageSOPClassUID), str(meta.TransferSyntaxUID)))
-            except (InvalidDicomError, AttributeError, EOFError):
+            identity = _identity(file)
+            if identity is None:
                 skipped.append(file)
+            else:
+                found.append(Outgoing(len(found), file, *identity))
     if not found:
         raise OperatorError("find files", "no DICOM file there", "Give files or folders with DICOM Part 10 files")
     return found, skipped
+
+
+def _identity(file: Path) -> tuple[str, str, str] | None:
+    """SOP class, transfer syntax and SOP instance of a Part 10 file; None when it is none."""
+    try:
+        with file.open("rb") as opened:
+            head = opened.read(_HEAD_BYTES)
+            end = data_set_offset(head)
+            if end > len(head):
+                head += opened.read(min(end, _MOST_META_BYTES) - len(head))
+        meta = read_header(head[_META_START:end], ExplicitVRLittleEndian, _META)
+        return meta["MediaStorageSOPClassUID"], meta["TransferSyntaxUID"], meta["MediaStorageSOPInstanceUID"]
+    except (NotPart10, MalformedDataSet, KeyError):
+        return _identity_of_odd_file(file)
+
+
+def _identity_of_odd_file(file: Path) -> tuple[str, str, str] | None:
+    """As pydicom reads it, which knows files that lack the length of their meta information."""
+    try:
+        meta = pydicom.dcmread(file, specific_tags=[], stop_before_pixels=True).file_meta
+        return str(meta.MediaStorageSOPClassUID), str(meta.TransferSyntaxUID), str(meta.MediaStorageSOPInstanceUID)
+    except (InvalidDicomError, AttributeError, EOFError):
+        return None
 
 
 def send_files(

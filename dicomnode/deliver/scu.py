@@ -1,32 +1,24 @@
 """Service class user: C-ECHO and C-STORE to a peer, from files, without decoding.
 
 One association per batch; presentation contexts are proposed with the transfer syntax that
-the file holds. TCP_NODELAY is set: pynetdicom leaves Nagle's algorithm on, which costs
-40 ms for each object (PERFORMANCE.md).
+the file holds.
 """
 
 from __future__ import annotations
 
-import socket
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
 
-from pynetdicom import AE, evt
-from pynetdicom import _config as pynetdicom_config
 from pynetdicom.presentation import build_context
 from pynetdicom.sop_class import Verification
 
-from dicomnode.errors import PeerAway, PeerRefused
-from dicomnode.reactor import park
+from dicomnode.dimse.association import NodeAssociation
+from dicomnode.dimse.requestor import MAX_CONTEXTS, Patience, associate
+from dicomnode.dimse.store import NotPart10, send_store
+from dicomnode.errors import PeerAway
 from dicomnode.settings import Delivery, Peer
-
-MAX_CONTEXTS = 127
-SLOWEST_BYTES_PER_SECOND = 125_000
-"""A line of 1 Mbit/s; the wait for a response begins before the object's last byte is sent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +32,7 @@ class Outgoing:
     path: Path
     sop_class_uid: str
     transfer_syntax_uid: str
+    sop_instance_uid: str
     group: str = ""
 
 
@@ -76,64 +69,20 @@ def classify_store_status(status: int | None) -> tuple[Sent, str]:
     return Sent.rejected, f"the peer refused the object, {name}"
 
 
-def _ae(local: str, delivery: Delivery) -> AE:
-    pynetdicom_config.LOG_HANDLER_LEVEL = "none"
-    pynetdicom_config.STORE_SEND_CHUNKED_DATASET = True
-    ae = AE(ae_title=local)
-    ae.connection_timeout = delivery.connect_seconds
-    ae.acse_timeout = delivery.response_seconds
-    ae.dimse_timeout = delivery.response_seconds
-    ae.network_timeout = delivery.response_seconds
-    ae.maximum_pdu_size = 131072
-    return ae
-
-
-def _no_delay(event: Any) -> None:
-    sock = event.assoc.dul.socket.socket
-    if sock is not None:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-
-def _associate(ae: AE, peer: Peer, operation: str) -> Any:
-    """Established association. Raises PeerAway: also a rejection ends once the peer's list is mended."""
-    if not peer.reachable:
-        raise PeerRefused(operation, f"peer '{peer.name}' has no host and port", "Add them to [[peers]]")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        assoc = ae.associate(
-            peer.host, peer.port, ae_title=peer.ae_title, evt_handlers=[(evt.EVT_CONN_OPEN, _no_delay)]
-        )
-    if assoc.is_established:
-        return assoc
-    if assoc.is_rejected:
-        primitive = assoc.acceptor.primitive
-        reason = f"{primitive.result_str}, {primitive.source_str}, {primitive.reason_str}"
-        raise PeerAway(
-            operation,
-            f"peer '{peer.name}' rejected the association: {reason}",
-            "Check that the peer lists this node's AE title and address",
-        )
-    raise PeerAway(
-        operation,
-        f"peer '{peer.name}' at {peer.host}:{peer.port} does not answer",
-        "Check that it runs, its address and port, and the network",
-    )
+def patience(delivery: Delivery) -> Patience:
+    return Patience(delivery.connect_seconds, delivery.response_seconds)
 
 
 def echo(local: str, peer: Peer, delivery: Delivery) -> None:
     """C-ECHO. Raises PeerAway or PeerRefused with what to check."""
-    ae = _ae(local, delivery)
-    ae.add_requested_context(Verification)
-    assoc = _associate(ae, peer, "C-ECHO")
+    assoc = associate(local, peer, [build_context(Verification)], patience(delivery), operation="C-ECHO")
     try:
-        if not assoc.accepted_contexts:
-            raise PeerRefused("C-ECHO", f"peer '{peer.name}' does not accept the Verification SOP class")
-        park(assoc)
         status = assoc.send_c_echo()
         if "Status" not in status or status.Status != 0x0000:
             raise PeerAway("C-ECHO", f"peer '{peer.name}' did not answer with success")
-    finally:
         assoc.release()
+    finally:
+        assoc.end()
 
 
 def send_batch(
@@ -149,48 +98,58 @@ def send_batch(
     that order is kept; when the association is gone, everything that is left is. Raises
     PeerAway when no association came about (nothing reported).
     """
-    ae = _ae(local, delivery)
-    for sop_class, syntax in _contexts(objects):
-        ae.requested_contexts = [*ae.requested_contexts, build_context(sop_class, syntax)]
-    assoc = _associate(ae, peer, "C-STORE")
+    contexts = [build_context(sop_class, syntax) for sop_class, syntax in _contexts(objects)]
+    assoc = associate(local, peer, contexts, patience(delivery), operation="C-STORE")
     try:
-        accepted = {(str(c.abstract_syntax), str(c.transfer_syntax[0])) for c in assoc.accepted_contexts}
+        accepted = {(str(c.abstract_syntax), str(c.transfer_syntax[0])): c.context_id for c in assoc.accepted_contexts}
         held: set[str] = set()
-        for outgoing in objects:
+        for number, outgoing in enumerate(objects, start=1):
             if outgoing.group in held:
                 on_outcome(SendOutcome(outgoing.key, Sent.retry, "an earlier object of its study has to go first"))
                 continue
-            outcome = _send(assoc, outgoing, accepted, delivery.response_seconds)
+            outcome = _send(assoc, number % 65535 + 1, outgoing, accepted, delivery.response_seconds)
             if outcome.sent is Sent.retry:
                 held.add(outgoing.group)
             on_outcome(outcome)
-    finally:
-        if assoc.is_established:
+        if assoc.usable():
             assoc.release()
+    finally:
+        assoc.end()
 
 
 def _contexts(objects: Iterable[Outgoing]) -> list[tuple[str, str]]:
     return list(dict.fromkeys((o.sop_class_uid, o.transfer_syntax_uid) for o in objects))[:MAX_CONTEXTS]
 
 
-def _send(assoc: Any, outgoing: Outgoing, accepted: set[tuple[str, str]], response_seconds: float) -> SendOutcome:
-    if (outgoing.sop_class_uid, outgoing.transfer_syntax_uid) not in accepted:
+def _send(
+    assoc: NodeAssociation,
+    message_id: int,
+    outgoing: Outgoing,
+    accepted: Mapping[tuple[str, str], int],
+    response_seconds: float,
+) -> SendOutcome:
+    context_id = accepted.get((outgoing.sop_class_uid, outgoing.transfer_syntax_uid))
+    if context_id is None:
         return SendOutcome(
             outgoing.key, Sent.rejected, "the peer accepts neither this SOP class nor its transfer syntax"
         )
-    if not assoc.is_established:
+    if not assoc.usable():
         return SendOutcome(outgoing.key, Sent.retry, "the association was cut")
     try:
-        size = outgoing.path.stat().st_size
-        # pynetdicom starts this clock when the object is queued, not when it is sent.
-        assoc.dimse_timeout = response_seconds + size / SLOWEST_BYTES_PER_SECOND
-        park(assoc)
-        status = assoc.send_c_store(outgoing.path)
+        status = send_store(
+            assoc,
+            context_id,
+            message_id=message_id,
+            sop_class_uid=outgoing.sop_class_uid,
+            sop_instance_uid=outgoing.sop_instance_uid,
+            data=outgoing.path,
+            seconds=response_seconds,
+        )
     except FileNotFoundError:
         return SendOutcome(outgoing.key, Sent.rejected, "the object is not in the store")
-    except (ValueError, RuntimeError, OSError) as error:
-        return SendOutcome(outgoing.key, Sent.retry, f"the association was cut ({type(error).__name__})")
-    except Exception as error:  # noqa: BLE001 a damaged file must not keep the courier from the others
-        return SendOutcome(outgoing.key, Sent.rejected, f"the object cannot be read ({type(error).__name__})")
-    sent, cause = classify_store_status(status.Status if "Status" in status else None)
+    except NotPart10:
+        return SendOutcome(outgoing.key, Sent.rejected, "the object is no Part 10 file")
+    except OSError as error:
+        return SendOutcome(outgoing.key, Sent.retry, f"the object could not be read ({type(error).__name__})")
+    sent, cause = classify_store_status(status)
     return SendOutcome(outgoing.key, sent, cause)

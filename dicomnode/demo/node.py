@@ -45,6 +45,7 @@ reserve_mb = 256
 [dimse]
 host = "{LOOPBACK}"
 port = {ports.dicom}
+journal_mb = 64
 
 [http]
 host = "{LOOPBACK}"

@@ -48,6 +48,7 @@ class Database:
         durable.make_directory(data_dir)
         self.path = data_dir / "index.sqlite"
         self._lock_fd = _lock_and_migrate(self.path, data_dir / "index.lock")
+        self._turn_fd = os.open(data_dir / "index.turn", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._local = threading.local()
         self._write_lock = threading.Lock()
         self.clock: Clock = clock or SystemClock(self._establish_base())
@@ -60,18 +61,28 @@ class Database:
             self._local.connection = None
         if self._lock_fd >= 0:
             os.close(self._lock_fd)
-            self._lock_fd = -1
+            os.close(self._turn_fd)
+            self._lock_fd = self._turn_fd = -1
 
     def _connection(self) -> Any:
         connection = getattr(self._local, "connection", None)
         if connection is None:
-            connection = apsw.Connection(str(self.path))
-            connection.set_busy_timeout(BUSY_MILLISECONDS)
-            connection.execute("PRAGMA journal_mode=WAL")
-            connection.execute("PRAGMA synchronous=FULL")
-            connection.execute("PRAGMA foreign_keys=ON")
-            self._local.connection = connection
+            connection = self._local.connection = self._connect()
         return connection
+
+    def _connect(self) -> Any:
+        connection = apsw.Connection(str(self.path))
+        connection.set_busy_timeout(BUSY_MILLISECONDS)
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=FULL")
+        connection.execute("PRAGMA foreign_keys=ON")
+        return connection
+
+    def session(self) -> Session:
+        """A connection that goes from thread to thread; its commits leave checkpoints to others."""
+        connection = self._connect()
+        connection.execute("PRAGMA wal_autocheckpoint=0")
+        return Session(self, connection)
 
     def rows(self, sql: str, parameters: Sequence[Any] | Row = ()) -> list[Row]:
         """Run one statement and return its rows as dictionaries."""
@@ -108,14 +119,19 @@ class Database:
         return int(connection.last_insert_rowid()) if connection.changes() else 0
 
     @contextlib.contextmanager
-    def transaction(self) -> Iterator[None]:
+    def transaction(self, *, sync: bool = True) -> Iterator[None]:
         """Everything inside commits together, durably, or not at all.
+
+        Without ``sync`` it is visible at once, but a power cut may undo it until a later
+        transaction with ``sync`` has committed: the log is one sequence.
 
         Ends the process when SQLite reports an I/O error: fsync is never retried.
         """
         connection = self._connection()
-        with self._write_lock:
+        with self._write_lock, self._turn():
             try:
+                if not sync:
+                    connection.execute("PRAGMA synchronous=NORMAL")
                 connection.execute("BEGIN IMMEDIATE")
                 try:
                     yield
@@ -137,6 +153,23 @@ class Database:
                 durable.die(error)
             except apsw.BusyError as error:
                 raise StorageError("commit to the index", "the index is locked", "", retryable=True) from error
+            finally:
+                if not sync:
+                    connection.execute("PRAGMA synchronous=FULL")
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """One writer at a time among all processes, woken by the kernel: SQLite's busy handler would sleep."""
+        fcntl.flock(self._turn_fd, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(self._turn_fd, fcntl.LOCK_UN)
+
+    def checkpoint(self) -> None:
+        """Move what the log holds into the database, as far as readers allow."""
+        with contextlib.suppress(apsw.BusyError, apsw.LockedError):
+            self._connection().execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
     def backup_check(self) -> str:
         """``ok`` or what ``PRAGMA integrity_check`` found."""
@@ -164,6 +197,27 @@ class Database:
                 "UPDATE boots SET last_at = max(last_at, ?) WHERE boot_id = ?",
                 (self.clock.ticks(), boot_id()),
             )
+
+
+class Session:
+    """``with session:`` makes the thread use this connection; one thread at a time."""
+
+    def __init__(self, db: Database, connection: Any) -> None:
+        self._db = db
+        self._connection = connection
+        self._former: Any = None
+
+    def __enter__(self) -> None:
+        local = self._db._local
+        self._former = getattr(local, "connection", None)
+        local.connection = self._connection
+
+    def __exit__(self, *_: object) -> None:
+        self._db._local.connection = self._former
+        self._former = None
+
+    def close(self) -> None:
+        self._connection.close()
 
 
 def _lock_and_migrate(path: Path, lock_path: Path) -> int:

@@ -16,6 +16,7 @@ from dicomnode.errors import LeaseLost, OperatorError
 from dicomnode.identity import input_digest
 from dicomnode.index.catalogue import Catalogue, NewInstance
 from dicomnode.index.database import Database, Row
+from dicomnode.index.notices import make_notices
 from dicomnode.index.states import JobEvent, JobState, backoff_seconds, next_job_state
 
 PRIORITIES: Mapping[str, int] = {"stat": 0, "routine": 1, "batch": 2}
@@ -23,12 +24,13 @@ PRIORITIES: Mapping[str, int] = {"stat": 0, "routine": 1, "batch": 2}
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Select's wish for a job: which model, for which rules, to which peers."""
+    """Select's wish for a job: which model, for which rules, to which peers; ``notify`` get an IAN."""
 
     model: str
     rules: tuple[str, ...]
     destinations: tuple[str, ...]
     priority: str
+    notify: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +120,7 @@ class Jobs:
                 "model": request.model,
                 "rules": json.dumps(request.rules),
                 "destinations": json.dumps(request.destinations),
+                "notify": json.dumps(request.notify),
                 "priority": PRIORITIES[request.priority],
                 "revision": int(latest["revision"]) + 1 if latest else 1,
                 "inputs_sha256": digest,
@@ -190,14 +193,16 @@ class Jobs:
         )
 
     def finish(self, job_id: int, owner: str, outcome: Outcome, *, sync_destination: str = "") -> None:
-        """Commit results, deliveries and cloud items together with the end of the job."""
+        """Commit results, deliveries, cloud items and notices together with the end of the job."""
         db = self.db
         now, moment = db.clock.ticks(), iso(db.clock.wall())
         with db.transaction():
             job = self._owned(job_id, owner)
             study_id = db.value("SELECT study_id FROM series WHERE id = ?", (job["series_id"],))
+            made: dict[int, str] = {}
             for result in outcome.results:
                 result_id = self._result(job_id, result, moment)
+                made[result_id] = result.instance.attributes["SOPInstanceUID"]
                 wanted = [("deliveries", d) for d in json.loads(job["destinations"])]
                 wanted += [("sync_items", sync_destination)] if sync_destination else []
                 for table, destination in wanted:
@@ -214,6 +219,15 @@ class Jobs:
                         },
                         conflict="OR IGNORE",
                     )
+            if made:
+                make_notices(
+                    db,
+                    job_id=job_id,
+                    study_id=study_id,
+                    results=made,
+                    notify=json.loads(job["notify"] or "[]"),
+                    destinations=json.loads(job["destinations"]),
+                )
             self._leave(job, JobEvent.finish)
             db.execute(
                 "UPDATE jobs SET notes = ?, summary = ?, seconds = ?, last_error = NULL, finished_at = ?,"
@@ -330,7 +344,7 @@ class Jobs:
         )
         if job is None:
             return None
-        for column in ("rules", "destinations", "identity", "notes", "summary", "seconds"):
+        for column in ("rules", "destinations", "notify", "identity", "notes", "summary", "seconds"):
             job[column] = json.loads(job[column]) if job[column] else None
         job["instances"] = self.db.value("SELECT count(*) FROM job_inputs WHERE job_id = ?", (job_id,))
         job["results"] = self.db.rows("SELECT * FROM results WHERE job_id = ? ORDER BY id", (job_id,))

@@ -79,5 +79,48 @@ FURTHER_KEYS = (
     "ViewPosition",
 )
 
-HEADER_KEYS: tuple[str, ...] = PATIENT_KEYS + STUDY_KEYS + SERIES_KEYS + INSTANCE_KEYS + FURTHER_KEYS
-"""All keywords that are read from each received data set."""
+REQUEST_SEQUENCE = "RequestAttributesSequence"
+REQUEST_KEYS = (
+    "RequestedProcedureID",
+    "ScheduledProcedureStepID",
+    "AccessionNumber",
+    "StudyInstanceUID",
+    "RequestedProcedureDescription",
+    "ScheduledProcedureStepDescription",
+    "ReasonForTheRequestedProcedure",
+    "PlacerOrderNumberImagingServiceRequest",
+    "FillerOrderNumberImagingServiceRequest",
+)
+"""What is kept of each item of Request Attributes Sequence (0040,0275), for each series (PS3.3 10.6)."""
+
+SEQUENCE_KEYS = (
+    *(f"{REQUEST_SEQUENCE}.{key}" for key in REQUEST_KEYS),
+    "ReferencedPerformedProcedureStepSequence.ReferencedSOPInstanceUID",
+)
+
+HEADER_KEYS: tuple[str, ...] = PATIENT_KEYS + STUDY_KEYS + SERIES_KEYS + INSTANCE_KEYS + FURTHER_KEYS + SEQUENCE_KEYS
+"""All that is read from each received data set, as :class:`dicomnode.header.Wanted` takes it."""
+
+TIMES: dict[str, str] = {
+    "StudyDate": "StudyTime",
+    "SeriesDate": "SeriesTime",
+    "AcquisitionDate": "AcquisitionTime",
+    "ContentDate": "ContentTime",
+    "PerformedProcedureStepStartDate": "PerformedProcedureStepStartTime",
+}
+"""Dates and the times that belong to them: together they are moments."""
+
+REQUIRED_KEYS = frozenset(
+    {
+        "PatientName",
+        "PatientID",
+        "StudyDate",
+        "StudyTime",
+        "AccessionNumber",
+        "StudyID",
+        "Modality",
+        "SeriesNumber",
+        "InstanceNumber",
+    }
+)
+"""Required keys of PS3.4 tables C.6-1 to C.6-5."""

@@ -1,66 +1,77 @@
-"""Matching as PS3.4 C.2.2.2 has it: an identifier becomes SQL with parameters and a predicate. Pure.
+"""Queries and retrieves as statements: an identifier becomes SQL with parameters and a predicate. Pure.
 
-The SQL is a necessary condition that can use the index; the predicate on each row decides.
-Values of a query only ever become parameters.
-
-Decisions where the standard leaves room: ``*`` alone is universal for every VR; several
-values in a query key match when one of them does, as does any value of a stored attribute;
-a date or time of less precision stands for all that it covers; a person name with one
-component group matches any stored group.
+The SQL is a necessary condition that can use the index; the predicate on each row decides
+(:mod:`dicomnode.index.values` for one key, :mod:`dicomnode.index.names` for names,
+:mod:`dicomnode.index.moments` for dates with their times). Values of a query only ever
+become parameters.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
-from functools import lru_cache
+from datetime import timedelta
 from typing import Any
 
-from pydicom.datadict import dictionary_VR, tag_for_keyword
+from pydicom.datadict import tag_for_keyword
 
-from dicomnode.index.keys import HEADER_KEYS, INSTANCE_KEYS, PATIENT_KEYS, SERIES_KEYS, STUDY_KEYS
+from dicomnode.index import moments
+from dicomnode.index.columns import (
+    CONTEXT_KEYS,
+    FROM,
+    KNOWN_KEYS,
+    LEVELS,
+    OWN_ZONES,
+    UNIQUE_KEYS,
+    ZONE_KEY,
+    Level,
+    Root,
+    columns,
+)
+from dicomnode.index.keys import REQUIRED_KEYS, TIMES
+from dicomnode.index.names import fuzzy_person, name_condition
+from dicomnode.index.values import (
+    Condition,
+    bounds,
+    condition,
+    date_condition,
+    is_single,
+    is_universal,
+    matches,
+    vr_of,
+)
+
+__all__ = [
+    "KNOWN_KEYS",
+    "LEVELS",
+    "UNIQUE_KEYS",
+    "Identifier",
+    "IdentifierError",
+    "Level",
+    "Options",
+    "Plan",
+    "Root",
+    "Row",
+    "columns",
+    "condition",
+    "is_universal",
+    "level_of",
+    "matches",
+    "plan_find",
+    "plan_retrieve",
+]
 
 Row = dict[str, Any]
-Condition = tuple[str, tuple[Any, ...]]
+Check = Callable[[Mapping[str, str]], bool]
 
-WILDCARD_VRS = frozenset({"AE", "CS", "LO", "LT", "PN", "SH", "ST", "UC", "UR", "UT"})
-ONE_VALUE_VRS = frozenset({"LT", "ST", "UR", "UT"})
-TIME_VRS = frozenset({"DA", "TM", "DT"})
-NUMBER_VRS = frozenset({"DS", "FD", "FL", "IS", "SL", "SS", "SV", "UL", "US", "UV"})
 MAX_KEYS = 64
 """Keys with a value in one query; real ones have ten."""
 MAX_VALUE = 1024
 """Characters of one value; UID lists may be longer."""
-
-
-class Level(StrEnum):
-    """Query/Retrieve Level (0008,0052)."""
-
-    PATIENT = "PATIENT"
-    STUDY = "STUDY"
-    SERIES = "SERIES"
-    IMAGE = "IMAGE"
-
-
-class Root(StrEnum):
-    PATIENT = "PATIENT"
-    STUDY = "STUDY"
-
-
-LEVELS: Mapping[Root, tuple[Level, ...]] = {
-    Root.PATIENT: (Level.PATIENT, Level.STUDY, Level.SERIES, Level.IMAGE),
-    Root.STUDY: (Level.STUDY, Level.SERIES, Level.IMAGE),
-}
-UNIQUE_KEYS: Mapping[Level, str] = {
-    Level.PATIENT: "PatientID",
-    Level.STUDY: "StudyInstanceUID",
-    Level.SERIES: "SeriesInstanceUID",
-    Level.IMAGE: "SOPInstanceUID",
-}
+_OWN_ZONE = "own zone"
+"""Name of a column that is selected for adjustment alone; no keyword has a space."""
 
 
 class IdentifierError(Exception):
@@ -69,18 +80,42 @@ class IdentifierError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Identifier:
-    """A decoded query: keyword -> text for known keywords (empty: asked for), tags of the rest with their VR."""
+    """A decoded query.
+
+    ``values``: keyword -> text for known keywords (empty: asked for). ``items``: the same for
+    the one item of a known sequence; without keys all of the sequence is asked for.
+    ``unknown``: tags of the rest with their VR, a sequence also when one of its item keys is not known.
+    """
 
     values: Mapping[str, str]
     unknown: tuple[tuple[int, str], ...] = ()
+    items: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Extended matching (PS3.4 C.5.1.1), each where it was negotiated, and one decision of the site.
+
+    ``unknown``: a required key that is empty in the index matches any value (C.2.2.1.2).
+    """
+
+    combined: bool = False
+    fuzzy: bool = False
+    timezone: bool = False
+    unknown: bool = False
+    local: moments.LocalOffset = moments.system_offset
+
+
+def _as_texts(row: Mapping[str, Any]) -> dict[str, str]:
+    return {k: "" if v is None else str(v) for k, v in row.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A statement whose rows, where ``predicate`` holds, are the matches.
+    """A statement whose rows, where ``predicate`` holds, are the matches; :meth:`answer` says what to return of one.
 
-    ``returned`` are the keywords to answer with; ``empty`` the (tag, VR) of keys that were asked
-    for and are not supported at this level.
+    ``returned`` are the keywords to answer with; ``unsupported`` the (tag, VR) of keys that
+    were asked for and do not exist at this level: they are not returned (C.2.2.1.3).
     """
 
     level: Level
@@ -88,253 +123,26 @@ class Plan:
     parameters: tuple[Any, ...]
     predicate: Callable[[Row], bool]
     returned: tuple[str, ...] = ()
-    empty: tuple[tuple[int, str], ...] = field(default=())
+    unsupported: tuple[tuple[int, str], ...] = field(default=())
+    adjust: Callable[[Row], dict[str, str]] = _as_texts
+    items: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    def answer(self, row: Row) -> dict[str, str]:
+        """Keyword -> text of one match; a sequence as JSON, a list with an object for each item."""
+        texts = self.adjust(row)
+        found = {keyword: texts[keyword] for keyword in self.returned}
+        for keyword, wanted in self.items.items():
+            found[keyword] = _matching_items(texts[keyword], wanted)
+        if not found.get(ZONE_KEY):
+            found.pop(ZONE_KEY, None)  # never with zero length (C.4.1.1.3.2)
+        return found
 
 
-# One value against one stored attribute.
+# Query
 
-
-def vr_of(keyword: str) -> str:
-    return str(dictionary_VR(keyword))[:2]
-
-
-def is_universal(query: str) -> bool:
-    """Zero length or ``*`` alone (C.2.2.2.3, C.2.2.2.4)."""
-    return query.strip(" ") in ("", "*")
-
-
-def matches(vr: str, query: str, stored: str) -> bool:
-    """Whether a stored attribute (values joined by a backslash) matches a key of the query."""
-    if is_universal(query):
-        return True
-    if not stored:
-        return False
-    wanted = [query] if vr in ONE_VALUE_VRS else [q.strip(" ") for q in query.split("\\")]
-    values = [stored] if vr in ONE_VALUE_VRS else [s.strip(" ") for s in stored.split("\\")]
-    return any(_one(vr, q, s) for q in wanted if q for s in values if s)
-
-
-def _one(vr: str, query: str, stored: str) -> bool:
-    if vr == "PN":
-        return _person(query, stored)
-    if vr in WILDCARD_VRS:
-        return _wild(query, stored)
-    if vr in TIME_VRS:
-        return _in_range(vr, query, stored)
-    if vr in NUMBER_VRS:
-        return _number(query) == _number(stored)
-    return query == stored
-
-
-def _wild(query: str, stored: str) -> bool:
-    """``*`` is any run of characters, ``?`` any one (C.2.2.2.4); linear in time, unlike a regular expression."""
-    if "*" not in query:
-        return len(query) == len(stored) and all(q in ("?", s) for q, s in zip(query, stored, strict=True))
-    parts = query.split("*")
-    first, last = parts[0], parts[-1]
-    if len(stored) < len(first) + len(last) or not _wild(first, stored[: len(first)]):
-        return False
-    end = len(stored) - len(last)
-    if not _wild(last, stored[end:]):
-        return False
-    position = len(first)
-    for part in parts[1:-1]:
-        found = _find(part, stored, position, end)
-        if found < 0:
-            return False
-        position = found + len(part)
-    return True
-
-
-def _find(part: str, stored: str, position: int, end: int) -> int:
-    """First place of ``part`` (which may hold ``?``) in stored[position:end], or -1."""
-    if "?" not in part:
-        return stored.find(part, position, end)
-    return next((i for i in range(position, end - len(part) + 1) if _wild(part, stored[i : i + len(part)])), -1)
-
-
-def fold(text: str) -> str:
-    """Person names are compared without case (PS3.4 C.2.2.2.1)."""
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
-
-
-def _person(query: str, stored: str) -> bool:
-    groups = [g.rstrip("^ ") for g in fold(query).rstrip("= ").split("=")]
-    names = [g.rstrip("^ ") for g in fold(stored).rstrip("= ").split("=")]
-    if len(groups) == 1:
-        return any(_group(groups[0], name) for name in names if name)
-    names += [""] * (len(groups) - len(names))
-    return all(not g or (n and _group(g, n)) for g, n in zip(groups, names, strict=False))
-
-
-def _group(query: str, name: str) -> bool:
-    """One component group; ``Smith^*`` also finds a name that has no given name."""
-    return _wild(query, name) or (query.endswith("*") and _wild(query, name + "^" * (4 - name.count("^"))))
-
-
-def _number(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
-_PUNCTUATION = {"DA": ".", "TM": ":", "DT": ""}
-_SHAPES = {
-    "DA": re.compile(r"\d{8}"),
-    "TM": re.compile(r"(?:\d\d){1,3}|\d{6}\.\d{1,6}"),
-    "DT": re.compile(r"\d{4}|\d{6}|\d{8}|\d{10}|\d{12}|\d{14}|\d{14}\.\d{1,6}"),
-}
-_LOWEST = {"DA": "00000000", "TM": "000000.000000", "DT": "00000101000000.000000"}
-_HIGHEST = {"DA": "99999999", "TM": "235960.999999", "DT": "99991231235960.999999"}
-
-
-def _span(vr: str, text: str) -> tuple[str, str] | None:
-    """First and last moment that a DA, TM or DT stands for, in full precision; None when it is none."""
-    text = text.strip(" ")
-    if vr == "DT":
-        text = re.sub(r"[+&-]\d{4}$", "", text) if len(text) > 8 else text
-    if _PUNCTUATION[vr]:
-        text = text.replace(_PUNCTUATION[vr], "")
-    if vr == "TM" and re.fullmatch(r"\d{6}\.", text):
-        text = text[:-1]
-    if not _SHAPES[vr].fullmatch(text):
-        return None
-    low, high = _LOWEST[vr], _HIGHEST[vr]
-    if vr == "TM" and len(text) == 6:
-        return text + low[6:], text + high[6:]
-    return text + low[len(text) :], text + high[len(text) :]
-
-
-@lru_cache(maxsize=256)
-def _bounds(vr: str, query: str) -> tuple[str, str] | None:
-    """Lowest and highest moment that a query key allows (C.2.2.2.5); None when it is no date or time."""
-    if "-" not in query:
-        return _span(vr, query)
-    first, _, last = query.partition("-")
-    low = _span(vr, first) if first.strip(" ") else (_LOWEST[vr], "")
-    high = _span(vr, last) if last.strip(" ") else ("", _HIGHEST[vr])
-    if low is None or high is None or not query.strip(" -"):
-        return None
-    return low[0], high[1]
-
-
-def _in_range(vr: str, query: str, stored: str) -> bool:
-    bounds, moment = _bounds(vr, query), _span(vr, stored)
-    if bounds is None or moment is None:
-        return query == stored
-    return bounds[0] <= moment[0] <= bounds[1]
-
-
-# The same as SQL: never narrower than the predicate.
-
-
-def condition(expression: str, vr: str, query: str) -> Condition | None:
-    """A condition that every match meets, on the column ``expression`` (ours, never the peer's)."""
-    filled = (f"{expression} <> ''", ())
-    if "\\" in query and vr not in ONE_VALUE_VRS and vr != "UI":
-        return filled
-    if vr == "UI" and expression.startswith("("):  # computed from several rows: several values
-        return filled
-    if vr == "UI":
-        wanted = json.dumps([q.strip(" ") for q in query.split("\\") if q.strip(" ")])
-        return f"{expression} IN (SELECT value FROM json_each(?))", (wanted,)
-    if vr == "PN":
-        return _person_condition(expression, query)
-    if vr == "DA":
-        bounds = _bounds("DA", query)
-        if bounds is None:
-            return filled
-        return f"({expression} BETWEEN ? AND ? OR length({expression}) <> 8)", bounds
-    if vr in WILDCARD_VRS:
-        chunk = max((part.strip(" ") for part in re.split(r"[*?]", query)), key=len)
-        return (f"instr({expression}, ?) > 0", (chunk,)) if chunk else filled
-    return filled
-
-
-def _longest_literal(pattern: str) -> str:
-    """The longest run without wildcards: every match holds it, and looking for it takes linear time."""
-    return max((chunk.strip(" ^") for chunk in re.split(r"[*?=]", pattern)), key=len)
-
-
-def _person_condition(expression: str, query: str) -> Condition:
-    """LIKE folds case in ASCII alone, so rows with other characters are left to the predicate."""
-    folded = fold(query)
-    chunk = _longest_literal(folded)
-    if not folded.isascii() or not chunk:
-        return f"{expression} <> ''", ()
-    escaped = "".join("!" + c if c in "!%_" else c for c in chunk)
-    return f"({expression} LIKE ? ESCAPE '!' OR {expression} GLOB '*[^ -~]*')", (f"%{escaped}%",)
-
-
-# Levels, columns, statements.
-
-_FROM = {
-    Level.PATIENT: "patients p",
-    Level.STUDY: "studies st JOIN patients p ON p.id = st.patient_id",
-    Level.SERIES: "series se JOIN studies st ON st.id = se.study_id JOIN patients p ON p.id = st.patient_id",
-    Level.IMAGE: "instances i JOIN series se ON se.id = i.series_id JOIN studies st ON st.id = se.study_id"
-    " JOIN patients p ON p.id = st.patient_id",
-}
-
-
-def _distinct(column: str, source: str) -> str:
-    return (
-        f"(SELECT coalesce((SELECT group_concat(v, '\\') FROM (SELECT DISTINCT {column} AS v FROM {source}"
-        f" AND {column} <> '' ORDER BY 1)), ''))"
-    )
-
-
-def _count(source: str) -> str:
-    return f"(SELECT count(*) FROM {source})"
-
-
-_OF_STUDY = "series x JOIN instances y ON y.series_id = x.id WHERE x.study_id = st.id"
-_OF_PATIENT = "studies w JOIN series x ON x.study_id = w.id"
-_COMPUTED: Mapping[Level, Mapping[str, str]] = {
-    Level.PATIENT: {
-        "NumberOfPatientRelatedStudies": _count("studies w WHERE w.patient_id = p.id"),
-        "NumberOfPatientRelatedSeries": _count(f"{_OF_PATIENT} WHERE w.patient_id = p.id"),
-        "NumberOfPatientRelatedInstances": _count(
-            f"{_OF_PATIENT} JOIN instances y ON y.series_id = x.id WHERE w.patient_id = p.id"
-        ),
-    },
-    Level.STUDY: {
-        "ModalitiesInStudy": _distinct("Modality", "series WHERE study_id = st.id"),
-        "SOPClassesInStudy": _distinct("y.SOPClassUID", _OF_STUDY),
-        "NumberOfStudyRelatedSeries": _count("series x WHERE x.study_id = st.id"),
-        "NumberOfStudyRelatedInstances": _count(_OF_STUDY),
-    },
-    Level.SERIES: {"NumberOfSeriesRelatedInstances": _count("instances y WHERE y.series_id = se.id")},
-    Level.IMAGE: {},
-}
-
-CONTEXT_KEYS = frozenset({"QueryRetrieveLevel", "SpecificCharacterSet", "RetrieveAETitle", "InstanceAvailability"})
-"""Not matched: they frame the query, or say the same for every answer."""
-
-_NOT_MATCHED = CONTEXT_KEYS | {"TimezoneOffsetFromUTC"}
-
-
-@lru_cache
-def columns(level: Level) -> Mapping[str, str]:
-    """Keyword -> SQL expression of what can be asked for at a level: its own keys and those above."""
-    depth = LEVELS[Root.PATIENT].index(level)
-    found = {k: f'p."{k}"' for k in PATIENT_KEYS}
-    if depth >= 1:
-        found |= {k: f'st."{k}"' for k in STUDY_KEYS} | {"PatientName": 'st."PatientName"'}
-    if depth >= 2:
-        found |= {k: f'se."{k}"' for k in SERIES_KEYS}
-    if depth >= 3:
-        found |= {k: f'i."{k}"' for k in INSTANCE_KEYS}
-        further = set(HEADER_KEYS) - set(found) - CONTEXT_KEYS
-        found |= {k: f"coalesce(json_extract(i.attributes, '$.{k}'), '')" for k in sorted(further)}
-    for above in LEVELS[Root.PATIENT][: depth + 1]:
-        found |= _COMPUTED[above]
-    return found
-
-
-KNOWN_KEYS = tuple(sorted({*HEADER_KEYS, *CONTEXT_KEYS, *columns(Level.IMAGE), *_COMPUTED[Level.STUDY]}))
-"""Keywords that a query is read for."""
+_NOT_MATCHED = CONTEXT_KEYS | {ZONE_KEY}
+_MAY_BE_UNKNOWN = REQUIRED_KEYS - {"PatientID"}
+"""Who a patient is is never guessed."""
 
 
 def level_of(root: Root, identifier: Identifier) -> Level:
@@ -357,35 +165,199 @@ def _check_above(root: Root, level: Level, identifier: Identifier, relational: b
             raise IdentifierError(f"{key} must have one value at this level")
 
 
-def plan_find(root: Root, identifier: Identifier, *, relational: bool = False) -> Plan:
+def plan_find(root: Root, identifier: Identifier, *, relational: bool = False, options: Options | None = None) -> Plan:
     """C-FIND. Raises IdentifierError."""
+    options = options or Options()
     level = level_of(root, identifier)
     _check_above(root, level, identifier, relational)
     known = columns(level)
     keys = {k: v for k, v in identifier.values.items() if k in known}
-    wanted = {k: v for k, v in keys.items() if k not in _NOT_MATCHED and not is_universal(v)}
-    if len(wanted) > MAX_KEYS:
-        raise IdentifierError("too many keys have a value")
-    if any(len(v) > MAX_VALUE for k, v in wanted.items() if vr_of(k) != "UI"):
-        raise IdentifierError("the value of a key is too long")
-    conditions: list[Condition] = []
-    for keyword, value in wanted.items():
-        found = condition(known[keyword], vr_of(keyword), value)
-        if found is not None:
-            conditions.append(found)
-    checks = tuple((keyword, vr_of(keyword), value) for keyword, value in wanted.items())
-    returned = tuple(dict.fromkeys([*keys, *_unique_keys(root, level)]))
-    select = ", ".join(f'{known[k]} AS "{k}"' for k in returned)
-    missing = sorted(set(identifier.values) - set(known) - CONTEXT_KEYS)
-    empty = (*identifier.unknown, *((int(tag_for_keyword(k) or 0), vr_of(k)) for k in missing))
+    whole: dict[str, Mapping[str, str]] = {k: {} for k in keys if vr_of(k) == "SQ"}
+    items = whole | {k: v for k, v in identifier.items.items() if k in known}
+    wanted = {k: v for k, v in keys.items() if k not in _NOT_MATCHED and k not in items and not is_universal(v)}
+    _check_size(wanted, items)
+    zone = _zone(identifier, options)
+    match = _Matching(level, wanted, items, options, zone)
+    returned = tuple(dict.fromkeys([*(k for k in keys if k not in items), *_unique_keys(root, level)]))
+    selected = {k: known[k] for k in dict.fromkeys([*returned, *items, *match.needs])}
+    if any(vr_of(k) in ("TM", "DT") for k in returned):
+        returned = tuple(dict.fromkeys([*returned, ZONE_KEY]))
+        selected.setdefault(ZONE_KEY, known[ZONE_KEY])
+    adjust: Callable[[Row], dict[str, str]] = _as_texts
+    if zone is not None:
+        selected[_OWN_ZONE] = OWN_ZONES[level]
+        adjust = _adjustment(zone, identifier.values[ZONE_KEY].strip(" "), options.local)
+    checks, judged = match.checks(), tuple({*wanted, *items})
+
+    def predicate(row: Row) -> bool:
+        texts = adjust(row) if zone is not None else _as_texts({k: row[k] for k in judged})
+        return all(check(texts) for check in checks)
+
+    conditions = match.conditions()
+    missing = sorted((set(identifier.values) | set(identifier.items)) - set(known) - CONTEXT_KEYS)
+    unsupported = (*identifier.unknown, *((int(tag_for_keyword(k) or 0), vr_of(k)) for k in missing))
     return Plan(
         level,
-        f"SELECT {select} FROM {_FROM[level]}{_where(conditions)}",
+        f"SELECT {_named(selected)} FROM {FROM[level]}{_where(conditions)}",
         tuple(p for _, parameters in conditions for p in parameters),
-        lambda row: all(matches(vr, value, str(row[keyword] or "")) for keyword, vr, value in checks),
+        predicate,
         returned,
-        tuple(sorted(empty)),
+        tuple(sorted(unsupported)),
+        adjust,
+        items,
     )
+
+
+def _named(selected: Mapping[str, str]) -> str:
+    return ", ".join(f'{column} AS "{name}"' for name, column in selected.items())
+
+
+def _check_size(wanted: Mapping[str, str], items: Mapping[str, Mapping[str, str]]) -> None:
+    """Raises IdentifierError for more than a query can sensibly have."""
+    pairs = [*wanted.items(), *(pair for item in items.values() for pair in item.items())]
+    if len(pairs) > MAX_KEYS:
+        raise IdentifierError("too many keys have a value")
+    if any(len(v) > MAX_VALUE for k, v in pairs if vr_of(k) != "UI"):
+        raise IdentifierError("the value of a key is too long")
+
+
+def _zone(identifier: Identifier, options: Options) -> timedelta | None:
+    """The zone that times of the query are in, where that was negotiated and is told."""
+    text = identifier.values.get(ZONE_KEY, "").strip(" ") if options.timezone else ""
+    if not text:
+        return None
+    zone = moments.parse_offset(text)
+    if zone is None:
+        raise IdentifierError(f"{ZONE_KEY} is no offset from UTC")
+    return zone
+
+
+def _adjustment(zone: timedelta, told: str, local: moments.LocalOffset) -> Callable[[Row], dict[str, str]]:
+    def adjust(row: Row) -> dict[str, str]:
+        texts = moments.adjusted(_as_texts(row), _OWN_ZONE, zone, local)
+        texts[ZONE_KEY] = told
+        return texts
+
+    return adjust
+
+
+_NAME_TABLES = {
+    'p."PatientName"': ("p.id", "patient_names", "patient_id"),
+    'st."PatientName"': ("st.id", "study_names", "study_id"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Matching:
+    """How the keys of one query with a value are matched."""
+
+    level: Level
+    wanted: Mapping[str, str]
+    items: Mapping[str, Mapping[str, str]]
+    options: Options
+    zone: timedelta | None
+
+    @property
+    def _combined(self) -> dict[str, str]:
+        """Dates and times whose keys are one range."""
+        if not self.options.combined:
+            return {}
+        wanted = self.wanted
+        return {
+            d: t for d, t in TIMES.items() if d in wanted and t in wanted and moments.combines(wanted[d], wanted[t])
+        }
+
+    @property
+    def needs(self) -> list[str]:
+        """Keywords that have to be selected to judge, and to adjust, a row."""
+        found = list(self.wanted)
+        if self.zone is not None:
+            known = columns(self.level)
+            found += [key for pair in TIMES.items() for key in pair if key in known]
+        return found
+
+    def checks(self) -> list[Check]:
+        combined = self._combined
+        apart = {k: v for k, v in self.wanted.items() if k not in combined and k not in combined.values()}
+        found = [self._check(keyword, value) for keyword, value in apart.items()]
+        found += [self._pair(date, time) for date, time in combined.items()]
+        found += [_item_check(keyword, item) for keyword, item in self.items.items() if _has_values(item)]
+        return found
+
+    def _check(self, keyword: str, value: str) -> Check:
+        vr, single = vr_of(keyword), is_single(keyword)
+        unknown = self.options.unknown and keyword in _MAY_BE_UNKNOWN
+        if vr == "PN" and self.options.fuzzy:
+            return lambda row: fuzzy_person(value, row[keyword]) if row[keyword] else unknown
+        return lambda row: matches(vr, value, row[keyword], single=single) or (unknown and not row[keyword])
+
+    def _pair(self, date: str, time: str) -> Check:
+        date_key, time_key = self.wanted[date], self.wanted[time]
+        unknown = self.options.unknown and date in _MAY_BE_UNKNOWN
+        return lambda row: moments.in_combined(date_key, time_key, row[date], row[time]) or (unknown and not row[date])
+
+    def conditions(self) -> list[Condition]:
+        """What every match meets, as SQL."""
+        known = columns(self.level)
+        found = [
+            self._condition(keyword, known[keyword], value)
+            for keyword, value in self.wanted.items()
+            # A time of a combined pair, or of another zone, says nothing without its date.
+            if not (vr_of(keyword) == "TM" and (self.zone is not None or keyword in self._combined.values()))
+        ]
+        return found + [_item_condition(item) for item in self.items.values() if _has_values(item)]
+
+    def _condition(self, keyword: str, column: str, value: str) -> Condition:
+        vr = vr_of(keyword)
+        unknown = self.options.unknown and keyword in _MAY_BE_UNKNOWN
+        if column in _NAME_TABLES:
+            return name_condition(*_NAME_TABLES[column], value, fuzzy=self.options.fuzzy, unknown=unknown)
+        if vr == "PN" and self.options.fuzzy:
+            found: Condition = (f"{column} <> ''", ())
+        elif vr == "DA" and self.zone is not None:
+            found = date_condition(column, moments.widened(bounds("DA", value)))
+        else:
+            found = condition(column, vr, value, single=is_single(keyword) and not column.startswith("("))
+        return (f"({found[0]} OR {column} = '')", found[1]) if unknown else found
+
+
+# Sequences
+
+
+def _has_values(item: Mapping[str, str]) -> bool:
+    return any(not is_universal(v) for v in item.values())
+
+
+def _item_matches(wanted: Mapping[str, str], item: Mapping[str, str]) -> bool:
+    """All item keys match within one item (C.2.2.2.6)."""
+    return all(matches(vr_of(k), v, str(item.get(k) or ""), single=is_single(k)) for k, v in wanted.items())
+
+
+def _stored_items(text: str) -> list[dict[str, str]]:
+    return [{k: str(v or "") for k, v in item.items()} for item in json.loads(text or "[]")]
+
+
+def _item_check(keyword: str, wanted: Mapping[str, str]) -> Check:
+    return lambda row: any(_item_matches(wanted, item) for item in _stored_items(row[keyword]))
+
+
+def _matching_items(text: str, wanted: Mapping[str, str]) -> str:
+    """The items that match with the attributes that were asked for; all of them, whole, when no key was given."""
+    stored = _stored_items(text)
+    if not wanted:
+        return json.dumps([{k: v for k, v in item.items() if v} for item in stored])
+    return json.dumps([{k: item.get(k, "") for k in wanted} for item in stored if _item_matches(wanted, item)])
+
+
+def _item_condition(wanted: Mapping[str, str]) -> Condition:
+    parts = [condition(f'r."{k}"', vr_of(k), v, single=is_single(k)) for k, v in wanted.items() if not is_universal(v)]
+    where = " AND ".join(text for text, _ in parts)
+    return f"se.id IN (SELECT r.series_id FROM series_requests r WHERE {where})", tuple(
+        p for _, ps in parts for p in ps
+    )
+
+
+# Retrieve
 
 
 def plan_retrieve(root: Root, identifier: Identifier, *, relational: bool = False) -> Plan:
@@ -411,7 +383,7 @@ def plan_retrieve(root: Root, identifier: Identifier, *, relational: bool = Fals
     return Plan(
         level,
         "SELECT i.SOPClassUID, i.SOPInstanceUID, i.TransferSyntaxUID, i.file, i.size"
-        f" FROM {_FROM[Level.IMAGE]}{_where(conditions)} ORDER BY st.id, se.id, i.id",
+        f" FROM {FROM[Level.IMAGE]}{_where(conditions)} ORDER BY st.id, se.id, i.id",
         tuple(p for _, parameters in conditions for p in parameters),
         lambda _row: True,
     )
@@ -426,7 +398,7 @@ def _unique_condition(key: str, value: str) -> Condition:
     uids = [uid.strip(" ") for uid in value.split("\\")]
     if not all(re.fullmatch(r"[0-9.]{1,64}", uid) for uid in uids):
         raise IdentifierError(f"{key} holds something that is no UID")
-    return f"{expression} IN (SELECT value FROM json_each(?))", (json.dumps(uids),)
+    return condition(expression, "UI", value, single=True)
 
 
 def _unique_keys(root: Root, level: Level) -> Sequence[str]:

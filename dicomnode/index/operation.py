@@ -136,7 +136,7 @@ class Figures:
     def __init__(self, db: Database) -> None:
         self.db = db
 
-    def waiting(self, table: Literal["deliveries", "sync_items"]) -> list[Row]:
+    def waiting(self, table: Literal["deliveries", "sync_items", "notifications"]) -> list[Row]:
         """Per destination and state: ``count``, and ``oldest_seconds`` since the oldest was made."""
         return self.db.rows(
             "SELECT destination, state, count(*) AS count, max(0.0, ? - min(created_at)) AS oldest_seconds"

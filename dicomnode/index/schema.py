@@ -11,7 +11,8 @@ from typing import Any
 
 from sqlite_utils import Database, Migrations
 
-from dicomnode.index.keys import INSTANCE_KEYS, PATIENT_KEYS, SERIES_KEYS, STUDY_KEYS
+from dicomnode.index.keys import INSTANCE_KEYS, PATIENT_KEYS, REQUEST_KEYS, SERIES_KEYS, STUDY_KEYS
+from dicomnode.index.names import name_keys
 
 migrations: Any = Migrations("dicomnode")
 
@@ -238,3 +239,149 @@ def m0004_operation(db: Database) -> None:
         pk="sha256",
         defaults={"attempts": 0, "next_at": 0.0},
     )
+
+
+@migrations()
+def m0005_query(db: Database) -> None:
+    """What C-FIND looks for without reading every row; see :mod:`dicomnode.index.names`."""
+    for table, owner, owners in (("study_names", "study_id", "studies"), ("patient_names", "patient_id", "patients")):
+        db.execute(
+            f"CREATE TABLE {table} (form INTEGER NOT NULL, key TEXT NOT NULL,"
+            f" {owner} INTEGER NOT NULL REFERENCES {owners}(id) ON DELETE CASCADE,"
+            f" PRIMARY KEY (form, key, {owner})) WITHOUT ROWID"
+        )
+        db.execute(f"CREATE INDEX idx_{table}_{owner} ON {table}({owner})")
+        for owner_id, name in db.execute(f"SELECT id, PatientName FROM {owners}").fetchall():
+            for form, key in name_keys(name or ""):
+                db.execute(f"INSERT INTO {table} VALUES (?, ?, ?)", (form.value, key, owner_id))
+    columns = ", ".join(f'"{key}" TEXT' for key in REQUEST_KEYS)
+    db.execute(
+        "CREATE TABLE series_requests (id INTEGER PRIMARY KEY,"
+        f" series_id INTEGER NOT NULL REFERENCES series(id) ON DELETE CASCADE, {columns})"
+    )
+    for key in ("series_id", "RequestedProcedureID", "ScheduledProcedureStepID", "AccessionNumber", "StudyInstanceUID"):
+        db["series_requests"].create_index([key])
+    db.execute("CREATE INDEX idx_studies_odd_date ON studies(StudyDate) WHERE length(StudyDate) NOT IN (0, 8)")
+    # It counts instances and lists the SOP classes of a study without their rows, which are wide.
+    db.execute("DROP INDEX idx_instances_series_id")
+    db["instances"].create_index(["series_id", "SOPClassUID"])
+    # Random file names would touch another page of an index for each instance; the folder is one for a series.
+    db.execute("DROP INDEX idx_instances_file")
+    db.execute("CREATE INDEX idx_instances_folder ON instances(substr(file, 1, 2))")
+
+
+@migrations()
+def m0006_commitment(db: Database) -> None:
+    """Storage commitment in both roles; see :mod:`dicomnode.index.commitment`."""
+    db["commitments"].create(
+        {
+            "id": int,
+            "role": str,
+            "peer": str,
+            "TransactionUID": str,
+            "digest": str,
+            "refs": str,
+            "outcome": str,
+            "instances": int,
+            "failed": int,
+            "state": str,
+            "attempts": int,
+            "next_at": float,
+            "due_at": float,
+            "lease_owner": str,
+            "lease_until": float,
+            "last_error": str,
+            "created_at": float,
+            "created_time": str,
+            "finished_at": float,
+            "finished_time": str,
+        },
+        pk="id",
+        not_null={"role", "peer", "TransactionUID", "refs", "instances", "state"},
+        defaults={"attempts": 0, "next_at": 0.0, "digest": ""},
+    )
+    db["commitments"].create_index(["TransactionUID", "role", "peer", "digest"], unique=True)
+    db["commitments"].create_index(["role", "state", "peer"])
+    db["deliveries"].add_column("commit_wanted", int, not_null_default=0)
+    db["deliveries"].add_column("commitment_id", int)
+    db["deliveries"].add_column("asks", int, not_null_default=0)
+    db["deliveries"].add_column("stores", int, not_null_default=0)
+    db.execute(
+        "CREATE INDEX idx_deliveries_to_ask ON deliveries(destination, next_at)"
+        " WHERE state = 'stored' AND commit_wanted = 1"
+    )
+
+
+@migrations()
+def m0007_procedure_steps(db: Database) -> None:
+    db["procedure_steps"].create(
+        {
+            "id": int,
+            "SOPInstanceUID": str,
+            "peer": str,
+            "state": str,
+            "Modality": str,
+            "wrong_entry": int,
+            "version": int,
+            "attributes": bytes,
+            "created_at": float,
+            "created_time": str,
+            "changed_at": float,
+            "changed_time": str,
+        },
+        pk="id",
+        not_null={"SOPInstanceUID", "state", "version", "attributes"},
+        defaults={"wrong_entry": 0},
+    )
+    db["procedure_steps"].create_index(["SOPInstanceUID"], unique=True)
+    db["procedure_step_studies"].create(
+        {"step_id": int, "StudyInstanceUID": str},
+        pk=("step_id", "StudyInstanceUID"),
+        foreign_keys=[("step_id", "procedure_steps", "id")],
+    )
+    db["procedure_step_studies"].create_index(["StudyInstanceUID"])
+    db["performed_series"].create(
+        {"id": int, "step_id": int, "SeriesInstanceUID": str, "instances": int},
+        pk="id",
+        foreign_keys=[("step_id", "procedure_steps", "id")],
+    )
+    db["performed_series"].create_index(["step_id", "SeriesInstanceUID"], unique=True)
+    db["performed_series"].create_index(["SeriesInstanceUID"])
+    db["performed_instances"].create(
+        {"performed_series_id": int, "SOPInstanceUID": str},
+        pk=("performed_series_id", "SOPInstanceUID"),
+        foreign_keys=[("performed_series_id", "performed_series", "id")],
+    )
+    db["jobs"].add_column("notify", str)
+    db["notifications"].create(
+        {
+            "id": int,
+            "job_id": int,
+            "study_id": int,
+            "destination": str,
+            "retrieve_from": str,
+            "SOPInstanceUID": str,
+            "results": str,
+            "state": str,
+            "attempts": int,
+            "next_at": float,
+            "lease_owner": str,
+            "lease_until": float,
+            "last_error": str,
+            "created_at": float,
+            "created_time": str,
+            "finished_at": float,
+            "finished_time": str,
+        },
+        pk="id",
+        foreign_keys=[("job_id", "jobs", "id"), ("study_id", "studies", "id")],
+        not_null={"job_id", "destination", "retrieve_from", "state"},
+        defaults={"attempts": 0, "next_at": 0.0},
+    )
+    db["notifications"].create_index(["job_id", "destination", "retrieve_from"], unique=True)
+    db["notifications"].create_index(["state", "destination"])
+
+
+@migrations()
+def m0008_journals(db: Database) -> None:
+    db["journals"].create({"mark": str, "retired": int}, pk="mark", not_null={"retired"})

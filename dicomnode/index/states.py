@@ -25,6 +25,7 @@ class JobEvent(StrEnum):
     give_up = "give_up"  # attempts exhausted or a cause that cannot pass
     lose = "lose"  # the lease ran out: the worker died
     supersede = "supersede"  # late images made a newer revision
+    withdraw = "withdraw"  # the modality said that the series must not be analysed
     requeue = "requeue"  # the operator wants it again
 
 
@@ -32,6 +33,8 @@ class SendState(StrEnum):
     pending = "pending"
     sending = "sending"
     stored = "stored"
+    committing = "committing"  # the peer was asked for storage commitment, or is about to be
+    committed = "committed"
     rejected = "rejected"
 
 
@@ -41,20 +44,28 @@ class SendEvent(StrEnum):
     retry = "retry"
     reject = "reject"
     lose = "lose"
+    ask = "ask"
+    commit = "commit"  # the peer has accepted responsibility (PS3.4 J)
+    miss = "miss"  # the peer says that it does not have it
+    unanswered = "unanswered"  # no word from the peer about it
+    withdraw = "withdraw"
     requeue = "requeue"
 
 
 JOB_TABLE: Mapping[tuple[JobState, JobEvent], JobState] = {
     (JobState.pending, JobEvent.lease): JobState.running,
     (JobState.pending, JobEvent.supersede): JobState.superseded,
+    (JobState.pending, JobEvent.withdraw): JobState.refused,
     (JobState.running, JobEvent.finish): JobState.done,
     (JobState.running, JobEvent.refuse): JobState.refused,
     (JobState.running, JobEvent.retry): JobState.pending,
     (JobState.running, JobEvent.give_up): JobState.failed,
     (JobState.running, JobEvent.lose): JobState.pending,
     (JobState.running, JobEvent.supersede): JobState.superseded,
+    (JobState.running, JobEvent.withdraw): JobState.refused,
     (JobState.failed, JobEvent.requeue): JobState.pending,
     (JobState.failed, JobEvent.supersede): JobState.superseded,
+    (JobState.failed, JobEvent.withdraw): JobState.refused,
     (JobState.refused, JobEvent.requeue): JobState.pending,
     (JobState.refused, JobEvent.supersede): JobState.superseded,
 }
@@ -62,13 +73,28 @@ JOB_TABLE: Mapping[tuple[JobState, JobEvent], JobState] = {
 
 SEND_TABLE: Mapping[tuple[SendState, SendEvent], SendState] = {
     (SendState.pending, SendEvent.lease): SendState.sending,
+    (SendState.pending, SendEvent.withdraw): SendState.rejected,
     (SendState.sending, SendEvent.store): SendState.stored,
     (SendState.sending, SendEvent.retry): SendState.pending,
     (SendState.sending, SendEvent.reject): SendState.rejected,
     (SendState.sending, SendEvent.lose): SendState.pending,
+    (SendState.sending, SendEvent.withdraw): SendState.rejected,
+    (SendState.stored, SendEvent.ask): SendState.committing,
+    (SendState.stored, SendEvent.commit): SendState.committed,
+    (SendState.stored, SendEvent.miss): SendState.pending,
+    (SendState.stored, SendEvent.withdraw): SendState.rejected,
+    (SendState.committing, SendEvent.commit): SendState.committed,
+    (SendState.committing, SendEvent.miss): SendState.pending,
+    (SendState.committing, SendEvent.unanswered): SendState.stored,
+    (SendState.committing, SendEvent.withdraw): SendState.rejected,
+    (SendState.committing, SendEvent.requeue): SendState.pending,
     (SendState.rejected, SendEvent.requeue): SendState.pending,
 }
-"""Deliveries to DICOM peers and items of the cloud outbox. ``stored`` is final."""
+"""Deliveries to DICOM peers and items of the cloud outbox.
+
+``committed`` is final, and ``stored`` where nobody asks for storage commitment: a peer without
+it, and the cloud. A report can come late, for a ``stored`` delivery that is to be asked for again.
+"""
 
 
 def next_job_state(state: str, event: JobEvent) -> JobState:

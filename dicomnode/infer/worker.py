@@ -278,7 +278,7 @@ def data_set_of(part10: bytes) -> memoryview:
 
 def _intact(source: SourceInstance) -> bool:
     try:
-        return durable.sha256_file(source.path) == source.sha256
+        return durable.object_intact(source.path, source.sha256)
     except OSError:
         return False
 

@@ -1,4 +1,4 @@
-"""The acceptor: pynetdicom for negotiation and C-ECHO, with our guard, policy and ingest."""
+"""The DICOM acceptor: who may associate, C-STORE by our lane, the rest by pynetdicom or a service."""
 
 from __future__ import annotations
 
@@ -10,133 +10,178 @@ from collections.abc import Sequence
 from typing import Any
 
 from pynetdicom import AE, evt
-from pynetdicom import _config as pynetdicom_config
-from pynetdicom.association import Association
-from pynetdicom.transport import RequestHandler, ThreadedAssociationServer
+from pynetdicom.association import MODE_ACCEPTOR
+from pynetdicom.transport import AddressInformation
 
 from dicomnode import doorbell, logs, metrics
+from dicomnode.dimse.association import NodeAssociation, quiet_pynetdicom
+from dicomnode.dimse.command import StoreCommand
+from dicomnode.dimse.lane import Reply
+from dicomnode.dimse.wire import Limits, Wire
 from dicomnode.durable import ObjectStore
-from dicomnode.errors import NodeError, OperatorError
+from dicomnode.errors import NodeError
 from dicomnode.header import Wanted
 from dicomnode.index.catalogue import Catalogue
 from dicomnode.index.database import Database
+from dicomnode.index.journals import Journals
 from dicomnode.index.keys import HEADER_KEYS
 from dicomnode.index.operation import Events, Severity
-from dicomnode.receive.guard import ConnectionCounter, GuardedSocket, Limits
+from dicomnode.receive.acceptor import Acceptor, Door
+from dicomnode.receive.commit import Committer
+from dicomnode.receive.guard import ConnectionCounter, Throttle
 from dicomnode.receive.ingest import (
     OUT_OF_RESOURCES,
     PROCESSING_FAILURE,
     SUCCESS,
-    Committer,
+    Incoming,
     Ingest,
+    Safe,
     StoreAnswer,
     StoreRequest,
 )
+from dicomnode.receive.journal import SUFFIX, Journal
 from dicomnode.receive.negotiation import Services, accepted_contexts, proposed_roles
 from dicomnode.receive.part10 import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 from dicomnode.receive.policy import Rejection, decide_association
+from dicomnode.receive.recovery import recover, recover_others
+from dicomnode.receive.retire import Retirer
 from dicomnode.settings import Peer, Settings
 
 SHUTDOWN_SECONDS = 3.0
-REPEAT_SECONDS = 10.0
-
-
-class Throttle:
-    """Lets the same complaint through once in a while: a flood must not become a flood of rows."""
-
-    def __init__(self, seconds: float = REPEAT_SECONDS, most: int = 1000) -> None:
-        self._seconds = seconds
-        self._most = most
-        self._lock = threading.Lock()
-        self._last: dict[tuple[str, str], float] = {}
-
-    def passes(self, key: tuple[str, str]) -> bool:
-        now = time.monotonic()
-        with self._lock:
-            if now - self._last.get(key, -self._seconds) < self._seconds:
-                return False
-            if len(self._last) >= self._most:
-                self._last.clear()
-            self._last[key] = now
-            return True
+CUT_SECONDS = 2.0
+RING_SECONDS = 0.2
 
 
 class Listener:
-    """One receiver process: accepts on ``listening`` until :meth:`close`."""
+    """One receiver process: accepts at ``doors`` until :meth:`close`."""
 
     def __init__(
-        self,
-        settings: Settings,
-        db: Database,
-        listening: socket.socket,
-        name: str,
-        services: Sequence[Services] = (),
+        self, settings: Settings, db: Database, doors: Sequence[Door], name: str, services: Sequence[Services] = ()
     ) -> None:
-        pynetdicom_config.LOG_HANDLER_LEVEL = "none"  # its handlers log patient identifiers
-        pynetdicom_config.USE_SHORT_DIMSE_AET = True
+        quiet_pynetdicom()
         dimse = settings.dimse
         self.settings = settings
         self.name = name
         self.services = {uid: service for service in services for uid in service.classes}
         self.log = logs.get()
         self.events = Events(db)
-        self._throttle = Throttle()
         self.catalogue = Catalogue(db)
+        self._throttle = Throttle()
         lost = self.catalogue.associations_lost(name)
         if lost:
             self.log.warning("associations were cut when this receiver last ended", count=lost)
-        self.limits = Limits(
+        self._limits = Limits(
             max_pdu=dimse.max_pdu_bytes,
             max_object=dimse.max_object_mb * 1024 * 1024,
             pdu_seconds=dimse.pdu_seconds,
-            request_seconds=dimse.request_seconds,
-            max_connections=dimse.max_connections,
-            max_connections_per_address=dimse.max_connections_per_address,
+            idle_seconds=dimse.idle_seconds,
         )
         store = ObjectStore(settings.node.data_dir)
         store.prepare()
-        self.committer = Committer(store, self.catalogue, lambda: doorbell.ring(settings.node.data_dir, "worker"))
+        self._rang_at = 0.0
+        self._committer = Committer(store, self.catalogue, self._ring_now_and_then)
+        wanted = Wanted({*HEADER_KEYS, *settings.rule_keywords})
+        self._safe = self._open_journal(store, wanted)
         self.ingest = Ingest(
             store,
-            self.committer,
-            Wanted({*HEADER_KEYS, *settings.rule_keywords}),
+            self._committer,
+            wanted,
             reserve_bytes=settings.node.reserve_mb * 1024 * 1024,
+            most_unfinished_bytes=dimse.max_unfinished_mb * 1024 * 1024,
+            safe=self._safe,
         )
-        ae = AE(ae_title=settings.node.ae_title)
-        ae.implementation_class_uid = IMPLEMENTATION_CLASS_UID
-        ae.implementation_version_name = IMPLEMENTATION_VERSION_NAME
-        ae.maximum_pdu_size = dimse.max_pdu_bytes
-        ae.maximum_associations = 100_000  # our own counter decides, before a thread is made
-        ae.acse_timeout = dimse.request_seconds
-        ae.dimse_timeout = None
-        ae.network_timeout = dimse.idle_seconds
-        self._server = _Server(ae, listening, self)
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.2,), name="acceptor", daemon=True)
+        self._ae = AE(ae_title=settings.node.ae_title)
+        self._ae.acse_timeout = dimse.request_seconds
+        self._ae.dimse_timeout = settings.delivery.response_seconds
+        self._ae.network_timeout = dimse.idle_seconds
+        self._ae.maximum_associations = 2**31  # the counter decides, before a thread is made
+        self._connections = ConnectionCounter(dimse.max_connections, dimse.max_connections_per_address)
+        self._open: set[NodeAssociation] = set()
+        self._open_lock = threading.Lock()
+        self._acceptor = Acceptor(doors, self._connections, self._serve_connection, self._too_many)
+
+    def _open_journal(self, store: ObjectStore, wanted: Wanted) -> Safe:
+        """This process's journal, after everything that journals still hold was stored again."""
+        folder = self.settings.node.data_dir / "journal"
+        path = folder / f"{self.name}{SUFFIX}"
+        journal = Journal(path, self.settings.dimse.journal_mb * 1024 * 1024)
+        count = recover(journal, self.catalogue, store, wanted)
+        count += recover_others(folder, path, self.catalogue, store, wanted)
+        if count:
+            self.log.warning("objects stored again from the journal", count=count)
+            doorbell.ring(self.settings.node.data_dir, "worker")
+        retirer = Retirer(journal, Journals(self.catalogue.db), store)
+        retirer.start(journal.next_number)
+        return Safe(journal, retirer)
+
+    def _ring_now_and_then(self) -> None:
+        """The end of an association rings in any case; until then the worker need not look at each object."""
+        now = time.monotonic()
+        if now - self._rang_at >= RING_SECONDS:
+            self._rang_at = now
+            doorbell.ring(self.settings.node.data_dir, "worker")
 
     def start(self) -> None:
-        self._thread.start()
+        self._acceptor.start()
 
     def accepting(self) -> bool:
-        return self._thread.is_alive()
+        return self._acceptor.accepting()
 
     def open_associations(self) -> int:
-        return self._server.connections.total()
+        return self._connections.total()
 
     def close(self, seconds: float = SHUTDOWN_SECONDS) -> None:
         """Stop accepting, let running associations end for a while, then abort them."""
-        self._server.shutdown()
-        deadline = time.monotonic() + seconds
-        while self._server.active_associations and time.monotonic() < deadline:
-            time.sleep(0.02)
-        for assoc in self._server.active_associations:
-            assoc.abort(block=False)
-        self.committer.close()
+        self._acceptor.stop()
+        if not self._acceptor.wait_quiet(seconds):
+            with self._open_lock:
+                still = list(self._open)
+            for assoc in still:
+                assoc.wire.abort()
+            self._acceptor.wait_quiet(CUT_SECONDS)
+        self._safe.retirer.close()
+        self._safe.journal.close()
         for service in dict.fromkeys(self.services.values()):
             service.close()
 
-    # Events of pynetdicom; each runs in the association's own thread.
+    # Each connection runs from here on in its own thread.
 
-    def on_requested(self, event: Any) -> None:
+    def _serve_connection(self, sock: socket.socket, address: Any, door: Door) -> None:
+        del door
+        assoc = self._make_association(sock, address)
+        with self._open_lock:
+            self._open.add(assoc)
+        try:
+            assoc.run_reactor()
+        except Exception as error:  # noqa: BLE001 one connection's failure must not end the others
+            self.log.warning("connection failed", address=address[0], exc_type=type(error).__name__)
+        finally:
+            with self._open_lock:
+                self._open.discard(assoc)
+            assoc.end()
+            try:
+                self._finished(assoc, str(address[0]))
+            except Exception as error:  # noqa: BLE001 logged; nothing acknowledged depends on it
+                self.log.warning("association could not be closed in the index", exc_type=type(error).__name__)
+
+    def _make_association(self, sock: socket.socket, address: Any) -> NodeAssociation:
+        assoc = _Accepted(self, Wire(sock, self._limits), sock)
+        acceptor = assoc.acceptor
+        acceptor.maximum_length = self.settings.dimse.max_pdu_bytes
+        acceptor.ae_title = self.settings.node.ae_title
+        acceptor.address_info = AddressInformation.from_tuple(sock.getsockname())
+        acceptor.implementation_class_uid = IMPLEMENTATION_CLASS_UID
+        acceptor.implementation_version_name = IMPLEMENTATION_VERSION_NAME
+        assoc.requestor.address_info = AddressInformation.from_tuple(address)
+        assoc.bind(evt.EVT_REQUESTED, self._on_requested)
+        assoc.bind(evt.EVT_ESTABLISHED, self._on_established)
+        assoc.bind(evt.EVT_SOP_EXTENDED, self._on_extended)
+        assoc.bind(evt.EVT_DIMSE_RECV, _on_message)
+        assoc.bind(evt.EVT_RELEASED, self._on_released)
+        assoc.bind(evt.EVT_ABORTED, self._on_aborted)
+        return assoc
+
+    def _on_requested(self, event: Any) -> None:
         assoc = event.assoc
         request = assoc.requestor.primitive
         decision = decide_association(
@@ -151,7 +196,6 @@ class Listener:
             assoc.kill()
             return
         assoc.node_peer = decision
-        assoc.node_id = ""
         assoc.acceptor.supported_contexts = accepted_contexts(
             request.presentation_context_definition_list, decision, self.services, proposed_roles(request)
         )
@@ -163,7 +207,7 @@ class Listener:
             self.log.warning("association rejected", address=address, cause=rejection.cause, hint=rejection.hint)
             self._event("warning", "association-rejected", address, f"{rejection.cause}. {rejection.hint}")
 
-    def on_extended(self, event: Any) -> dict[str, bytes]:
+    def _on_extended(self, event: Any) -> dict[str, bytes]:
         """SOP Class Extended Negotiation (PS3.7 D.3.3.5); without an answer nothing is extended."""
         answers: dict[str, bytes] = {}
         proposed = {str(uid): info for uid, info in event.app_info.items()}
@@ -173,80 +217,37 @@ class Listener:
                 answers |= service.negotiate(event.assoc, mine)
         return answers
 
-    def on_message(self, event: Any) -> None:
-        """In the order of arrival: a cancel that came before this request was for an earlier one.
-
-        pynetdicom clears cancels when it begins to serve, and so loses one that follows its request closely.
-        """
-        if type(event.message).__name__ in ("C_FIND_RQ", "C_MOVE_RQ", "C_GET_RQ"):
-            event.assoc.dimse.cancel_req.clear()
-
-    def serve(self, assoc: Any, request: Any, context_id: int) -> bool:
-        """Serve a request of the further services; False when it is none."""
-        context = assoc._accepted_cx.get(context_id)
-        service = self.services.get(str(context.abstract_syntax)) if context is not None else None
-        if service is None or not request.is_valid_request:
-            return False
-        assoc._is_paused = True  # this thread is the reactor: sub-operations need not wait for it
-        try:
-            service.serve(assoc, request, context)
-        finally:
-            assoc._is_paused = False
-            assoc.dul.socket.message_done()
-        return True
-
-    def on_established(self, event: Any) -> None:
+    def _on_established(self, event: Any) -> None:
         metrics.association("accepted")
-        peer: Peer = event.assoc.node_peer
-        self.log.debug("association accepted", peer=peer.name)
+        self.log.debug("association accepted", peer=event.assoc.node_peer.name)
 
-    def on_store(self, event: Any) -> int:
-        begin = time.perf_counter()
-        assoc = event.assoc
+    def store_request(self, assoc: _Accepted, command: StoreCommand, context: Any) -> StoreRequest:
+        """The first object of an association opens its row: it is evidence for completeness."""
         peer: Peer = assoc.node_peer
-        request = event.request
-        buffer = request.DataSet.getbuffer() if request.DataSet is not None else memoryview(b"")
-        try:
-            self._open(assoc, peer)
-            answer = self.ingest.store(
-                StoreRequest(
-                    sop_class_uid=str(request.AffectedSOPClassUID or ""),
-                    sop_instance_uid=str(request.AffectedSOPInstanceUID or ""),
-                    transfer_syntax_uid=str(event.context.transfer_syntax),
-                    data_set=buffer,
-                    calling_ae=peer.ae_title,
-                    association_id=assoc.node_id,
-                )
+        if not assoc.node_id:
+            association_id = uuid.uuid4().hex
+            self.catalogue.association_opened(
+                association_id=association_id,
+                receiver=self.name,
+                peer=peer.name,
+                ae=peer.ae_title,
+                address=assoc.requestor.address,
             )
-        except NodeError as error:
-            answer = StoreAnswer(OUT_OF_RESOURCES, f"{error.operation}: {error.cause}", error.hint)
-        except Exception as error:  # noqa: BLE001 pynetdicom would answer 0xC211 and tell nobody
-            answer = StoreAnswer(PROCESSING_FAILURE, f"unexpected {type(error).__name__}", "Report this")
-        size = len(buffer)
-        buffer.release()
-        assoc.dul.socket.message_done()
-        seconds = time.perf_counter() - begin
+            assoc.node_id = association_id
+        return StoreRequest(
+            sop_class_uid=command.sop_class_uid,
+            sop_instance_uid=command.sop_instance_uid,
+            transfer_syntax_uid=str(context.transfer_syntax[0]),
+            calling_ae=peer.ae_title,
+            association_id=assoc.node_id,
+            peer=peer.name,
+        )
+
+    def report_store(self, answer: StoreAnswer, peer: Peer, seconds: float, size: int) -> None:
         metrics.stored(answer.status, seconds, size)
         metrics.observe("receive", seconds)
-        if answer.status != SUCCESS:
-            self._report_refusal(answer, peer)
-        return answer.status
-
-    def _open(self, assoc: Any, peer: Peer) -> None:
-        """Record the association with its first object; it is evidence for completeness."""
-        if assoc.node_id:
+        if answer.status == SUCCESS:
             return
-        association_id = uuid.uuid4().hex
-        self.catalogue.association_opened(
-            association_id=association_id,
-            receiver=self.name,
-            peer=peer.name,
-            ae=peer.ae_title,
-            address=assoc.requestor.address,
-        )
-        assoc.node_id = association_id
-
-    def _report_refusal(self, answer: StoreAnswer, peer: Peer) -> None:
         status = f"0x{answer.status:04X}"
         self.log.warning("object not stored", peer=peer.name, status=status, cause=answer.cause, hint=answer.hint)
         if self._throttle.passes((peer.name, answer.cause)):
@@ -259,140 +260,113 @@ class Listener:
         except NodeError as error:
             self.log.warning("event not recorded", kind=kind, error=str(error))
 
-    def on_released(self, event: Any) -> None:
+    def _on_released(self, event: Any) -> None:
         self._closed(event.assoc, "released")
 
-    def on_aborted(self, event: Any) -> None:
+    def _on_aborted(self, event: Any) -> None:
         self._closed(event.assoc, "aborted")
 
-    def finished(self, assoc: Any, address: str) -> None:
-        """The association's thread ended, however it did."""
-        sock = assoc.dul.socket
-        violation = getattr(sock, "violation", "")
-        if violation:
-            peer = getattr(assoc, "node_peer", None)
-            if self._throttle.passes((address, violation)):
-                self.log.warning("connection cut", address=address, peer=peer.name if peer else "", cause=violation)
-                self._event("warning", "limit", peer.name if peer else address, violation)
-        if getattr(assoc, "node_peer", None) is not None:
+    def _finished(self, assoc: _Accepted, address: str) -> None:
+        """The association is over, however it ended."""
+        violation, peer = assoc.wire.violation, assoc.node_peer
+        if violation and self._throttle.passes((address, violation)):
+            self.log.warning("connection cut", address=address, peer=peer.name if peer else "", cause=violation)
+            self._event("warning", "limit", peer.name if peer else address, violation)
+        if peer is not None:
             self._closed(assoc, "lost")
 
-    def too_many(self, address: str) -> None:
+    def _too_many(self, address: str) -> None:
+        metrics.association("refused")
         if self._throttle.passes((address, "too many connections")):
             self.log.warning("connection refused", address=address, cause="too many connections")
             self._event("warning", "limit", address, "too many connections from this address or in total")
 
     def _closed(self, assoc: Any, state: str) -> None:
-        if getattr(assoc, "node_closed", False):
+        if assoc.node_closed:
             return
         if assoc.node_id:
-            self.catalogue.association_closed(assoc.node_id, state)  # when it fails, finished() tries again
+            self.catalogue.association_closed(assoc.node_id, state)  # when it fails, _finished() tries again
         assoc.node_closed = True
         if assoc.node_id:
             doorbell.ring(self.settings.node.data_dir, "worker")
         metrics.association("released" if state == "released" else "aborted" if state == "aborted" else "lost")
 
 
-class _Handler(RequestHandler):  # type: ignore[misc]
-    """Makes the association with the guarded socket; contexts come with the request."""
-
-    server: _Server
-
-    def _create_association(self) -> Association:
-        assoc = super()._create_association()
-        assoc.dul.socket = None
-        while not assoc.dul.event_queue.empty():
-            assoc.dul.event_queue.get_nowait()
-        assoc.set_socket(GuardedSocket(assoc, self.request, self.server.listener.limits))
-        listener, serve_request = self.server.listener, assoc._serve_request
-
-        def serve(message: Any, context_id: int) -> None:
-            if not listener.serve(assoc, message, context_id):
-                serve_request(message, context_id)
-
-        assoc._serve_request = serve
-        return assoc
+def _on_message(event: Any) -> None:
+    """In the order of arrival: a cancel that came before this request was for an earlier one."""
+    if type(event.message).__name__ in ("C_FIND_RQ", "C_MOVE_RQ", "C_GET_RQ"):
+        event.assoc.dimse.cancel_req.clear()
 
 
-class _Server(ThreadedAssociationServer):  # type: ignore[misc]
-    """Serves on a socket that was bound elsewhere, with caps on connections."""
+class _Accepted(NodeAssociation):
+    """An association that a peer opened."""
 
-    daemon_threads = True
-    block_on_close = False
+    def __init__(self, listener: Listener, wire: Wire, sock: socket.socket) -> None:
+        super().__init__(listener._ae, MODE_ACCEPTOR, wire, sock, self._open_sink)
+        self._listener = listener
+        self.node_peer: Any = None
+        self.node_id = ""
+        self.node_closed = False
 
-    def __init__(self, ae: AE, listening: socket.socket, listener: Listener) -> None:
-        self.socket: Any = None
-        self._listening = listening
-        self.listener = listener
-        self.connections = ConnectionCounter(listener.limits)
-        handlers = [
-            (evt.EVT_REQUESTED, listener.on_requested),
-            (evt.EVT_ESTABLISHED, listener.on_established),
-            (evt.EVT_C_STORE, listener.on_store),
-            (evt.EVT_DIMSE_RECV, listener.on_message),
-            (evt.EVT_SOP_EXTENDED, listener.on_extended),
-            (evt.EVT_RELEASED, listener.on_released),
-            (evt.EVT_ABORTED, listener.on_aborted),
-        ]
-        super().__init__(
-            ae, listening.getsockname(), listener.settings.node.ae_title, [], None, handlers, request_handler=_Handler
-        )
-        ae._servers.append(self)
+    def _open_sink(self, command: StoreCommand, context: Any) -> _StoreSink:
+        return _StoreSink(self._listener, self, command, context)
 
-    def server_bind(self) -> None:
-        if self.socket is not None:
-            self.socket.close()
-        self.socket = self._listening
-        self.server_address = self.socket.getsockname()
+    def _serve_request(self, msg: Any, context_id: int) -> None:
+        context = self._accepted_cx.get(context_id)
+        service = self._listener.services.get(str(context.abstract_syntax)) if context is not None else None
+        if service is not None and msg.is_valid_request:
+            service.serve(self, msg, context)
+        else:
+            super()._serve_request(msg, context_id)
 
-    def server_activate(self) -> None:
-        """The socket listens already."""
 
-    def verify_request(self, _request: socket.socket, client_address: Any) -> bool:
-        """Called before a thread is made for a connection."""
-        if self.connections.admit(client_address[0]):
-            return True
-        metrics.association("refused")
-        self.listener.too_many(str(client_address[0]))
-        return False
+class _StoreSink:
+    """One C-STORE; an unexpected error becomes an answer, so that the peer sends the object again."""
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        assoc: Any = None
+    def __init__(self, listener: Listener, assoc: _Accepted, command: StoreCommand, context: Any) -> None:
+        self._listener = listener
+        self._peer: Peer = assoc.node_peer
+        self._begin = time.perf_counter()
+        self._size = 0
+        self._failed: StoreAnswer | None = None
+        self._incoming: Incoming | None = None
         try:
-            handler = _Handler.__new__(_Handler)
-            handler.request, handler.client_address, handler.server = request, client_address, self
-            assoc = handler._create_association()
-            assoc.start()
-            assoc.join()
-        except Exception as error:  # noqa: BLE001 one connection's failure must not end the others
-            self.listener.log.warning("connection failed", address=client_address[0], exc_type=type(error).__name__)
-            self.shutdown_request(request)
-        finally:
-            self.connections.leave(client_address[0])
-            if assoc is not None:
-                self._finish(assoc, client_address[0])
+            self._incoming = listener.ingest.begin(listener.store_request(assoc, command, context))
+        except Exception as error:  # noqa: BLE001
+            self._failed = _failure(error)
 
-    def _finish(self, assoc: Any, address: str) -> None:
+    def write(self, fragment: memoryview) -> None:
+        self._size += len(fragment)
+        if self._failed is not None or self._incoming is None:
+            return
         try:
-            self.listener.finished(assoc, address)
-        except Exception as error:  # noqa: BLE001 logged; nothing acknowledged depends on it
-            self.listener.log.warning("association could not be closed in the index", exc_type=type(error).__name__)
+            self._incoming.write(fragment)
+        except Exception as error:  # noqa: BLE001
+            self._failed = _failure(error)
+            self._incoming.discard()
+
+    def finish(self) -> Reply:
+        answer = self._failed
+        if answer is None and self._incoming is not None:
+            try:
+                answer = self._incoming.finish()
+            except Exception as error:  # noqa: BLE001
+                answer = _failure(error)
+                self._incoming.discard()
+        assert answer is not None
+        self._listener.report_store(answer, self._peer, time.perf_counter() - self._begin, self._size)
+        return Reply(answer.status, answer.cause if answer.status != SUCCESS else "")
+
+    def settle(self) -> None:
+        if self._incoming is not None:
+            self._incoming.settle()
+
+    def discard(self) -> None:
+        if self._incoming is not None:
+            self._incoming.discard()
 
 
-def listen(host: str, port: int, backlog: int = 128) -> socket.socket:
-    """Bind and listen. Raises OperatorError when the address cannot be had."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind((host, port))
-        sock.listen(backlog)
-    except OSError as error:
-        sock.close()
-        hint = {
-            13: "Ports below 1024 need CAP_NET_BIND_SERVICE (see systemd/) or choose a higher dimse.port",
-            98: "Another program listens there; stop it or change dimse.port",
-            99: "This machine has no such address; change dimse.host",
-        }.get(error.errno or 0, "Check dimse.host and dimse.port")
-        raise OperatorError("listen for DICOM", f"{host}:{port}: {error.strerror}", hint) from None
-    return sock
+def _failure(error: Exception) -> StoreAnswer:
+    if isinstance(error, NodeError):
+        return StoreAnswer(OUT_OF_RESOURCES, f"{error.operation}: {error.cause}", error.hint)
+    return StoreAnswer(PROCESSING_FAILURE, f"unexpected {type(error).__name__}", "Report this")

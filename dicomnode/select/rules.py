@@ -74,7 +74,7 @@ def requests_for(rules: Sequence[Rule], attributes: Mapping[str, Any]) -> list[R
     """One request for each model that a matching rule names.
 
     Rules that name the same model share one analysis: it has the highest of their
-    priorities and goes to all their destinations.
+    priorities, goes to all their destinations, and all their peers are notified.
     """
     found: dict[str, Request] = {}
     for rule in rules:
@@ -83,12 +83,19 @@ def requests_for(rules: Sequence[Rule], attributes: Mapping[str, Any]) -> list[R
         for model in rule.models:
             known = found.get(model)
             if known is None:
-                found[model] = Request(model, (rule.name,), tuple(dict.fromkeys(rule.send_to)), rule.priority)
+                found[model] = Request(
+                    model,
+                    (rule.name,),
+                    tuple(dict.fromkeys(rule.send_to)),
+                    rule.priority,
+                    tuple(dict.fromkeys(rule.notify)),
+                )
                 continue
             found[model] = Request(
                 model,
                 (*known.rules, rule.name),
                 tuple(dict.fromkeys((*known.destinations, *rule.send_to))),
                 min(known.priority, rule.priority, key=lambda p: PRIORITIES[p]),
+                tuple(dict.fromkeys((*known.notify, *rule.notify))),
             )
     return list(found.values())

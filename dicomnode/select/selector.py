@@ -12,8 +12,10 @@ from dicomnode.index.catalogue import Catalogue
 from dicomnode.index.database import Database, Row
 from dicomnode.index.jobs import Jobs
 from dicomnode.index.operation import Events
+from dicomnode.index.procedure import Steps
 from dicomnode.select.completeness import AssociationEvidence, Evidence, Verdict, decide
 from dicomnode.select.rules import requests_for
+from dicomnode.select.steps import Standing, StepEvidence, judge, referenced_steps
 from dicomnode.settings import Settings
 
 FARTHEST_MM = 1e6
@@ -29,6 +31,7 @@ class Selector:
         self._catalogue = Catalogue(db)
         self._jobs = Jobs(db)
         self._events = Events(db)
+        self._steps = Steps(db)
         self._on_jobs = on_jobs or (lambda: None)
         self._log = logs.get()
         self._reported: set[int] = set()
@@ -64,15 +67,22 @@ class Selector:
             AssociationEvidence(str(a["state"]), int(a["instances"]))
             for a in self._catalogue.series_associations(series["id"])
         ]
-        expected = stated_count(self._catalogue.first_attributes(series["id"]))
+        first = self._catalogue.first_attributes(series["id"])
+        expected = stated_count(first)
         count = sum(a.instances for a in associations)
         silent = max(0.0, self._db.clock.ticks() - float(series["last_received_at"] or 0.0))
         quiet = self._settings.completeness.quiet_seconds
+        step_seconds = self._settings.completeness.step_seconds
         if count == 0:
             self._jobs.select(series["id"], int(series["generation"]), "no instance is left in it", [])
             return Verdict(True, "")
-        if any(a.state == "open" for a in associations) and silent < quiet and (expected is None or count < expected):
-            # Cheap answer while the sender is at work; only a stated count could end it earlier.
+        standing = self._standing(int(series["id"]), first, count, silent)
+        held_back = standing.holds_back(silent, step_seconds)
+        if standing.missing and held_back > 0:
+            return Verdict(False, "", held_back)  # cheap: whatever its geometry is
+        working = any(a.state == "open" for a in associations) and silent < quiet
+        if working and not standing.settled and (expected is None or count < expected):
+            # Cheap answer while the sender is at work; only a count or a list could end it earlier.
             return Verdict(False, "", quiet - silent)
         instances = self._catalogue.series_instances(series["id"])
         evidence = Evidence(
@@ -81,12 +91,51 @@ class Selector:
             expected=expected,
             stack=stack_of(instances),
             silent_seconds=silent,
+            standing=standing,
         )
-        verdict = decide(evidence, quiet)
-        if verdict.complete:
+        verdict = decide(evidence, quiet, step_seconds)
+        if verdict.complete and not verdict.analyse:
+            self._withhold(series, verdict.reason)
+        elif verdict.complete:
             self._select(series, instances, verdict.reason)
             metrics.observe("select", time.perf_counter() - begin)
         return verdict
+
+    def _standing(self, series_id: int, first: Mapping[str, str], count: int, silent: float) -> Standing:
+        rows = self._steps.about(series_id, referenced_steps(first))
+        if not rows:
+            return Standing()
+        now = self._db.clock.ticks()
+        if not any(row["wrong_entry"] for row in rows):
+            # Fewer are here than one step lists: no need to compare UIDs while it is waited for them.
+            age = max(0.0, now - max(float(row["changed_at"]) for row in rows))
+            short = Standing(missing=max(0, max(int(row["instances"]) for row in rows) - count), age_seconds=age)
+            if short.holds_back(silent, self._settings.completeness.step_seconds) > 0:
+                return short
+        steps = [
+            StepEvidence(
+                state=str(row["state"]),
+                age_seconds=max(0.0, now - float(row["changed_at"])),
+                names=row["performed_id"] is not None,
+                listed=self._steps.listed(row["performed_id"]) if row["instances"] else frozenset(),
+                wrong_entry=bool(row["wrong_entry"]),
+            )
+            for row in rows
+        ]
+        return judge(steps, self._steps.held(series_id) if any(s.listed for s in steps) else frozenset())
+
+    def _withhold(self, series: Row, reason: str) -> None:
+        """Close a series without an analysis and stop what is under way for it."""
+        withdrawn = self._steps.withdraw(series["id"])
+        self._jobs.select(series["id"], int(series["generation"]), reason, [])
+        self._log.warning("series not analysed", count=series["id"], reason=reason)
+        self._events.add(
+            "error" if withdrawn.sent else "warning",
+            "procedure-step",
+            f"series {series['id']}",
+            f"not analysed, {reason}: {withdrawn.jobs} job(s) and {withdrawn.deliveries} result(s) withdrawn;"
+            f" {withdrawn.sent} result(s) had been sent",
+        )
 
     def _select(self, series: Row, instances: Sequence[Row], reason: str) -> None:
         attributes = dict(self._catalogue.series_attributes(series["id"]) or {})

@@ -1,67 +1,75 @@
 """Identifiers of queries and answers as bytes (PS3.4 C.2, PS3.5 7). Pure.
 
-Values are read by the same bounded reader and character-set rules as received objects, so a
-query and the index agree. Answers are written without validation: what a modality sent wrong
-is shown as it is.
+Values are read by the same character-set rules as received objects, so a query and the index
+agree. Answers are written without validation: what a modality sent wrong is shown as it is.
 """
 
 from __future__ import annotations
 
-import io
+import json
 import struct
-import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from functools import lru_cache
 
-from pydicom.datadict import dictionary_VR, tag_for_keyword
-from pydicom.filereader import data_element_generator
+from pydicom.datadict import dictionary_VR, keyword_for_tag, tag_for_keyword
 
+from dicomnode import nested
+from dicomnode.chartext import text_of
 from dicomnode.errors import MalformedDataSet
-from dicomnode.header import IMPLICIT_LITTLE, Wanted, read_header
+from dicomnode.header import IMPLICIT_LITTLE
+from dicomnode.index.keys import REQUEST_KEYS, REQUEST_SEQUENCE
 from dicomnode.index.matching import KNOWN_KEYS, Identifier
 
 MAX_IDENTIFIER = 4 * 1024 * 1024
 """Bytes of an identifier; a list of 65535 UIDs is 4 MiB."""
 
-_WANTED = Wanted(KNOWN_KEYS)
-_WANTED.last = 0xFFFFFFFF  # a query has no pixel data to stop at
-_KEYWORDS = {tag: keyword for tag, (keyword, _) in _WANTED.by_tag.items()}
-_LONG_VRS = frozenset({"OB", "OD", "OF", "OL", "OV", "OW", "SQ", "SV", "UC", "UN", "UR", "UT", "UV"})
+_KEYWORDS = {int(tag_for_keyword(keyword) or 0): keyword for keyword in KNOWN_KEYS}
+_ITEM_KEYS: Mapping[str, frozenset[str]] = {REQUEST_SEQUENCE: frozenset(REQUEST_KEYS)}
+"""What is known of the items of sequences."""
+
 _NUMBERS = {"US": "H", "SS": "h", "UL": "I", "SL": "i", "FL": "f", "FD": "d"}
+_TEXT_VRS = frozenset({"SH", "LO", "ST", "LT", "UC", "UT", "PN"})
+_LONG_VRS = frozenset({"SQ", "UC", "UR", "UT"})
+_ITEM = struct.Struct("<HHI")
+_CHARSET = 0x00080005
 _MAX_SHORT = 65534
 
 
 def parse_identifier(data: bytes, transfer_syntax_uid: str) -> Identifier:
-    """Raises MalformedDataSet when the bytes are no data set within the limits."""
+    """Raises MalformedDataSet when the bytes are no data set within the limits, or a key sequence has several items."""
     if len(data) > MAX_IDENTIFIER:
         raise MalformedDataSet("read identifier", f"it has more than {MAX_IDENTIFIER} bytes")
-    found = read_header(data, transfer_syntax_uid, _WANTED)  # checks structure and depth first
     values: dict[str, str] = {}
     unknown: list[tuple[int, str]] = []
-    for tag, vr, raw in _elements(data, transfer_syntax_uid == IMPLICIT_LITTLE):
+    items: dict[str, dict[str, str]] = {}
+    for tag, element in nested.parse(data, transfer_syntax_uid).items():
         keyword = _KEYWORDS.get(tag)
         if keyword is None:
-            if tag & 0xFFFF and tag >> 16 != 0x0002:  # no group lengths
-                unknown.append((tag, vr))
-        elif vr == "UI":
-            values[keyword] = raw.decode("ascii", "replace").strip(" \0")  # lists may be longer than a header value
+            if tag >> 16 != 0x0002:
+                unknown.append((tag, element.vr))
+        elif keyword not in _ITEM_KEYS:
+            values[keyword] = _text(tag, element)
+        elif len(element.items) > 1:
+            raise MalformedDataSet("read identifier", "a sequence of keys has more than one item")  # C.2.2.2.6
         else:
-            values[keyword] = found.get(keyword, "")
-    return Identifier(values, tuple(unknown))
+            found = {
+                keyword_for_tag(t): _text(t, e) for item in element.items for t, e in item.items() if t != _CHARSET
+            }
+            items[keyword] = {k: v for k, v in found.items() if k in _ITEM_KEYS[keyword]}
+            if found and not items[keyword]:
+                items.pop(keyword)  # nothing of it is known: without keys all of the sequence would be asked for
+            if set(found) - _ITEM_KEYS[keyword]:
+                unknown.append((tag, element.vr))
+    return Identifier(values, tuple(unknown), items)
 
 
-def _elements(data: bytes, implicit: bool) -> list[tuple[int, str, bytes]]:
-    """Tag, VR and value of each top-level element; a sequence has no value."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            elements = list(data_element_generator(io.BytesIO(data), implicit, True))
-        except Exception as error:  # noqa: BLE001 whatever pydicom stumbles over, the peer sent it
-            raise MalformedDataSet("read identifier", f"it cannot be read ({type(error).__name__})") from None
-    return [
-        (int(e.tag), str(e.VR or _vr(int(e.tag))), e.value if isinstance(e.value, bytes) else b"") for e in elements
-    ]
+def _text(tag: int, element: nested.Element) -> str:
+    """Text of a key; :mod:`nested` has put it into UTF-8."""
+    vr = _vr(tag)
+    return "" if element.vr == "SQ" else text_of(element.value, vr, ("utf-8",))
 
 
+@lru_cache(maxsize=10_000)
 def _vr(tag: int) -> str:
     try:
         return str(dictionary_VR(tag))[:2]
@@ -69,24 +77,46 @@ def _vr(tag: int) -> str:
         return "UN"
 
 
-def encode_identifier(
-    values: Mapping[str, str], transfer_syntax_uid: str, empty: Iterable[tuple[int, str]] = ()
-) -> bytes:
-    """A data set of keywords with text, and zero-length elements of the given tags.
+@lru_cache(maxsize=1000)
+def _tag(keyword: str) -> int:
+    return int(tag_for_keyword(keyword) or 0)
+
+
+def encode_identifier(values: Mapping[str, str], transfer_syntax_uid: str) -> bytes:
+    """A data set of keywords with text; a sequence is JSON text, a list with an object for each item.
 
     Text that is not ASCII goes out in UTF-8 and is declared (ISO_IR 192).
     """
-    values = dict(values)
-    values.pop("SpecificCharacterSet", None)
-    if not all(v.isascii() for v in values.values()):
-        values["SpecificCharacterSet"] = "ISO_IR 192"
-    elements = {tag: (vr, b"") for tag, vr in empty}
-    for keyword, text in values.items():
-        tag = int(tag_for_keyword(keyword) or 0)
-        vr = str(dictionary_VR(tag))[:2]
-        elements[tag] = (vr, _value(vr, text))
-    implicit = transfer_syntax_uid == IMPLICIT_LITTLE
-    return b"".join(_element(tag, *elements[tag], implicit=implicit) for tag in sorted(elements))
+    data = _encoded(values, implicit=transfer_syntax_uid == IMPLICIT_LITTLE)
+    if all(text.isascii() for text in values.values()) and "\\u" not in values.get(REQUEST_SEQUENCE, ""):
+        return data
+    charset = _encoded({"SpecificCharacterSet": "ISO_IR 192"}, implicit=transfer_syntax_uid == IMPLICIT_LITTLE)
+    return charset + data  # no attribute of an answer has a lower tag
+
+
+def _encoded(values: Mapping[str, str], *, implicit: bool) -> bytes:
+    parts: list[bytes] = []
+    for keyword in sorted(values, key=_tag):
+        vr, head, long = _head(keyword, implicit)
+        value = _items(values[keyword], implicit=implicit) if vr == "SQ" else _value(vr, values[keyword])
+        parts += (head, len(value).to_bytes(4 if long else 2, "little"), value)
+    return b"".join(parts)
+
+
+@lru_cache(maxsize=1000)
+def _head(keyword: str, implicit: bool) -> tuple[str, bytes, bool]:
+    """VR, all that stands before the length, and whether that is a long one (PS3.5 7.1.2)."""
+    tag = _tag(keyword)
+    vr = _vr(tag)
+    head = struct.pack("<HH", tag >> 16, tag & 0xFFFF)
+    if implicit:
+        return vr, head, True
+    return vr, head + vr.encode() + (b"\0\0" if vr in _LONG_VRS else b""), vr in _LONG_VRS
+
+
+def _items(text: str, *, implicit: bool) -> bytes:
+    found = [_encoded(item, implicit=implicit) for item in json.loads(text or "[]")]
+    return b"".join(_ITEM.pack(0xFFFE, 0xE000, len(item)) + item for item in found)
 
 
 def _value(vr: str, text: str) -> bytes:
@@ -96,16 +126,7 @@ def _value(vr: str, text: str) -> bytes:
             return b"".join(struct.pack("<" + _NUMBERS[vr], convert(v)) for v in text.split("\\") if v)
         except (ValueError, struct.error):
             return b""
-    data = text.encode("utf-8", "replace")
+    data = text.encode("utf-8" if vr in _TEXT_VRS else "ascii", "replace")
     if len(data) > _MAX_SHORT and vr not in _LONG_VRS:
         data = data[: data.rfind(b"\\", 0, _MAX_SHORT)] if vr == "UI" else b""
-    return data + (b"\0" if vr == "UI" else b" ") * (len(data) % 2)
-
-
-def _element(tag: int, vr: str, value: bytes, *, implicit: bool) -> bytes:
-    group, element = tag >> 16, tag & 0xFFFF
-    if implicit:
-        return struct.pack("<HHI", group, element, len(value)) + value
-    if vr in _LONG_VRS:
-        return struct.pack("<HH2sHI", group, element, vr.encode(), 0, len(value)) + value
-    return struct.pack("<HH2sH", group, element, vr.encode(), len(value)) + value
+    return data + (b"\0" if vr == "UI" else b" ") if len(data) % 2 else data

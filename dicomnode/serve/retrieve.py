@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import socket
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pynetdicom import AE, evt
-from pynetdicom.dsutils import split_dataset
 from pynetdicom.presentation import build_context
 
+from dicomnode.dimse.association import NodeAssociation
+from dicomnode.dimse.requestor import MAX_CONTEXTS, Patience, associate
+from dicomnode.dimse.store import NotPart10, send_store
 from dicomnode.durable import ObjectStore
+from dicomnode.errors import PeerError
 from dicomnode.index.database import Database
 from dicomnode.index.matching import IdentifierError, Root, Row, plan_retrieve
 from dicomnode.index.query import Ended, run
@@ -25,9 +25,6 @@ from dicomnode.serve.exchange import (
     PENDING,
     Counts,
     Exchange,
-    Originator,
-    store,
-    usable,
 )
 from dicomnode.serve.identifier import parse_identifier
 from dicomnode.serve.transcode import UNCOMPRESSED, NotTranscodable, Transcoder
@@ -35,7 +32,6 @@ from dicomnode.settings import Peer, Settings
 
 MAX_INSTANCES = 65535
 """Counts are US (PS3.7 9.1.3): more cannot be told."""
-MAX_CONTEXTS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +85,7 @@ class Retriever:
             exchange.respond(refusal.status)
             return refusal.status
         counts = Counts(remaining=len(instances))
-        originator = Originator(exchange.assoc.node_peer.ae_title, exchange.message_id)
+        originator = (exchange.assoc.node_peer.ae_title, exchange.message_id)
         for batch in batches(instances):
             if exchange.cancelled():
                 break
@@ -101,8 +97,9 @@ class Retriever:
             try:
                 self._send_all(exchange, assoc, batch, counts, originator)
             finally:
-                if assoc.is_established:
+                if assoc.usable():
                     assoc.release()
+                assoc.end()
         return self._finish(exchange, counts)
 
     def _finish(self, exchange: Exchange, counts: Counts) -> int:
@@ -143,7 +140,7 @@ class Retriever:
         assoc: Any,
         instances: Sequence[Instance],
         counts: Counts,
-        originator: Originator | None,
+        originator: tuple[str, int] | None,
     ) -> None:
         for number, instance in enumerate(instances, start=1):
             if exchange.cancelled():
@@ -156,28 +153,28 @@ class Retriever:
                 exchange.respond(PENDING, None, counts)
 
     def _send(
-        self, exchange: Exchange, assoc: Any, instance: Instance, originator: Originator | None, message_id: int
+        self, exchange: Exchange, assoc: Any, instance: Instance, originator: tuple[str, int] | None, message_id: int
     ) -> int | None:
         """C-STORE as stored, else in the uncompressed default; None when it could not be done."""
-        if not usable(assoc):
+        if not assoc.usable():
             return None
         contexts = {
             str(c.transfer_syntax[0]): int(c.context_id)
             for c in assoc.accepted_contexts
             if c.abstract_syntax == instance.sop_class_uid and c.as_scu
         }
-        data: tuple[Path, int] | bytes
+        data: Path | bytes
         try:
             if instance.transfer_syntax_uid in contexts:
                 context_id = contexts[instance.transfer_syntax_uid]
-                data = (instance.path, int(split_dataset(instance.path)[1]))
+                data = instance.path
             else:
                 syntax = next((s for s in UNCOMPRESSED if s in contexts), None)
                 if syntax is None:
                     return None
                 context_id = contexts[syntax]
                 data = self._transcode(instance.path, syntax)
-            return store(
+            return send_store(
                 assoc,
                 context_id,
                 message_id=message_id,
@@ -188,31 +185,18 @@ class Retriever:
                 seconds=self._settings.delivery.response_seconds,
                 given_up=exchange.gone,
             )
-        except (OSError, NotTranscodable):
+        except (OSError, NotPart10, NotTranscodable):
             return None
 
-    def _associate(self, peer: Peer, instances: Sequence[Instance]) -> Any:
-        """Established association for these instances, Nagle's algorithm off; None when there is none."""
+    def _associate(self, peer: Peer, instances: Sequence[Instance]) -> NodeAssociation | None:
+        """Established association for these instances; None when there is none."""
         delivery = self._settings.delivery
-        ae = AE(ae_title=self._settings.node.ae_title)
-        ae.connection_timeout = delivery.connect_seconds
-        ae.acse_timeout = delivery.response_seconds
-        ae.dimse_timeout = delivery.response_seconds
-        ae.network_timeout = delivery.response_seconds
-        ae.maximum_pdu_size = self._settings.dimse.max_pdu_bytes
-        ae.requested_contexts = [build_context(c, list(syntaxes)) for c, syntaxes in proposals(instances)]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            assoc = ae.associate(
-                peer.host, peer.port, ae_title=peer.ae_title, evt_handlers=[(evt.EVT_CONN_OPEN, _no_delay)]
-            )
-        return assoc if assoc.is_established else None
-
-
-def _no_delay(event: Any) -> None:
-    sock = event.assoc.dul.socket.socket
-    if sock is not None:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        contexts = [build_context(c, list(syntaxes)) for c, syntaxes in proposals(instances)]
+        patience = Patience(delivery.connect_seconds, delivery.response_seconds)
+        try:
+            return associate(self._settings.node.ae_title, peer, contexts, patience, operation="C-MOVE")
+        except PeerError:
+            return None
 
 
 def proposals(instances: Sequence[Instance]) -> list[tuple[str, tuple[str, ...]]]:

@@ -17,6 +17,7 @@ from dicomnode import metrics
 from dicomnode.admin.application import make_app
 from dicomnode.index.database import Database
 from dicomnode.index.jobs import Jobs
+from dicomnode.index.notices import make_notices
 from dicomnode.index.operation import Events, Models, Processes
 from dicomnode.index.outbox import Outbox
 from dicomnode.settings import Settings
@@ -77,7 +78,8 @@ def populate(db: Database, tmp_path: Path) -> int:
 
 ALL_PAGES = [
     "/", "/?lang=zh", "/health", "/ready", "/metrics", "/api/v1/status", "/api/v1/jobs", "/api/v1/jobs/1",
-    "/api/v1/deliveries", "/api/v1/sync", "/static/style.css", "/static/app.js", "/nothing", "/api/v1/jobs/99",
+    "/api/v1/deliveries", "/api/v1/notifications", "/api/v1/sync",
+    "/static/style.css", "/static/app.js", "/nothing", "/api/v1/jobs/99",
 ]  # fmt: skip
 
 
@@ -223,6 +225,37 @@ def test_retry_of_jobs_and_deliveries(db: Database, tmp_path: Path) -> None:
         assert await post("/api/v1/deliveries/99/retry") == 404
         assert await post("/api/v1/sync/1/retry") == 202
         assert await post("/api/v1/status") == 405
+
+    drive(db, node(tmp_path), body)
+
+
+def test_notifications_are_shown_and_retried(db: Database, tmp_path: Path) -> None:
+    job_id = add_job(db, tmp_path)
+    with db.transaction():
+        for study in db.rows("SELECT id FROM studies"):
+            make_notices(
+                db, job_id=job_id, study_id=study["id"], results={1: "1.2"}, notify=("ris",), destinations=("pacs",)
+            )
+        db.execute("UPDATE notifications SET state = 'rejected', last_error = ?", (XSS,))
+
+    async def body(client: ClientSession) -> None:
+        async with client.get("/api/v1/notifications?state=rejected") as answer:
+            (row,) = (await answer.json())["notifications"]
+            assert (row["destination"], row["retrieve_from"]) == ("ris", "pacs") and "lease_owner" not in row
+        async with client.get("/api/v1/notifications?state=oops") as answer:
+            assert answer.status == 400
+        async with client.get("/") as answer:
+            text = await answer.text()
+            assert "Notifications (IAN)" in text and f"/api/v1/notifications/{row['id']}/retry" in text
+        async with client.post(f"/api/v1/notifications/{row['id']}/retry", headers=CHANGE) as answer:
+            assert (answer.status, (await answer.json())["state"]) == (202, "waiting")
+        async with client.post("/api/v1/notifications/99/retry", headers=CHANGE) as answer:
+            assert answer.status == 404
+        async with client.get("/api/v1/status") as answer:
+            status = await answer.json()
+            assert status["notifications"]["waiting"] == 1 and set(status["procedure_steps"].values()) == {0}
+        async with client.get("/metrics") as answer:
+            assert 'dicomnode_queue_notifications{destination="ris",state="waiting"} 1.0' in await answer.text()
 
     drive(db, node(tmp_path), body)
 

@@ -93,7 +93,7 @@ def write(path: Path, sop: str, syntax: str = ExplicitVRLittleEndian) -> Path:
 
 def outgoing(folder: Path, count: int) -> list[Outgoing]:
     return [
-        Outgoing(n, write(folder / f"{n}.dcm", f"1.5.{n}"), CTImageStorage, ExplicitVRLittleEndian)
+        Outgoing(n, write(folder / f"{n}.dcm", f"1.5.{n}"), CTImageStorage, ExplicitVRLittleEndian, f"1.5.{n}")
         for n in range(count)
     ]
 
@@ -141,13 +141,13 @@ def test_rest_of_the_batch_waits_behind_one_that_waits(pacs: Pacs, tmp_path: Pat
 def test_syntax_that_the_peer_lacks_is_rejected_in_words(pacs: Pacs, tmp_path: Path) -> None:
     good = outgoing(tmp_path, 1)
     path = write(tmp_path / "x.dcm", "1.6", ImplicitVRLittleEndian)
-    outcomes = deliver(pacs, [Outgoing(7, path, CTImageStorage, ImplicitVRLittleEndian), *good])
+    outcomes = deliver(pacs, [Outgoing(7, path, CTImageStorage, ImplicitVRLittleEndian, "1.5.7"), *good])
     assert [o.sent for o in outcomes] == [Sent.rejected, Sent.stored]
     assert "neither this SOP class nor its transfer syntax" in outcomes[0].cause
 
 
 def test_missing_file_is_rejected(pacs: Pacs, tmp_path: Path) -> None:
-    (outcome,) = deliver(pacs, [Outgoing(1, tmp_path / "no.dcm", CTImageStorage, ExplicitVRLittleEndian)])
+    (outcome,) = deliver(pacs, [Outgoing(1, tmp_path / "no.dcm", CTImageStorage, ExplicitVRLittleEndian, "1.5.1")])
     assert outcome.sent is Sent.rejected and "not in the store" in outcome.cause
 
 

@@ -79,6 +79,8 @@ class Node:
         self.config = folder / "node.toml"
         self.log = folder / "node.log"
         self.workers = int(sections.get("dimse", {}).get("workers", 2))
+        self.environment: dict[str, str] = {}
+        """Further variables for the processes that :meth:`start` starts."""
         self._process: Process | None = None
         self._verb = "serve"
         self._db: apsw.Connection | None = None
@@ -108,7 +110,7 @@ class Node:
         """``serve`` unless a verb such as ``run receiver`` is given."""
         self._verb = " ".join(verb) or "serve"
         argv = [sys.executable, "-m", "dicomnode", *(verb or ("serve",)), "--config", str(self.config)]
-        self._process = Process(argv, self.log, **python_environment())
+        self._process = Process(argv, self.log, **python_environment(), **self.environment)
         if wait:
             self.wait_ready()
         return self

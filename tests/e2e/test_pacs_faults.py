@@ -12,7 +12,7 @@ import pytest
 from tests.e2e.harness import Node, make_series, rule
 from tests.peers import ScriptedScp, StoreScp, free_port, send_items
 
-NAMES = ("late", "full", "forgetful", "cutter", "refuser", "picky")
+NAMES = ("late", "full", "forgetful", "cutter", "refuser", "picky", "torn", "sleeper")
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +29,7 @@ def node(tmp_path_factory: pytest.TempPathFactory, ports: dict[str, int]) -> Ite
             {"name": name, "ae_title": name.upper(), "host": "127.0.0.1", "port": port} for name, port in ports.items()
         ],
         rules=[rule(name, {"SeriesDescription": name}, to=[name]) for name in NAMES],
+        delivery={"response_seconds": 5},
     ).start()
     yield running
     assert running.stop() == 0
@@ -86,14 +87,22 @@ def test_a_lost_answer_makes_no_second_object(node: Node, ports: dict[str, int])
 
 @pytest.mark.peers
 @pytest.mark.parametrize(
-    ("name", "faults"), [("cutter", ["--abort-after"]), ("refuser", ["--refuse"])], ids=["abort-after", "refuse"]
+    ("name", "faults", "times"),
+    [
+        ("cutter", ["--abort-after"], 2),
+        ("refuser", ["--refuse"], 2),
+        ("torn", ["--abort-during"], 2),
+        ("sleeper", ["--sleep-during", "60"], 1),
+    ],
+    ids=["abort-after", "refuse", "abort-during", "sleep-during"],
 )
-def test_storescp_that_aborts_or_refuses_gets_them_once_it_works(
-    node: Node, ports: dict[str, int], tmp_path: Path, name: str, faults: list[str]
+def test_a_storescp_with_faults_gets_them_once_it_works(
+    node: Node, ports: dict[str, int], tmp_path: Path, name: str, faults: list[str], times: int
 ) -> None:
     bad = StoreScp(tmp_path / name, *faults, port=ports[name])
     series = send(node, name)
-    tried(node, series)
+    tried(node, series, times)
+    assert "stored" not in {d["state"] for d in node.deliveries(series)}
     bad.stop()
     good = StoreScp(tmp_path / name, port=ports[name])
     node.wait_delivered(series)

@@ -173,7 +173,7 @@ def test_finish_is_all_or_nothing(db: Database, monkeypatch: pytest.MonkeyPatch)
 
         monkeypatch.setattr(db, "insert", insert)
 
-    for after in range(11):  # 2 x (series, instance, result, 2 deliveries, 1 cloud item) = 12 inserts
+    for after in range(9):  # 2 x (series, result, 2 deliveries, 1 cloud item) = 10 inserts
         inserts = 0
         failing(after)
         with pytest.raises(RuntimeError):

@@ -21,7 +21,7 @@ from dicomnode.index.states import (
 
 # Written out by hand, so that a change of the table has to be made twice.
 JOBS = {
-    "pending": {"lease": "running", "supersede": "superseded"},
+    "pending": {"lease": "running", "supersede": "superseded", "withdraw": "refused"},
     "running": {
         "finish": "done",
         "refuse": "refused",
@@ -29,15 +29,16 @@ JOBS = {
         "give_up": "failed",
         "lose": "pending",
         "supersede": "superseded",
+        "withdraw": "refused",
     },
-    "failed": {"requeue": "pending", "supersede": "superseded"},
+    "failed": {"requeue": "pending", "supersede": "superseded", "withdraw": "refused"},
     "refused": {"requeue": "pending", "supersede": "superseded"},
     "done": {},
     "superseded": {},
 }
 SENDS = {
-    "pending": {"lease": "sending"},
-    "sending": {"store": "stored", "retry": "pending", "reject": "rejected", "lose": "pending"},
+    "pending": {"lease": "sending", "withdraw": "rejected"},
+    "sending": {"store": "stored", "retry": "pending", "reject": "rejected", "lose": "pending", "withdraw": "rejected"},
     "rejected": {"requeue": "pending"},
     "stored": {},
 }

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import apsw
 import pydicom
@@ -28,8 +28,11 @@ from dicomnode.header import Wanted
 from dicomnode.index.catalogue import Catalogue, NewInstance, Stored
 from dicomnode.index.database import Database
 from dicomnode.index.keys import HEADER_KEYS
-from dicomnode.receive.ingest import Committer, Ingest, StoreRequest
-from tests.index.rows import CT_IMAGE, FakeClock, instance
+from dicomnode.receive import commit as commit_module
+from dicomnode.receive import ingest as ingest_module
+from dicomnode.receive.commit import Committer
+from dicomnode.receive.ingest import Ingest, StoreAnswer, StoreRequest
+from tests.index.rows import CT_IMAGE, FakeClock
 
 IMPLICIT = "1.2.840.10008.1.2"
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,16 +50,23 @@ def data_set(sop: str = "1.2.3.4", **fields: Any) -> bytes:
     return buffer.getvalue()
 
 
-def store_request(data: bytes | None = None, sop: str = "1.2.3.4", **changes: Any) -> StoreRequest:
+class Sent(NamedTuple):
+    """A C-STORE-RQ with its data set."""
+
+    request: StoreRequest
+    data: bytes
+
+
+def store_request(data: bytes | None = None, sop: str = "1.2.3.4", **changes: Any) -> Sent:
     values: dict[str, Any] = {
         "sop_class_uid": CT_IMAGE,
         "sop_instance_uid": sop,
         "transfer_syntax_uid": IMPLICIT,
-        "data_set": data_set(sop) if data is None else data,
         "calling_ae": "CT1",
         "association_id": "",
+        "peer": "ct",
     }
-    return StoreRequest(**{**values, **changes})
+    return Sent(StoreRequest(**{**values, **changes}), data_set(sop) if data is None else data)
 
 
 @dataclass
@@ -68,13 +78,21 @@ class Lane:
     commits: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.store = ObjectStore(self.folder)
-        self.store.prepare()
-        self.committer = Committer(self.store, Catalogue(self.db), lambda: self.commits.append(1))
-        self.ingest = Ingest(self.store, self.committer, Wanted(HEADER_KEYS), reserve_bytes=1)
+        self.store_ = ObjectStore(self.folder)
+        self.store_.prepare()
+        self.committer = Committer(self.store_, Catalogue(self.db), lambda: self.commits.append(1))
+        self.ingest = Ingest(self.store_, self.committer, Wanted(HEADER_KEYS), reserve_bytes=1)
+
+    def store(self, sent: Sent, fragment: int = 100) -> StoreAnswer:
+        incoming = self.ingest.begin(sent.request)
+        for begin in range(0, len(sent.data), fragment):
+            incoming.write(memoryview(sent.data)[begin : begin + fragment])
+        answer = incoming.finish()
+        incoming.settle()
+        return answer
 
     def files(self) -> set[str]:
-        return {f"{p.parent.name}/{p.name}" for p in self.store.root.rglob("*") if p.is_file()}
+        return {f"{p.parent.name}/{p.name}" for p in self.store_.root.rglob("*") if p.is_file()}
 
     def rows(self) -> set[str]:
         return {str(r["file"]) for r in self.db.rows("SELECT file FROM instances")}
@@ -82,36 +100,47 @@ class Lane:
 
 @pytest.fixture
 def lane(tmp_path: Path, db: Database) -> Iterator[Lane]:
-    made = Lane(tmp_path / "data", db)
-    yield made
-    made.committer.close()
+    yield Lane(tmp_path / "data", db)
 
 
+@pytest.fixture(params=["in memory", "spilled"])
+def small_or_spilled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Objects that fit in memory, and the same ones as if they did not."""
+    if request.param == "spilled":
+        monkeypatch.setattr(ingest_module, "SPILL_BYTES", 64)
+        monkeypatch.setattr(ingest_module, "FLUSH_BYTES", 128)
+    return str(request.param)
+
+
+@pytest.mark.usefixtures("small_or_spilled")
 def test_stored_bytes_are_the_received_ones(lane: Lane) -> None:
     data = data_set(PatientName="A^B")
-    answer = lane.ingest.store(store_request(memoryview(data)))  # type: ignore[arg-type]
+    answer = lane.store(store_request(data))
     assert answer.status == 0x0000
     (row,) = lane.db.rows("SELECT * FROM instances")
-    content = lane.store.path(row["file"]).read_bytes()
+    content = lane.store_.path(row["file"]).read_bytes()
     assert content.endswith(data) and len(content) == row["size"]
-    assert durable.sha256(content) == row["sha256"] and durable.sha256(data) == row["dataset_sha256"]
+    assert durable.sha256_object(lane.store_.path(row["file"])) == row["sha256"]
+    assert durable.sha256(data) == row["dataset_sha256"]
     ds = pydicom.dcmread(io.BytesIO(content))
     assert ds.file_meta.TransferSyntaxUID == IMPLICIT and ds.PatientName == "A^B"
     assert ds.file_meta.SourceApplicationEntityTitle == "CT1"
 
 
+@pytest.mark.usefixtures("small_or_spilled")
 def test_duplicate_and_replaced(lane: Lane) -> None:
-    assert lane.ingest.store(store_request()).status == 0
+    assert lane.store(store_request()).status == 0
     before = lane.files()
-    again = lane.ingest.store(store_request())
+    again = lane.store(store_request())
     assert (again.status, again.cause) == (0, Stored.duplicate)
     assert lane.files() == before, "the second copy is not kept"
-    other = lane.ingest.store(store_request(data_set(PatientID="P2")))
+    other = lane.store(store_request(data_set(PatientID="P2")))
     assert (other.status, other.cause) == (0, Stored.replaced)
     assert before < lane.files(), "the former bytes stay"
     assert lane.rows() == lane.files() - before
 
 
+@pytest.mark.usefixtures("small_or_spilled")
 @pytest.mark.parametrize(
     ("request_", "status"),
     [
@@ -136,22 +165,24 @@ def test_duplicate_and_replaced(lane: Lane) -> None:
         (store_request(b"\x08\x00\x40\x11\xff\xff\xff\xff" * 20), 0xC000),
     ],
 )
-def test_refused_with_the_status_of_the_standard(lane: Lane, request_: StoreRequest, status: int) -> None:
-    answer = lane.ingest.store(request_)
+def test_refused_with_the_status_of_the_standard(lane: Lane, request_: Sent, status: int) -> None:
+    answer = lane.store(request_)
     assert answer.status == status and answer.cause
-    assert request_.sop_instance_uid not in (answer.cause + answer.hint) or not request_.sop_instance_uid
+    assert (
+        request_.request.sop_instance_uid not in (answer.cause + answer.hint) or not request_.request.sop_instance_uid
+    )
     assert lane.files() == set() and lane.rows() == set()
 
 
 def test_reserve_is_not_touched(lane: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
     request = store_request()
     lane.ingest._reserve = 10_000
-    monkeypatch.setattr(durable, "free_bytes", lambda _: 10_000 + len(request.data_set) - 1)
-    answer = lane.ingest.store(request)
+    monkeypatch.setattr(durable, "free_bytes", lambda _: 10_000 + len(request.data) - 1)
+    answer = lane.store(request)
     assert answer.status == 0xA700 and "Free space" in answer.hint
     assert lane.files() == set()
-    monkeypatch.setattr(durable, "free_bytes", lambda _: 10_000 + len(request.data_set))
-    assert lane.ingest.store(request).status == 0, "resumes unaided"
+    monkeypatch.setattr(durable, "free_bytes", lambda _: 10_000 + len(request.data))
+    assert lane.store(request).status == 0, "resumes unaided"
 
 
 FAULTS = [
@@ -165,6 +196,7 @@ FAULTS = [
 ]
 
 
+@pytest.mark.usefixtures("small_or_spilled")
 @pytest.mark.parametrize(("step", "code"), FAULTS)
 def test_failed_file_step_is_out_of_resources(
     lane: Lane, monkeypatch: pytest.MonkeyPatch, step: str, code: int
@@ -174,38 +206,39 @@ def test_failed_file_step_is_out_of_resources(
 
     with monkeypatch.context() as patch:
         patch.setattr(durable.Steps, step, staticmethod(fails))
-        assert lane.ingest.store(store_request()).status == 0xA700
+        assert lane.store(store_request()).status == 0xA700
     assert lane.files() == set() and lane.rows() == set() and lane.commits == []
-    assert lane.ingest.store(store_request()).status == 0
+    assert lane.store(store_request()).status == 0
 
 
+@pytest.mark.usefixtures("small_or_spilled")
 @pytest.mark.parametrize(
     "error", [StorageError("commit to the index", "no space left", retryable=True), apsw.FullError()]
 )
 def test_failed_commit_is_out_of_resources(lane: Lane, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    real = Catalogue.add
+    real = Catalogue._settle
 
-    def add(self: Catalogue, new: NewInstance) -> Stored:
-        real(self, new)
+    def settle(self: Catalogue, adding: Any) -> None:
+        real(self, adding)
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(Catalogue, "add", add)
-        assert lane.ingest.store(store_request()).status == 0xA700
+        patch.setattr(Catalogue, "_settle", settle)
+        assert lane.store(store_request()).status == 0xA700
     assert lane.files() == set() and lane.rows() == set()
-    assert lane.ingest.store(store_request()).status == 0, "the committer lives on"
+    assert lane.store(store_request()).status == 0, "the committer lives on"
 
 
 def test_unexpected_error_of_a_commit_reaches_the_caller(lane: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
-    def add(self: Catalogue, new: NewInstance) -> Stored:
+    def settle(self: Catalogue, adding: Any) -> None:
         raise ZeroDivisionError
 
     with monkeypatch.context() as patch:
-        patch.setattr(Catalogue, "add", add)
+        patch.setattr(Catalogue, "_settle", settle)
         with pytest.raises(ZeroDivisionError):
-            lane.ingest.store(store_request())
+            lane.store(store_request())
     assert lane.rows() == set()
-    assert lane.ingest.store(store_request()).status == 0
+    assert lane.store(store_request()).status == 0
 
 
 DYING = """
@@ -223,7 +256,7 @@ def fsync(fd):
         raise OSError(errno.EIO, "Input/output error")
     real(fd)
 durable.Steps.fsync = staticmethod(fsync)
-print("answered", lane.ingest.store(store_request()).status, flush=True)
+print("answered", lane.store(store_request()).status, flush=True)
 """
 
 
@@ -255,9 +288,9 @@ class Recorder:
             monkeypatch.setattr(durable.Steps, name, staticmethod(self._wrap(name, getattr(durable.steps, name))))
         commit = Catalogue.commit
 
-        def recorded(catalogue: Catalogue, batch: list[NewInstance]) -> list[Stored]:
-            self.seen.append("begin")
-            outcome = commit(catalogue, batch)
+        def recorded(catalogue: Catalogue, batch: list[NewInstance], *, sync: bool) -> list[Stored]:
+            self.seen.append("begin" if sync else "begin without sync")
+            outcome = commit(catalogue, batch, sync=sync)
             self.seen.append("committed")
             return outcome
 
@@ -287,7 +320,7 @@ def keeps_contract(seen: list[str]) -> bool:
 
 def test_nothing_is_acknowledged_before_it_is_durable(lane: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder(monkeypatch)
-    answer = lane.ingest.store(store_request())
+    answer = lane.store(store_request())
     recorder.seen.append(f"answer 0x{answer.status:04X}")
     assert keeps_contract(recorder.seen), recorder.seen
 
@@ -302,7 +335,7 @@ def test_the_contract_notices_a_step_that_is_missing_or_late(missing: str) -> No
 @pytest.mark.parametrize(
     ("name", "broken"),
     [
-        ("write_synced", lambda path, parts: path.write_bytes(b"".join(parts))),
+        ("write_synced", lambda path, parts, sync: path.write_bytes(b"".join(parts))),
         ("sync_directory", lambda path: None),
         ("rename_into_place", os.rename),
     ],
@@ -312,7 +345,7 @@ def test_the_recording_notices_a_node_that_skips_a_step(
 ) -> None:
     recorder = Recorder(monkeypatch)
     monkeypatch.setattr(durable, name, broken)
-    answer = lane.ingest.store(store_request())
+    answer = lane.store(store_request())
     recorder.seen.append(f"answer 0x{answer.status:04X}")
     assert answer.status == 0 and not keeps_contract(recorder.seen)
 
@@ -321,54 +354,43 @@ def test_waiting_associations_share_a_commit(lane: Lane, monkeypatch: pytest.Mon
     real, batches = Catalogue.commit, []
     entered, go = threading.Event(), threading.Event()
 
-    def commit(catalogue: Catalogue, batch: list[NewInstance]) -> list[Stored]:
+    def commit(catalogue: Catalogue, batch: list[NewInstance], *, sync: bool) -> list[Stored]:
         batches.append(len(batch))
         entered.set()
         assert go.wait(30)
-        return real(catalogue, batch)
+        return real(catalogue, batch, sync=sync)
 
     monkeypatch.setattr(Catalogue, "commit", commit)
-    queued = []
-    put = lane.committer._waiting.put
     arrived = threading.Semaphore(0)
 
-    class Counting:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(waiting, name)
-
-        def put(self, item: Any) -> None:
-            put(item)
-            queued.append(item)
+    class Turn(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
             arrived.release()
+            return super().wait(timeout)
 
-    waiting = lane.committer._waiting
-    lane.committer._waiting = Counting()  # type: ignore[assignment]
+    class Ticket(commit_module._Ticket):
+        def __init__(self, instance: NewInstance, sync: bool) -> None:
+            super().__init__(instance, sync, Turn())
+
+    monkeypatch.setattr(commit_module, "_Ticket", Ticket)
     with ThreadPoolExecutor(12) as pool:
-        first = pool.submit(lane.ingest.store, store_request(sop="1.2.0"))
-        assert entered.wait(30) and arrived.acquire(timeout=30)
-        rest = [pool.submit(lane.ingest.store, store_request(sop=f"1.2.{n}")) for n in range(1, 12)]
+        first = pool.submit(lane.store, store_request(sop="1.2.0"))
+        assert entered.wait(30)
+        rest = [pool.submit(lane.store, store_request(sop=f"1.2.{n}")) for n in range(1, 12)]
         for _ in rest:
             assert arrived.acquire(timeout=30)
         go.set()
         assert [f.result(30).status for f in (first, *rest)] == [0] * 12
-    lane.committer._waiting = waiting
     assert batches == [1, 11]
     assert lane.rows() == lane.files() and len(lane.rows()) == 12
     assert len(lane.commits) == 2
 
 
 def test_failure_of_a_shared_commit_reaches_every_one(lane: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
-    def commit(catalogue: Catalogue, batch: list[NewInstance]) -> list[Stored]:
+    def commit(catalogue: Catalogue, batch: list[NewInstance], *, sync: bool) -> list[Stored]:
         raise StorageError("commit to the index", "locked", retryable=True)
 
     monkeypatch.setattr(Catalogue, "commit", commit)
     with ThreadPoolExecutor(6) as pool:
-        answers = list(pool.map(lambda n: lane.ingest.store(store_request(sop=f"1.2.{n}")), range(6)))
+        answers = list(pool.map(lambda n: lane.store(store_request(sop=f"1.2.{n}")), range(6)))
     assert [a.status for a in answers] == [0xA700] * 6 and lane.files() == set()
-
-
-def test_close_ends_the_committer(tmp_path: Path, db: Database) -> None:
-    lane = Lane(tmp_path / "data", db)
-    lane.committer.commit(instance(file=lane.store.new_name("1.2")))
-    lane.committer.close()
-    assert not lane.committer._thread.is_alive()

@@ -31,7 +31,8 @@ from dicomnode.index.database import Database
 from dicomnode.infer.decode import PoolDecoder, Undecodable
 from dicomnode.infer.volume import read_header
 from dicomnode.infer.worker import Worker
-from dicomnode.receive.listener import Listener, listen
+from dicomnode.receive.acceptor import Door, listen
+from dicomnode.receive.listener import Listener
 from dicomnode.receive.part10 import file_meta
 from dicomnode.settings import Delivery, Peer, Settings
 from dicomnode.supervisor import EXIT_CONFIGURATION, Child, Supervisor
@@ -80,7 +81,7 @@ def test_a_damaged_result_file_does_not_stop_the_courier(tmp_path: Path, damage:
     for key, data in enumerate((damage(part10(image())), part10(image()))):
         path = tmp_path / f"{key}.dcm"
         path.write_bytes(data)
-        outgoing.append(Outgoing(key, path, CTImageStorage, ExplicitVRLittleEndian))
+        outgoing.append(Outgoing(key, path, CTImageStorage, ExplicitVRLittleEndian, f"1.5.{key}"))
     outcomes: list[SendOutcome] = []
     try:
         send_batch("NODE", peer, Delivery(connect_seconds=5, response_seconds=5), outgoing, outcomes.append)
@@ -149,12 +150,12 @@ def test_an_unexpected_fault_while_storing_is_answered_and_told(db: Database, tm
         peers=[{"name": "ct1", "ae_title": "CT1", "allow": ["store"]}],
     )
     listening = listen("127.0.0.1", 0)
-    listener = Listener(settings, db, listening, "receiver-1")
+    listener = Listener(settings, db, [Door(listening)], "receiver-1")
 
     def broken(_: Any) -> None:
         raise KeyError(CANARY)
 
-    listener.ingest = SimpleNamespace(store=broken)  # type: ignore[assignment]
+    listener.ingest = SimpleNamespace(begin=broken)  # type: ignore[assignment]
     listener.start()
     sender = AE(ae_title="CT1")
     sender.add_requested_context(CTImageStorage, ExplicitVRLittleEndian)
@@ -185,22 +186,23 @@ def test_a_charset_padded_with_nul_is_understood_and_a_broken_one_is_latin_1() -
 
 
 def test_an_association_whose_end_could_not_be_recorded_is_recorded_later(db: Database, tmp_path: Path) -> None:
-    listener = Listener(Settings(node={"data_dir": tmp_path / "data"}), db, listen("127.0.0.1", 0), "receiver-1")
+    door = Door(listen("127.0.0.1", 0))
+    listener = Listener(Settings(node={"data_dir": tmp_path / "data"}), db, [door], "receiver-1")
     closed = listener.catalogue.association_closed
     listener.catalogue.association_opened(association_id="a", receiver="r", peer="p", ae="A", address="x")
 
     def full(*_: Any) -> None:
         raise StorageError("commit to the index", "no space left")
 
-    assoc: Any = SimpleNamespace(node_id="a", node_peer=object(), dul=SimpleNamespace(socket=None))
+    wire = SimpleNamespace(violation="")
+    assoc: Any = SimpleNamespace(node_id="a", node_peer=object(), node_closed=False, wire=wire)
     listener.catalogue.association_closed = full  # type: ignore[method-assign]
     with pytest.raises(StorageError):
-        listener.on_released(SimpleNamespace(assoc=assoc))
+        listener._on_released(SimpleNamespace(assoc=assoc))
     listener.catalogue.association_closed = closed  # type: ignore[method-assign]
-    listener.finished(assoc, "x")
+    listener._finished(assoc, "x")
     assert db.value("SELECT state FROM associations") == "lost"
-    listener._server.socket.close()
-    listener.committer.close()
+    door.listening.close()
 
 
 # custody

@@ -101,6 +101,16 @@ def test_every_condition_must_hold_and_missing_is_empty() -> None:
     assert rule_matches(rule("all", "m"), {})
 
 
+def test_everyone_whom_a_matching_rule_names_is_notified() -> None:
+    rules = [
+        Rule(name="a", models=("lung",), notify=("ris", "ehr")),
+        Rule(name="b", models=("lung",), notify=("ehr", "board")),
+        Rule(name="c", models=("lung",), match={"Modality": "MR"}, notify=("never",)),
+    ]
+    (lung,) = requests_for(rules, {"Modality": "CT"})
+    assert lung.notify == ("ris", "ehr", "board")
+
+
 def test_rules_that_name_one_model_share_its_job() -> None:
     rules = [
         rule("a", "lung", "bone", priority="batch", send_to=("pacs",), Modality="CT"),

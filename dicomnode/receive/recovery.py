@@ -1,0 +1,121 @@
+"""After a power cut: what the journal holds beyond the last retirement is stored again.
+
+After a mere crash of the process everything is there already; then this only makes it durable.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dicomnode import durable, logs
+from dicomnode.durable import ObjectStore
+from dicomnode.errors import MalformedDataSet, StorageError
+from dicomnode.header import Wanted, read_header
+from dicomnode.index.catalogue import Catalogue, NewInstance, Stored
+from dicomnode.index.journals import Journals
+from dicomnode.receive.journal import SUFFIX, Found, Journal
+from dicomnode.receive.part10 import file_meta
+
+
+def fields_of(
+    *, sop_class_uid: str, sop_instance_uid: str, transfer_syntax_uid: str, calling_ae: str, association_id: str
+) -> dict[str, str]:
+    """What a record has to say beside the data set."""
+    return {
+        "class": sop_class_uid,
+        "instance": sop_instance_uid,
+        "syntax": transfer_syntax_uid,
+        "ae": calling_ae,
+        "association": association_id,
+    }
+
+
+def recover(journal: Journal, catalogue: Catalogue, store: ObjectStore, wanted: Wanted) -> int:
+    """Store again what is not retired; returns how many objects. The journal is empty afterwards.
+
+    Raises StorageError when the disk does not allow it: nothing may be accepted then.
+    """
+    journals = Journals(catalogue.db)
+    retired = highest = journals.retired(journal.mark)
+    count = 0
+    for found in journal.records(after=retired):
+        highest = max(highest, found.number)
+        count += _store_again(found, catalogue, store, wanted)
+    if highest > retired:
+        journals.retire(journal.mark, highest)
+    journal.begin_after(highest)
+    return count
+
+
+def recover_others(folder: Path, own: Path, catalogue: Catalogue, store: ObjectStore, wanted: Wanted) -> int:
+    """Journals of receivers that do not run any more, as after a change of ``dimse.workers``."""
+    count = 0
+    for path in sorted(folder.glob(f"*{SUFFIX}")):
+        if path == own:
+            continue
+        try:
+            journal = Journal(path, path.stat().st_size)
+        except (StorageError, OSError):
+            continue  # its receiver runs
+        try:
+            count += recover(journal, catalogue, store, wanted)
+        finally:
+            journal.close()
+    return count
+
+
+def _store_again(found: Found, catalogue: Catalogue, store: ObjectStore, wanted: Wanted) -> int:
+    """Durable file, then durable row; 0 when the object was refused at the time."""
+    fields = found.fields
+    meta = file_meta(
+        sop_class_uid=fields["class"],
+        sop_instance_uid=fields["instance"],
+        transfer_syntax_uid=fields["syntax"],
+        source_ae=fields["ae"],
+    )
+    try:
+        attributes = read_header(found.data_set, fields["syntax"], wanted)
+    except MalformedDataSet:
+        return 0
+    if (attributes.get("SOPInstanceUID"), attributes.get("SOPClassUID")) != (fields["instance"], fields["class"]):
+        return 0
+    if not attributes.get("StudyInstanceUID") or not attributes.get("SeriesInstanceUID"):
+        return 0
+    data_hash = durable.hash_object(found.data_set, meta)
+    held = catalogue.holds(fields["instance"], data_hash.whole)
+    name = store.new_name(attributes["SeriesInstanceUID"])
+    path = store.stage(name, [meta, found.data_set])
+    if held:  # the row survived: its file may not have
+        durable.rename_into_place(path, store.path(held))
+        durable.sync_directory(store.path(held).parent)
+        return 1
+    durable.sync_directory(path.parent)
+    new = NewInstance(
+        attributes=attributes,
+        transfer_syntax_uid=fields["syntax"],
+        file=name,
+        size=len(meta) + len(found.data_set),
+        sha256=data_hash.whole,
+        dataset_sha256=data_hash.data_set,
+        association_id=fields["association"],
+    )
+    if catalogue.commit([new]) == [Stored.duplicate]:
+        _mend_copy(new, path, catalogue, store)
+    logs.get().info("object stored again from the journal", instance=logs.uid_hash(fields["instance"]))
+    return 1
+
+
+def _mend_copy(new: NewInstance, path: Path, catalogue: Catalogue, store: ObjectStore) -> None:
+    """Another sender's copy of the same data set has the row; it may never have become durable."""
+    uid = new.attributes["SOPInstanceUID"]
+    serving = store.path(catalogue.file_of(uid))
+    try:
+        intact = durable.object_intact(serving, catalogue.hash_of(uid))
+    except OSError:
+        intact = False
+    if intact:
+        durable.sync_file(serving)
+        durable.sync_directory(serving.parent)
+        durable.remove(path)
+    else:
+        catalogue.mend_file(uid, file=new.file, size=new.size, sha256=new.sha256)

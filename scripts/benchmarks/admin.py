@@ -1,0 +1,102 @@
+"""The admin API while four senders fill the node."""
+
+from __future__ import annotations
+
+import http.client
+import threading
+import time
+
+from benchmarks import clients, data
+from benchmarks.data import ObjectSet
+from benchmarks.node import AE_TITLE, Node
+from benchmarks.report import Figures, Goal, Row, Section
+from benchmarks.tools import LOOPBACK, NO_DELAY, Bench, BenchError, percentile, remove, say, timed
+
+SENDERS = 4
+LIMIT_MS = 50.0
+PAUSE_SECONDS = 0.02
+PATHS = ("/health", "/api/v1/status", "/api/v1/jobs", "/api/v1/deliveries", "/metrics")
+"""The goal is for these together. ``/ready`` also writes to the index and is shown apart."""
+
+APART = ("/ready",)
+
+
+def run(bench: Bench) -> Section:
+    sets = data.for_senders(bench, "ct", SENDERS, bench.amount(150, 10), 512)
+    node = Node(bench.folder("admin"))
+    with node.serving():
+        say.print("admin API: at rest …")
+        resting = _poll(node, bench.amount(8, 2))
+        say.print(f"admin API: with {SENDERS} senders …")
+        stop = threading.Event()
+        sent: list[int] = []
+        faults: list[BaseException] = []
+        threads = [threading.Thread(target=_fill, args=(node, s, stop, sent, faults)) for s in sets]
+        before = node.instances()
+        for thread in threads:
+            thread.start()
+        loaded = _poll(node, bench.amount(20, 3))
+        stop.set()
+        for thread in threads:
+            thread.join()
+        arrived = node.instances() - before
+        if faults or arrived != sum(sent):
+            raise BenchError(f"intake beside the admin API: {arrived} of {sum(sent)} arrived; {faults[:1]}")
+    for objects in sets:
+        remove(objects.folder)
+    remove(node.folder)
+    rows: list[Row] = []
+    for path in (*PATHS, *APART):
+        rows.append(
+            {
+                "path": path,
+                "requests under load": len(loaded[path]),
+                "p50 ms": f"{percentile(loaded[path], 0.5):.1f}",
+                "p95 ms": f"{percentile(loaded[path], 0.95):.1f}",
+                "most ms": f"{max(loaded[path]):.1f}",
+                "p95 ms at rest": f"{percentile(resting[path], 0.95):.1f}",
+            }
+        )
+    every = [ms for path in PATHS for ms in loaded[path]]
+    worst = percentile(every, 0.95)
+    note = (
+        f"{SENDERS} dcmsend sent {arrived} objects of 526 KB meanwhile, all stored. One connection, "
+        f"{PAUSE_SECONDS * 1000:.0f} ms between requests."
+    )
+    section = Section([Figures("Admin API under intake load", rows, note)])
+    text = f"{worst:.1f} ms of {len(every)} requests"
+    section.goals.append(Goal("admin API under intake load, p95", f"< {LIMIT_MS:.0f} ms", text, worst < LIMIT_MS))
+    section.samples = {"loaded_ms": loaded, "resting_ms": resting, "objects_meanwhile": arrived}
+    return section
+
+
+def _fill(node: Node, objects: ObjectSet, stop: threading.Event, sent: list[int], faults: list[BaseException]) -> None:
+    """Send the set again and again, each time as a new study."""
+    try:
+        while not stop.is_set():
+            objects.renew(durably=False)
+            timed(clients.dcmsend(objects, AE_TITLE)(node.port), NO_DELAY)
+            sent.append(len(objects))
+    except (BenchError, OSError) as error:
+        faults.append(error)
+
+
+def _poll(node: Node, seconds: float) -> dict[str, list[float]]:
+    """Milliseconds of each request; every answer must be 200 and complete."""
+    found: dict[str, list[float]] = {path: [] for path in (*PATHS, *APART)}
+    connection = http.client.HTTPConnection(LOOPBACK, node.http, timeout=30)
+    deadline = time.monotonic() + seconds
+    try:
+        while time.monotonic() < deadline or not found[APART[-1]]:
+            for path, times in found.items():
+                begin = time.perf_counter()
+                connection.request("GET", path)
+                reply = connection.getresponse()
+                reply.read()
+                times.append(1000 * (time.perf_counter() - begin))
+                if reply.status != 200:
+                    raise BenchError(f"GET {path} was answered with {reply.status}")
+                time.sleep(PAUSE_SECONDS)
+    finally:
+        connection.close()
+    return found
