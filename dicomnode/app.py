@@ -25,10 +25,12 @@ from dicomnode.index.operation import BEAT_SECONDS, Events, Processes
 from dicomnode.records import Analysis, EncodedObject, ModelIdentity, ResultIdentity, SourceInstance
 from dicomnode.settings import Settings
 from dicomnode.supervisor import EXIT_CONFIGURATION, Child, Supervisor
+from dicomnode.tls import Transport
 
 PROCESSES = ("receiver", "worker", "courier", "sidecar")
 MANUFACTURER = "dicomnode"
 JOB_GRACE_SECONDS = 2.0
+COURIER_GRACE_SECONDS = 2.0
 BIND_SECONDS = 3.0
 SWEEP_SECONDS = 15.0
 """One folder of the store is swept this often: all 256 in about an hour."""
@@ -114,23 +116,26 @@ def command(process: str, config: Path | None, *extra: str) -> list[str]:
     return [*argv, "--config", str(config)] if config else argv
 
 
-def run_receiver(settings: Settings, config: Path | None, *, fd: int = -1, slot: int = 0) -> int:
-    """Accept associations; with several workers, supervise them on one listening socket."""
-    from dicomnode.receive.acceptor import listen
-    from dicomnode.receive.listener import Listener
-
+def run_receiver(settings: Settings, config: Path | None, *, fd: int = -1, tls_fd: int = -1, slot: int = 0) -> int:
+    """Accept associations; with several workers, supervise them on the listening sockets."""
     if fd >= 0:
-        return _run_listener(settings, socket.socket(fileno=fd), f"receiver-{slot}", Listener)
-    listening = _listen(listen, settings)
+        return _run_listener(settings, _doors([fd, tls_fd]), f"receiver-{slot}")
+    if settings.tls.port is not None:
+        Transport(settings.tls).load()  # who starts the node hears at once what is wrong with the files
+    sockets = [_listen(settings.dimse.host, settings.dimse.port)]
+    if settings.tls.port is not None:
+        sockets.append(_listen(settings.tls.host, settings.tls.port, "tls"))
     if settings.dimse.workers == 1:
-        return _run_listener(settings, listening, "receiver-1", Listener)
+        return _run_listener(settings, _doors([s.detach() for s in sockets]), "receiver-1")
     shell = Shell(settings, "receiver")
-    host, port = listening.getsockname()[:2]
-    shell.detail = lambda: {"host": host, "port": port, "workers": settings.dimse.workers}
-    number = listening.fileno()
-    os.set_inheritable(number, True)
+    shell.detail = lambda: {**_where(sockets), "workers": settings.dimse.workers}
+    numbers = [sock.fileno() for sock in sockets]
+    options: list[str] = []
+    for option, number in zip(("--fd", "--tls-fd"), numbers, strict=False):
+        os.set_inheritable(number, True)
+        options += [option, str(number)]
     children = [
-        Child(f"receiver-{n}", command("receiver", config, "--fd", str(number), "--slot", str(n)), (number,))
+        Child(f"receiver-{n}", command("receiver", config, *options, "--slot", str(n)), tuple(numbers))
         for n in range(1, settings.dimse.workers + 1)
     ]
     shell.ready()
@@ -140,25 +145,40 @@ def run_receiver(settings: Settings, config: Path | None, *, fd: int = -1, slot:
         shell.close()
 
 
-def _listen(listen: Callable[[str, int], socket.socket], settings: Settings) -> socket.socket:
+def _listen(host: str, port: int, section: str = "dimse") -> socket.socket:
     """Bind, with patience for a former life of this receiver that is still going."""
+    from dicomnode.receive.acceptor import listen
+
     deadline = time.monotonic() + BIND_SECONDS
     while True:
         try:
-            return listen(settings.dimse.host, settings.dimse.port)
+            return listen(host, port, section=section)
         except OperatorError:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.1)
 
 
-def _run_listener(settings: Settings, listening: socket.socket, name: str, listener_type: Any) -> int:
+def _doors(numbers: Sequence[int]) -> list[Any]:
+    """Listening sockets by descriptor: the plain one, then that of TLS where there is one."""
     from dicomnode.receive.acceptor import Door
 
+    return [Door(socket.socket(fileno=n), tls=bool(place)) for place, n in enumerate(numbers) if n >= 0]
+
+
+def _where(sockets: Sequence[socket.socket]) -> dict[str, Any]:
+    names = [sock.getsockname()[:2] for sock in sockets]
+    found = {"host": names[0][0], "port": names[0][1]}
+    return {**found, "tls_port": names[1][1]} if len(names) > 1 else found
+
+
+def _run_listener(settings: Settings, doors: Sequence[Any], name: str) -> int:
+    from dicomnode.receive.listener import Listener
+
     shell = Shell(settings, name)
-    host, port = listening.getsockname()[:2]
-    listener = listener_type(settings, shell.db, [Door(listening)], name, dimse_services(settings, shell.db))
-    shell.detail = lambda: {"host": host, "port": port, "associations": listener.open_associations()}
+    where = _where([door.listening for door in doors])
+    listener = Listener(settings, shell.db, doors, name, dimse_services(settings, shell.db))
+    shell.detail = lambda: {**where, "associations": listener.open_associations()}
     shell.healthy = listener.accepting
     listener.start()
     shell.ready()
@@ -171,9 +191,9 @@ def _run_listener(settings: Settings, listening: socket.socket, name: str, liste
 
 def dimse_services(settings: Settings, db: Database) -> Sequence[Any]:
     """What the acceptor serves beside C-ECHO and C-STORE."""
-    from dicomnode.serve import ProcedureSteps, QueryRetrieve
+    from dicomnode.serve import Commitment, ProcedureSteps, QueryRetrieve
 
-    return [QueryRetrieve(settings, db), ProcedureSteps(settings, db)]
+    return [QueryRetrieve(settings, db), ProcedureSteps(settings, db), Commitment(settings, db)]
 
 
 def run_worker(settings: Settings) -> int:
@@ -289,17 +309,35 @@ def encoder(settings: Settings) -> Callable[..., Sequence[EncodedObject]]:
 
 
 def run_courier(settings: Settings) -> int:
-    """Send results to DICOM peers."""
+    """Send results to DICOM peers, ask them for commitment, and report what they asked for."""
     from dicomnode.custody.sweep import Sweeper
+    from dicomnode.deliver.commitment import Asker
     from dicomnode.deliver.courier import Courier
+    from dicomnode.deliver.crew import Crew
     from dicomnode.deliver.notify import Notifier
+    from dicomnode.deliver.reporter import Reporter
 
     shell = Shell(settings, "courier")
     bell = doorbell.Doorbell(settings.node.data_dir, "courier")
-    courier = Courier(settings, shell.db, "courier")
-    courier.start()
+
+    def look_again() -> None:
+        doorbell.ring(settings.node.data_dir, "courier")
+
+    crews = [Crew(settings.delivery.parallel, look_again) for _ in range(3)]
+    notices = Crew(1)
     notifier = Notifier(settings, shell.db, "courier")
-    notifier.start()
+    stages: list[Courier | Asker | Reporter] = [
+        Courier(settings, shell.db, "courier", crews[0]),
+        Asker(settings, shell.db, "courier", crews[1]),
+        Reporter(settings, shell.db, "courier", crews[2]),
+    ]
+    for stage in (*stages, notifier):
+        stage.start()
+
+    def notify() -> bool:
+        notifier.run_once()
+        return False
+
     sweeper = Sweeper(shell.db, durable.ObjectStore(settings.node.data_dir))
     sweep_at = time.monotonic() + SWEEP_SECONDS
     shell.ready()
@@ -307,8 +345,8 @@ def run_courier(settings: Settings) -> int:
     while not shell.stop.is_set():
         bell.wait(min(wait, doorbell.SLOW_BEAT_SECONDS))
         try:
-            wait = courier.run_once()
-            wait = min(wait, notifier.run_once())
+            wait = min(stage.run_once() for stage in stages)
+            notices.take("notify", notify)
             if time.monotonic() >= sweep_at:
                 sweep_at = time.monotonic() + SWEEP_SECONDS
                 removed = sweeper.run_once()
@@ -317,7 +355,11 @@ def run_courier(settings: Settings) -> int:
         except NodeError as error:
             shell.log.error("delivery failed, trying again", error=str(error))
             wait = doorbell.SLOW_BEAT_SECONDS
+    deadline = time.monotonic() + COURIER_GRACE_SECONDS
+    ended = [crew.close(max(0.0, deadline - time.monotonic())) for crew in (*crews, notices)]
     shell.close()
+    if not all(ended):
+        os._exit(0)  # a peer is still waited for; what was on its way goes again, under the same UIDs
     return 0
 
 
@@ -349,10 +391,12 @@ def verify_model(settings: Settings, path: Path) -> None:
     open_model(path, engine, threads=settings.inference.threads).close()
 
 
-def run_process(process: str, settings: Settings, config: Path | None, *, fd: int = -1, slot: int = 0) -> int:
+def run_process(
+    process: str, settings: Settings, config: Path | None, *, fd: int = -1, tls_fd: int = -1, slot: int = 0
+) -> int:
     """Entry of ``dicomnode run``; returns the exit code."""
     if process == "receiver":
-        return run_receiver(settings, config, fd=fd, slot=slot)
+        return run_receiver(settings, config, fd=fd, tls_fd=tls_fd, slot=slot)
     if process == "worker":
         return run_worker(settings)
     if process == "courier":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -12,11 +11,16 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from dicomnode import __version__, logs
+from dicomnode.cli_common import Config, Json, Limit, console
+from dicomnode.cli_common import index as _index
+from dicomnode.cli_common import output as _print
+from dicomnode.cli_common import settings_of as _settings
+from dicomnode.cli_common import table as _table
+from dicomnode.cli_delivery import commitments_app, deliveries_app
 from dicomnode.errors import NodeError, OperatorError
-from dicomnode.settings import Settings, load_settings
+from dicomnode.settings import Settings
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,18 +30,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # they show values
 )
 jobs_app = typer.Typer(no_args_is_help=True, help="Analyses: list, show, retry.")
-deliveries_app = typer.Typer(no_args_is_help=True, help="Results on their way to DICOM peers: list, retry.")
 models_app = typer.Typer(no_args_is_help=True, help="Model bundles: list, verify, activate, rollback.")
 app.add_typer(jobs_app, name="jobs")
 app.add_typer(deliveries_app, name="deliveries")
+app.add_typer(commitments_app, name="commitments")
 app.add_typer(models_app, name="models")
-
-Config = Annotated[
-    Path | None, typer.Option("--config", envvar="DICOMNODE_CONFIG", help="TOML file; default from DICOMNODE_CONFIG.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Limit = Annotated[int, typer.Option("--limit", min=1, help="Most rows to print.")]
-console = Console(highlight=False, markup=False, soft_wrap=True)
 
 
 def main() -> None:
@@ -53,54 +50,6 @@ def main() -> None:
         sys.exit(1)
 
 
-def _settings(config: Path | None) -> Settings:
-    if config is None:
-        raise OperatorError("start", "no configuration given", "Use --config FILE or set DICOMNODE_CONFIG")
-    logs.configure("cli", "warning", "console")
-    return load_settings(config)
-
-
-@contextmanager
-def _index(settings: Settings) -> Iterator[Any]:
-    from dicomnode.index.database import Database
-
-    if not settings.node.data_dir.is_dir():
-        raise OperatorError(
-            "open index", f"{settings.node.data_dir} does not exist", "Start the node once, or check node.data_dir"
-        )
-    try:
-        db = Database(settings.node.data_dir)
-    except PermissionError:
-        raise OperatorError(
-            "open index",
-            f"no permission for {settings.node.data_dir}",
-            "Run as the node's user, e.g. sudo -u dicomnode",
-        ) from None
-    try:
-        yield db
-    finally:
-        db.close()
-
-
-def _print(data: Any, as_json: bool, show: Callable[[Any], None]) -> None:
-    if as_json:
-        sys.stdout.write(json.dumps(data, indent=2, default=str, ensure_ascii=False) + "\n")
-    else:
-        show(data)
-
-
-def _table(rows: list[dict[str, Any]], columns: dict[str, str], empty: str) -> None:
-    if not rows:
-        console.print(empty)
-        return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in columns.values():
-        table.add_column(title, overflow="fold")
-    for row in rows:
-        table.add_row(*("" if row.get(key) is None else str(row.get(key)) for key in columns))
-    console.print(table)
-
-
 @app.command()
 def serve(config: Config = None) -> None:
     """Run the node in the foreground: receiver, worker, courier and sidecar."""
@@ -114,6 +63,7 @@ def run(
     process: Annotated[str, typer.Argument(help="receiver, worker, courier or sidecar")],
     config: Config = None,
     fd: Annotated[int, typer.Option(hidden=True)] = -1,
+    tls_fd: Annotated[int, typer.Option(hidden=True)] = -1,
     slot: Annotated[int, typer.Option(hidden=True)] = 0,
 ) -> None:
     """Run one process of the node; systemd units use this."""
@@ -124,7 +74,7 @@ def run(
         raise OperatorError("run", f"there is no process '{process}'", f"One of: {', '.join(node.PROCESSES)}")
     if os.environ.get(SUPERVISED):
         die_with_parent()
-    raise typer.Exit(node.run_process(process, _settings(config), config, fd=fd, slot=slot))
+    raise typer.Exit(node.run_process(process, _settings(config), config, fd=fd, tls_fd=tls_fd, slot=slot))
 
 
 @app.command("check-config")
@@ -140,11 +90,8 @@ def check_config(config: Config = None, as_json: Json = False) -> None:
 
     def show(_: dict[str, Any]) -> None:
         console.print(f"{config}: {'WRONG' if wrong else 'OK'}")
-        for line in summary(settings):
+        for line in summary(settings, findings):
             console.print(f"  {line}")
-        for finding in findings:
-            if finding.level is not Level.note:
-                console.print(f"  {finding.level.value} {finding.check}: {finding.text}. {finding.hint}".rstrip(". "))
 
     _print({**settings.model_dump(mode="json"), "findings": [f.as_dict() for f in findings]}, as_json, show)
     if wrong:
@@ -181,6 +128,8 @@ def status(config: Config = None, as_json: Json = False) -> None:
             ("stored", data["instances"]),
             ("jobs", data["jobs"]),
             ("deliveries", data["deliveries"]),
+            ("commitments asked by peers", data["commitments"]["scp"]),
+            ("commitments asked of peers", data["commitments"]["scu"]),
             ("cloud", data["sync_items"]),
         ):
             text = ", ".join(f"{n} {name}" for name, n in counts.items() if n) or "none"
@@ -217,11 +166,12 @@ def echo(
     import time
 
     from dicomnode.deliver.scu import echo as c_echo
+    from dicomnode.tls import Transport
 
     settings = _settings(config)
     target = _peer(settings, peer)
     begin = time.perf_counter()
-    c_echo(settings.node.ae_title, target, settings.delivery)
+    c_echo(settings.node.ae_title, target, settings.delivery, Transport(settings.tls))
     seconds = round(time.perf_counter() - begin, 3)
     data = {"peer": peer, "ae_title": target.ae_title, "status": "success", "seconds": seconds}
     _print(data, as_json, lambda d: console.print(f"{peer} ({target.ae_title}) answered in {d['seconds']} s"))
@@ -244,12 +194,14 @@ def send(
 ) -> None:
     """C-STORE files to a peer, as they are; exit 1 when one was not stored."""
     from dicomnode.deliver.files import find_files, send_files
+    from dicomnode.tls import Transport
 
     settings = _settings(config)
     target = _peer(settings, peer)
     found, skipped = find_files(paths)
     with _progress(len(found), f"sending to {peer}") as advance:
-        report = send_files(settings.node.ae_title, target, settings.delivery, found, lambda _: advance())
+        transport = Transport(settings.tls)
+        report = send_files(settings.node.ae_title, target, settings.delivery, found, lambda _: advance(), transport)
     data = {
         "peer": peer,
         "stored": sum(o.sent == "stored" for o in report),
@@ -340,39 +292,6 @@ def jobs_retry(job: Annotated[int, typer.Argument()], config: Config = None, as_
         Jobs(db).retry(job)
         doorbell.ring(settings.node.data_dir, "worker")
     _print({"job": job, "state": "pending"}, as_json, lambda _: console.print(f"job {job} waits again"))
-
-
-@deliveries_app.command("list")
-def deliveries_list(
-    config: Config = None,
-    as_json: Json = False,
-    limit: Limit = 50,
-    state: Annotated[str | None, typer.Option(help="only this state")] = None,
-) -> None:
-    """Deliveries, newest first: state, attempts and the last answer of the peer."""
-    from dicomnode.index.outbox import Outbox
-
-    columns = {
-        "id": "delivery", "job_id": "job", "kind": "object", "destination": "to", "state": "state",
-        "attempts": "tries", "created_time": "made", "finished_time": "stored", "last_error": "last error",
-    }  # fmt: skip
-    with _index(_settings(config)) as db:
-        _print(
-            Outbox(db, "deliveries").listing(limit, state), as_json, lambda rows: _table(rows, columns, "no deliveries")
-        )
-
-
-@deliveries_app.command("retry")
-def deliveries_retry(delivery: Annotated[int, typer.Argument()], config: Config = None, as_json: Json = False) -> None:
-    """Send a rejected delivery again, or a waiting one at once."""
-    from dicomnode import doorbell
-    from dicomnode.index.outbox import Outbox
-
-    settings = _settings(config)
-    with _index(settings) as db:
-        Outbox(db, "deliveries").requeue(delivery)
-        doorbell.ring(settings.node.data_dir, "courier")
-    _print({"delivery": delivery}, as_json, lambda _: console.print(f"delivery {delivery} is sent again"))
 
 
 @models_app.command("list")

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
+from dicomnode.findings import Finding, Level
 from dicomnode.settings import Settings
 
 
-def summary(settings: Settings) -> Iterator[str]:
-    """For ``check-config``; what is wrong is told by the findings beside it."""
+def summary(settings: Settings, findings: Iterable[Finding]) -> Iterator[str]:
+    """For ``check-config``: the settings, then ``findings`` that are more than notes."""
     titles = ", ".join(settings.node.ae_titles)
     yield f"AE title {titles}, DICOM on {settings.dimse.host}:{settings.dimse.port}"
     yield _tls(settings)
     yield f"data in {settings.node.data_dir}"
     yield f"peers: {', '.join(p.name for p in settings.peers) or 'none: every caller is rejected'}"
     for peer in settings.peers:
-        idle = [s for s in peer.allow if s in ("commit", "mpps")] + ["commitment"] * peer.commitment
-        if idle:
-            yield f"note: peer {peer.name}: {', '.join(idle)} has no effect yet in this version"
+        if "commit" in peer.allow and not peer.reachable:
+            yield (
+                f"note: peer {peer.name} has no host and port: it gets a report of storage commitment only on the"
+                " association of its request"
+            )
     for rule in settings.rules:
         yield f"rule {rule.name}: {', '.join(rule.models)} -> {', '.join(rule.send_to) or 'nowhere'}"
     if not settings.rules:
         yield "rules: none: what arrives is stored and indexed, nothing is analysed"
+    for finding in findings:
+        if finding.level is not Level.note:
+            yield f"{finding.level.value} {finding.check}: {finding.text}. {finding.hint}".rstrip(". ")
 
 
 def _tls(settings: Settings) -> str:

@@ -29,6 +29,7 @@ from dicomnode import durable
 from dicomnode.errors import BundleError, NodeError
 from dicomnode.findings import Finding, Level
 from dicomnode.settings import EngineName, Peer, Settings
+from dicomnode.tls import Transport
 from dicomnode.tls_check import tls_findings
 
 __all__ = ["Finding", "Level", "examine"]
@@ -373,7 +374,7 @@ def _echo(settings: Settings, peer: Peer) -> Finding:
     )
     begin = time.perf_counter()
     try:
-        echo(settings.node.ae_title, peer, limits)
+        echo(settings.node.ae_title, peer, limits, Transport(settings.tls))
     except NodeError as error:
         level = Level.fault if wanted else Level.warn
         hint = error.hint + ("; its results wait and are sent when it is back" if wanted else "")

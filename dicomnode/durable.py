@@ -73,19 +73,31 @@ def sync_directory(path: Path) -> None:
         os.close(fd)
 
 
+_certain: set[Path] = set()
+"""Directories whose names this process has seen made durable."""
+
+
 def make_directory(path: Path, mode: int = 0o700) -> None:
-    """Create a directory and its parents durably."""
-    if path.is_dir():
+    """Create a directory and its parents durably.
+
+    One that exists is not taken for certain: a former life may have died between making it and
+    the fsync, and what is acknowledged in it would go with its name. So the first call syncs.
+    """
+    if path in _certain and path.is_dir():
         return
     if path.parent != path:
         make_directory(path.parent, mode)
     try:
         path.mkdir(mode=mode)
     except FileExistsError:
-        return
+        if not path.is_dir() or not os.access(path.parent, os.R_OK | os.W_OK):  # then it is not ours to sync
+            return
     except OSError as error:
+        if path.is_dir():  # a read-only system above data_dir
+            return
         raise storage_error(f"create {path}", error) from error
     sync_directory(path.parent)
+    _certain.add(path)
 
 
 def sync_file(path: Path) -> None:
@@ -302,11 +314,10 @@ class ObjectStore:
     def prepare(self) -> None:
         """Create the folders; idempotent."""
         make_directory(self.root)
-        missing = [d for d in self.folders() if not d.is_dir()]
-        for folder in missing:
-            folder.mkdir(mode=0o700, exist_ok=True)
-        if missing:
-            sync_directory(self.root)
+        for folder in self.folders():
+            if not folder.is_dir():
+                folder.mkdir(mode=0o700, exist_ok=True)
+        sync_directory(self.root)  # also when all are there: who made them may not have lived to do it
 
     def folders(self) -> Iterable[Path]:
         return (self.root / f"{i:02x}" for i in range(FANOUT))

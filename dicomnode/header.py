@@ -33,6 +33,8 @@ MAX_KEPT_ITEMS = 16
 """Items of a wanted sequence that are kept; a series is seldom requested more than twice."""
 MAX_ITEM_VALUE = 4 * 1024
 """As MAX_VALUE, for an attribute in an item."""
+MAX_CHARSET = 1024
+"""As MAX_VALUE, for Specific Character Set: what is made of it is cached."""
 MAX_HEAD = 64 * 1024
 """Bytes of a header that are turned to text at once; values behind them are read one by one."""
 
@@ -115,9 +117,8 @@ class Wanted:
     """
 
     def __init__(self, keywords: Iterable[str]) -> None:
-        self.by_tag: dict[int, tuple[str, str]] = {}
-        """Tag -> keyword and VR, of the top level."""
         self.slots = _Slots()
+        tags: set[int] = set()
         sequences: dict[str, _Slots] = {}
         for name in sorted(keywords):
             keyword, _, part = name.partition(".")
@@ -126,14 +127,14 @@ class Wanted:
                 continue
             vr = dictionary_VR(tag)[:2]
             if not part and vr != "SQ":
-                self.by_tag[tag] = (keyword, vr)
+                tags.add(tag)
                 self.slots.add(tag, keyword, vr)
             elif part_tag is not None and vr == "SQ":
-                self.by_tag[tag] = (keyword, vr)
+                tags.add(tag)
                 parts = sequences.setdefault(keyword, _Slots())
                 parts.add(part_tag, part, dictionary_VR(part_tag)[:2])
                 self.slots.add(tag, keyword, vr, parts)
-        self.last = max(self.by_tag, default=0)
+        self.last = max(tags, default=0)
 
 
 def read_header(data: bytes | bytearray | memoryview, transfer_syntax_uid: str, wanted: Wanted) -> dict[str, str]:
@@ -204,7 +205,7 @@ class _Reader:
                 values[keyword] = json.dumps([t for t in texts if t], ensure_ascii=False, separators=(",", ":"))
         return values
 
-    def _explicit(  # noqa: PLR0912 as _skip
+    def _explicit(
         self, found: _Found, slots: _Slots, position: int, end: int, last: int, *, delimited: bool
     ) -> int:
         """Note the places of wanted values in one data set; where it ends.
@@ -404,7 +405,7 @@ class _Reader:
     def _encodings(self, found: _Found, inherited: tuple[str, ...]) -> tuple[str, ...]:
         for slot, start, stop in found:
             if slot.charset:
-                return charset_encodings(bytes(self.data[start : min(stop, start + MAX_VALUE)]))
+                return charset_encodings(bytes(self.data[start : min(stop, start + MAX_CHARSET)]))
         return inherited
 
     def _decode(self, found: _Found, head: str, encodings: tuple[str, ...]) -> dict[str, str]:
@@ -426,6 +427,8 @@ class _Reader:
                 text = text_of(value, vr, encodings, big=self.order is _BIG)
             if text:
                 texts[keyword] = text
+            else:
+                texts.pop(keyword, None)
         texts.pop("", None)
         return texts
 

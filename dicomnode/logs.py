@@ -39,6 +39,7 @@ ALLOWED = frozenset(
         "state",
         "attempts",
         "seconds",
+        "service",
         "count",
         "bytes",
         "status",
@@ -73,6 +74,8 @@ ALLOWED = frozenset(
         "retry_in",
         "exc_type",
         "frames",
+        "failed",
+        "missing",
     )
 )
 

@@ -38,6 +38,7 @@ Stage = Literal[
 AssociationOutcome = Literal["accepted", "rejected", "released", "aborted", "refused", "lost"]
 JobOutcome = Literal["done", "refused", "retried", "failed", "lost"]
 SendOutcome = Literal["stored", "retried", "rejected"]
+ReportOutcome = Literal["done", "retried", "refused"]
 PullOutcome = Literal["activated", "retried", "rejected"]
 ScheduledOutcome = Literal["ok", "failed", "missed"]
 
@@ -59,6 +60,20 @@ STORE_SECONDS = Histogram(
 STORE_BYTES = Counter(
     "dicomnode_store_bytes", "Data-set bytes of objects that were acknowledged with success", registry=REGISTRY
 )
+QUERY_TOTAL = Counter(
+    "dicomnode_query_retrieve",
+    "C-FIND, C-MOVE and C-GET requests answered, by DIMSE status of the final response (PS3.4 C.4)",
+    ["service", "status"],
+    registry=REGISTRY,
+)
+QUERY_SECONDS = Histogram(
+    "dicomnode_query_retrieve_seconds",
+    "From a C-FIND, C-MOVE or C-GET request to its final response, seconds",
+    ["service"],
+    buckets=_SLOW,
+    registry=REGISTRY,
+)
+FIND_ANSWERS = Counter("dicomnode_find_answers", "Matches that were sent in C-FIND responses", registry=REGISTRY)
 ASSOCIATIONS_TOTAL = Counter(
     "dicomnode_associations",
     "DICOM associations: accepted, rejected (A-ASSOCIATE-RJ), released, aborted, lost, or refused before one began",
@@ -86,6 +101,24 @@ PROCEDURE_STEP_TOTAL = Counter(
     ["operation", "status"],
     registry=REGISTRY,
 )
+COMMITMENT_REQUESTS_TOTAL = Counter(
+    "dicomnode_commitment_requests",
+    "N-ACTION requests for storage commitment answered, by DIMSE status",
+    ["status"],
+    registry=REGISTRY,
+)
+COMMITMENT_REPORTS_TOTAL = Counter(
+    "dicomnode_commitment_reports",
+    "Attempts at reports of storage commitment, sent to peers or received from them",
+    ["direction", "outcome"],
+    registry=REGISTRY,
+)
+COMMITMENT_INSTANCES_TOTAL = Counter(
+    "dicomnode_commitment_instances",
+    "Instances in reports of storage commitment; role scp: what this node committed to, scu: what peers did",
+    ["role", "outcome"],
+    registry=REGISTRY,
+)
 SYNC_TOTAL = Counter(
     "dicomnode_sync", "Attempts to send a result to the cloud (STOW-RS)", ["outcome"], registry=REGISTRY
 )
@@ -104,9 +137,10 @@ SCHEDULED_TIME = Gauge(
     registry=REGISTRY,
 )
 
-_FIRST_VALUES: Mapping[str, Iterable[tuple[Counter, tuple[str, ...]]]] = {
+_FIRST_VALUES: Mapping[str, Iterable[tuple[Counter, Iterable[str | tuple[str, ...]]]]] = {
     "receiver": (
         (STORE_TOTAL, ("0x0000",)),
+        (QUERY_TOTAL, (("find", "0x0000"), ("move", "0x0000"), ("get", "0x0000"))),
         (ASSOCIATIONS_TOTAL, ("accepted", "rejected", "released", "aborted", "refused", "lost")),
     ),
     "worker": ((JOBS_TOTAL, ("done", "refused", "retried", "failed", "lost")),),
@@ -128,7 +162,7 @@ def prepare(process: str) -> None:
     """
     for counter, values in _FIRST_VALUES.get(process.partition("-")[0], ()):
         for value in values:
-            counter.labels(value)
+            counter.labels(*((value,) if isinstance(value, str) else value))
 
 
 def stored(status: int, seconds: float, size: int) -> None:
@@ -137,6 +171,14 @@ def stored(status: int, seconds: float, size: int) -> None:
     STORE_SECONDS.observe(seconds)
     if status == 0:
         STORE_BYTES.inc(size)
+
+
+def queried(service: str, status: int, seconds: float, answers: int = 0) -> None:
+    """Count one answered query or retrieve; ``service`` is find, move or get."""
+    QUERY_TOTAL.labels(service, f"0x{status:04X}").inc()
+    QUERY_SECONDS.labels(service).observe(seconds)
+    if answers:
+        FIND_ANSWERS.inc(answers)
 
 
 def association(outcome: AssociationOutcome) -> None:
@@ -178,6 +220,20 @@ def notification(outcome: SendOutcome) -> None:
 def procedure_step(operation: str, status: int) -> None:
     """Count one answered request; ``operation`` is one of ours, not the peer's text."""
     PROCEDURE_STEP_TOTAL.labels(operation, f"0x{status:04X}").inc()
+
+
+def commitment_request(status: int) -> None:
+    COMMITMENT_REQUESTS_TOTAL.labels(f"0x{status:04X}").inc()
+
+
+def commitment_report(direction: Literal["sent", "received"], outcome: ReportOutcome) -> None:
+    COMMITMENT_REPORTS_TOTAL.labels(direction, outcome).inc()
+
+
+def committed(role: Literal["scp", "scu"], count: int, failed: int) -> None:
+    """Count the instances of one report that arrived."""
+    COMMITMENT_INSTANCES_TOTAL.labels(role, "committed").inc(count)
+    COMMITMENT_INSTANCES_TOTAL.labels(role, "failed").inc(failed)
 
 
 def sync(outcome: SendOutcome) -> None:

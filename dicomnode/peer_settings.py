@@ -107,8 +107,8 @@ class Peer(Section):
         (), description="subject CN, DNS name or URI in its certificate; no other one may speak for it"
     )
     called_ae: AETitles = Field((), description="AE titles of this node that it may call; empty: all of them")
-    allow: tuple[Service, ...] = Field((), description="services that it may use here; commit: no effect yet")
-    commitment: bool = Field(False, description="ask for storage commitment after delivery")
+    allow: tuple[Service, ...] = Field((), description="services that it may use here; commit: ask for commitment")
+    commitment: bool = Field(False, description="ask it for storage commitment after delivery")
 
     _check = field_validator("ae_title")(checked_ae_title)
 

@@ -117,6 +117,13 @@ class Delivery(Section):
     connect_seconds: float = Field(10.0, gt=0, description="TCP connect time-out")
     response_seconds: float = Field(60.0, gt=0, description="time for the peer's C-STORE response")
     batch: int = Field(100, ge=1, description="objects on one association")
+    parallel: int = Field(8, ge=1, le=64, description="peers that are served at the same time")
+    commitment_wait_seconds: float = Field(
+        5.0, ge=0, description="how long an association is kept for a report of storage commitment, or its answer"
+    )
+    commitment_timeout_seconds: float = Field(
+        3600.0, gt=0, description="time for a peer's report of storage commitment; then it is asked again"
+    )
 
 
 class ModelPull(Section):

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -19,6 +20,7 @@ from dicomnode.admin.ready import Check, check_port, local_checks
 from dicomnode.admin.status import status_report
 from dicomnode.admin.words import choose_language
 from dicomnode.errors import IllegalTransition, NodeError, OperatorError, StorageError
+from dicomnode.index.commitment import AskState, Commitments, PromiseState
 from dicomnode.index.database import Database, Row
 from dicomnode.index.jobs import Jobs
 from dicomnode.index.notices import Notices, NoticeState
@@ -92,6 +94,7 @@ class Admin:
                 deliveries=Outbox(self.db, "deliveries").listing(25),
                 sync=Outbox(self.db, "sync_items").listing(25),
                 notifications=Notices(self.db).listing(25),
+                commitments=Commitments(self.db).listing(25),
                 language=language,
                 changes_allowed=guard.is_loopback(self.settings.http.host),
             )
@@ -149,6 +152,17 @@ class Admin:
         doorbell.ring(self.settings.node.data_dir, "courier")
         return json_response({"id": notice_id, "state": state}, status=202)
 
+    async def commitments(self, request: web.Request) -> web.Response:
+        limit, state = _listing_query(request, PromiseState, AskState)
+        rows = await self.blocking(Commitments(self.db).listing, limit, state)
+        return json_response({"commitments": rows})
+
+    async def retry_commitment(self, request: web.Request) -> web.Response:
+        commitment_id = int(request.match_info["id"])
+        state = await self.blocking(Commitments(self.db).requeue, commitment_id)
+        doorbell.ring(self.settings.node.data_dir, "courier")
+        return json_response({"id": commitment_id, "state": state}, status=202)
+
     def retry_item(self, table: Table, bell: str) -> Handler:
         async def retry(request: web.Request) -> web.Response:
             item_id = int(request.match_info["id"])
@@ -184,6 +198,8 @@ def make_app(db: Database, settings: Settings, *, own_process: str = "sidecar") 
     app.router.add_post(f"/api/v1/deliveries/{_ITEM}/retry", admin.retry_item("deliveries", "courier"))
     app.router.add_get("/api/v1/notifications", admin.notifications)
     app.router.add_post(f"/api/v1/notifications/{_ITEM}/retry", admin.retry_notification)
+    app.router.add_get("/api/v1/commitments", admin.commitments)
+    app.router.add_post(f"/api/v1/commitments/{_ITEM}/retry", admin.retry_commitment)
     app.router.add_get("/api/v1/sync", admin.outbox("sync_items", "items"))
     app.router.add_post(f"/api/v1/sync/{_ITEM}/retry", admin.retry_item("sync_items", "sidecar"))
     return app
@@ -199,9 +215,10 @@ def _shown(row: Mapping[str, Any]) -> Row:
     return {k: v for k, v in row.items() if k not in _HIDDEN_COLUMNS}
 
 
-def _listing_query(request: web.Request, states: type[JobState] | type[SendState] | type[NoticeState]) -> tuple[int, str | None]:
+def _listing_query(request: web.Request, *kinds: type[StrEnum]) -> tuple[int, str | None]:
     state = request.query.get("state") or None
-    if state is not None and state not in list(states):
+    states = list(dict.fromkeys(state.value for kind in kinds for state in kind))
+    if state is not None and state not in states:
         raise OperatorError("read query", "state is unknown", f"Use one of: {', '.join(states)}")
     try:
         limit = int(request.query.get("limit", LIMIT_DEFAULT))

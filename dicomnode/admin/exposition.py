@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 from dicomnode import __version__, durable, metrics
 from dicomnode.admin.status import MEBIBYTE, library_versions, serving_models
 from dicomnode.index.catalogue import Catalogue
+from dicomnode.index.commitment import Commitments
 from dicomnode.index.database import Database, Row
 from dicomnode.index.jobs import Jobs
 from dicomnode.index.operation import Figures, Models, Processes
@@ -36,6 +37,7 @@ class Facts:
     sync: Mapping[str, int] = field(default_factory=dict)
     sync_rows: list[Row] = field(default_factory=list)
     notifications: list[Row] = field(default_factory=list)
+    commitments: list[Row] = field(default_factory=list)
     procedure_steps: Mapping[str, int] = field(default_factory=dict)
     stored: Mapping[str, int] = field(default_factory=dict)
     open_associations: int = 0
@@ -57,6 +59,7 @@ def read_facts(db: Database, settings: Settings) -> Facts:
         sync=Outbox(db, "sync_items").counts(),
         sync_rows=figures.waiting("sync_items"),
         notifications=figures.waiting("notifications"),
+        commitments=Commitments(db).waiting(),
         procedure_steps=Steps(db).counts(),
         stored=Catalogue(db).counts(),
         open_associations=figures.open_associations(),
@@ -112,6 +115,11 @@ def gauges(facts: Facts) -> list[Metric]:
     oldest_sync = max(
         (r["oldest_seconds"] for r in facts.sync_rows if r["state"] in {"pending", "sending"}), default=0.0
     )
+    oldest_commitment: dict[tuple[str, ...], float] = {(r["role"], r["peer"]): 0.0 for r in facts.commitments}
+    for row in facts.commitments:
+        if row["state"] in {"pending", "reporting", "asking", "waiting"}:
+            key = (row["role"], row["peer"])
+            oldest_commitment[key] = max(oldest_commitment[key], row["oldest_seconds"])
     serving = sorted({(m["name"], m["version"]) for m in serving_models(facts.processes).values()})
     return [
         build,
@@ -145,6 +153,18 @@ def gauges(facts: Facts) -> list[Metric]:
             "Age of the oldest delivery that still waits, seconds",
             ("destination",),
             [((destination,), seconds) for destination, seconds in oldest.items()],
+        ),
+        _gauge(
+            "queue_commitments",
+            "Storage commitment transactions; role scp: asked of this node by the peer, scu: asked of the peer",
+            ("role", "peer", "state"),
+            [((r["role"], r["peer"], r["state"]), r["count"]) for r in facts.commitments],
+        ),
+        _gauge(
+            "queue_oldest_commitment_seconds",
+            "Age of the oldest storage commitment transaction without a report, seconds",
+            ("role", "peer"),
+            oldest_commitment.items(),
         ),
         _gauge(
             "queue_notifications",

@@ -14,7 +14,7 @@ from dicomnode.logs import uid_hash
 from dicomnode.settings import Settings
 
 REFRESH_SECONDS = 10
-_GOOD = {"done", "stored", "ready", "ok", "info", "activated", "superseded"}
+_GOOD = {"done", "stored", "committed", "reported", "answered", "ready", "ok", "info", "activated", "superseded"}
 _BAD = {"failed", "rejected", "error", "silent_state", "problem"}
 _WARN = {"refused", "warning", "starting", "stopping", "retried"}
 
@@ -32,6 +32,7 @@ class View:
     language: Language
     changes_allowed: bool
     notifications: Sequence[Mapping[str, Any]] = ()
+    commitments: Sequence[Mapping[str, Any]] = ()
 
 
 def render(view: View) -> str:
@@ -64,6 +65,7 @@ def render(view: View) -> str:
         _checks(view, w),
         _jobs(view, w),
         _deliveries(view, w),
+        _commitments(view, w),
         _notifications(view, w),
         _sync(view, w),
         _peers(view, w),
@@ -98,6 +100,7 @@ def _numbers(view: View, w: Words) -> Markup:
         ("running_jobs", jobs["running"], ""),
         ("failed_jobs", failed, "bad" if failed else ""),
         ("waiting_deliveries", deliveries["pending"] + deliveries["sending"], ""),
+        ("uncommitted_deliveries", deliveries["committing"], ""),
         ("rejected_deliveries", deliveries["rejected"], "bad" if deliveries["rejected"] else ""),
         ("disk_free", _size(report["disk"]["free_mb"]), "" if report["disk"]["above_reserve"] else "bad"),
     ]
@@ -151,6 +154,29 @@ def _deliveries(view: View, w: Words) -> Markup:
     return _section(w("deliveries"), _outbox(view, w, "deliveries", view.deliveries))
 
 
+def _commitments(view: View, w: Words) -> Markup | None:
+    """Storage commitment in both roles; only where there is any."""
+    if not view.commitments:
+        return None
+    retried = {"scp": ("rejected", "reported", "pending"), "scu": ("waiting", "pending")}
+    rows = [
+        [
+            str(row["id"]),
+            w("asked_by" if row["role"] == "scp" else "asked_of").format(row["peer"]),
+            str(row["instances"]),
+            "" if row["failed"] is None else str(row["failed"]),
+            _pill(row["state"], w),
+            str(row["attempts"]),
+            _error(row["last_error"]),
+            _time(row["created_time"]),
+            _retry(view, w, "commitments", row, retried[row["role"]]),
+        ]
+        for row in view.commitments
+    ]
+    heads = ["id", "asked", "instances", "not_committed", "state", "attempts", "error", "created"]
+    return _section(w("commitment"), _table([*heads, ""], rows, w))
+
+
 def _notifications(view: View, w: Words) -> Markup | None:
     """Only where a rule asks for them."""
     if not view.notifications:
@@ -175,7 +201,7 @@ def _outbox(view: View, w: Words, collection: str, items: Sequence[Mapping[str, 
             str(item["attempts"]),
             _error(item["last_error"]),
             _time(item["created_time"]),
-            _retry(view, w, collection, item, ("rejected", "pending")),
+            _retry(view, w, collection, item, ("rejected", "pending", "committing")),
         ]
         for item in items
     ]

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from dicomnode import __version__, durable
 from dicomnode.clock import iso
 from dicomnode.index.catalogue import Catalogue
+from dicomnode.index.commitment import Commitments
 from dicomnode.index.database import Database, Row
 from dicomnode.index.jobs import Jobs
 from dicomnode.index.notices import Notices
@@ -47,6 +48,7 @@ def status_report(db: Database, settings: Settings) -> dict[str, Any]:
         "oldest_job_seconds": round(figures.oldest_job_seconds(), 1),
         "deliveries": Outbox(db, "deliveries").counts(),
         "sync_items": Outbox(db, "sync_items").counts(),
+        "commitments": Commitments(db).counts(),
         "notifications": Notices(db).counts(),
         "procedure_steps": Steps(db).counts(),
         "destinations": [*_destinations(figures, "deliveries"), *_destinations(figures, "sync_items")],

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 
 from dicomnode import doorbell, durable, logs, metrics
+from dicomnode.deliver.crew import Crew
 from dicomnode.deliver.scu import Outgoing, SendOutcome, Sent, send_batch
 from dicomnode.durable import ObjectStore
 from dicomnode.errors import PeerError
@@ -12,16 +14,21 @@ from dicomnode.index.database import Database, Row
 from dicomnode.index.operation import Events
 from dicomnode.index.outbox import Outbox
 from dicomnode.settings import Peer, Settings
+from dicomnode.tls import Transport
 
 
 class Courier:
-    def __init__(self, settings: Settings, db: Database, owner: str) -> None:
+    """Destinations are served side by side, each with its own lease, by ``crew``."""
+
+    def __init__(self, settings: Settings, db: Database, owner: str, crew: Crew | None = None) -> None:
         self._settings = settings
+        self._crew = crew or Crew(0)
         self._db = db
         self._owner = owner
         self._outbox = Outbox(db, "deliveries")
         self._store = ObjectStore(settings.node.data_dir)
         self._events = Events(db)
+        self._transport = Transport(settings.tls)
         self._log = logs.get()
 
     def start(self) -> None:
@@ -31,25 +38,26 @@ class Courier:
             self._log.info("deliveries resumed", count=count)
 
     def run_once(self) -> float:
-        """Send what is due; returns seconds until the next look is needed at most."""
+        """Have sent what is due; returns seconds until the next look is needed at most."""
         self._outbox.expire()
         for destination in self._outbox.due_destinations():
-            self._serve(destination)
+            self._crew.take(destination, partial(self._serve, destination))
         due = self._outbox.next_due_in()
         return doorbell.SLOW_BEAT_SECONDS if due is None else min(doorbell.SLOW_BEAT_SECONDS, max(due, 0.01))
 
-    def _serve(self, destination: str) -> None:
+    def _serve(self, destination: str) -> bool:
         delivery = self._settings.delivery
         lease = delivery.response_seconds * 2 + delivery.connect_seconds
         items = self._outbox.lease(destination, self._owner, lease, delivery.batch)
         if not items:
-            return
+            return False
         peer = self._settings.peer(destination)
         if peer is None or not peer.reachable:
             for item in items:
                 self._retry(item, f"peer '{destination}' is not in [[peers]] or lacks host and port")
-            return
-        self._send(peer, items, lease)
+        else:
+            self._send(peer, items, lease)
+        return True
 
     def _send(self, peer: Peer, items: list[Row], lease: float) -> None:
         by_id = {int(item["id"]): item for item in items}
@@ -83,7 +91,8 @@ class Courier:
             for i in items
         ]
         try:
-            send_batch(self._settings.node.ae_title, peer, self._settings.delivery, outgoing, report)
+            settings = self._settings
+            send_batch(settings.node.ae_title, peer, settings.delivery, outgoing, report, self._transport)
         except PeerError as error:
             self._log.warning("peer away", peer=peer.name, cause=error.cause, hint=error.hint, count=len(waiting))
             for key in sorted(waiting):
@@ -92,7 +101,7 @@ class Courier:
     def _record(self, item: Row, peer: Peer, outcome: SendOutcome, seconds: float) -> None:
         uid = logs.uid_hash(item["SOPInstanceUID"])
         if outcome.sent is Sent.stored:
-            self._outbox.stored(item["id"], self._owner)
+            self._outbox.stored(item["id"], self._owner, commit=peer.commitment)
             metrics.delivery("stored")
             metrics.observe("deliver", seconds)
             self._log.info(

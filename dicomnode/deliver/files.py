@@ -15,6 +15,7 @@ from dicomnode.dimse.store import NotPart10, data_set_offset
 from dicomnode.errors import MalformedDataSet, OperatorError
 from dicomnode.header import Wanted, read_header
 from dicomnode.settings import Delivery, Peer
+from dicomnode.tls import Transport
 
 _META = Wanted(["MediaStorageSOPClassUID", "TransferSyntaxUID", "MediaStorageSOPInstanceUID"])
 _META_START = 132
@@ -72,6 +73,7 @@ def send_files(
     delivery: Delivery,
     files: Sequence[Outgoing],
     on_outcome: Callable[[SendOutcome], None] | None = None,
+    transport: Transport | None = None,
 ) -> list[SendOutcome]:
     """Send all files, one association where their contexts fit; outcomes in order.
 
@@ -89,10 +91,10 @@ def send_files(
     for file in files:
         wanted = {(file.sop_class_uid, file.transfer_syntax_uid)}
         if batch and len(contexts | wanted) > MAX_CONTEXTS:
-            send_batch(local, peer, delivery, batch, note)
+            send_batch(local, peer, delivery, batch, note, transport)
             batch, contexts = [], set()
         batch.append(file)
         contexts |= wanted
     if batch:
-        send_batch(local, peer, delivery, batch, note)
+        send_batch(local, peer, delivery, batch, note, transport)
     return sorted(outcomes, key=lambda o: o.key)

@@ -13,6 +13,7 @@ from pydicom import config as pydicom_config
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence as Items
+from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pynetdicom.presentation import build_context
 from pynetdicom.sop_class import InstanceAvailabilityNotification
 
@@ -25,6 +26,7 @@ from dicomnode.index.database import Database, Row
 from dicomnode.index.notices import Notices
 from dicomnode.index.operation import Events
 from dicomnode.settings import Peer, Settings
+from dicomnode.tls import Transport
 
 _PASSING = frozenset({0x0110, 0x0124, 0x0210, 0x0213})
 """Processing failure, not authorised, duplicate invocation, resource limitation: these can pass."""
@@ -32,6 +34,7 @@ _PASSING = frozenset({0x0110, 0x0124, 0x0210, 0x0213})
 
 class Notifier:
     def __init__(self, settings: Settings, db: Database, owner: str) -> None:
+        self._transport = Transport(settings.tls)
         self._settings = settings
         self._owner = owner
         self._notices = Notices(db)
@@ -73,8 +76,15 @@ class Notifier:
     def _send(self, peer: Peer, waiting: dict[int, Row]) -> None:
         """Send in order; what was answered leaves ``waiting``. Raises PeerError without an association."""
         settings = self._settings
-        contexts = [build_context(InstanceAvailabilityNotification)]
-        assoc = associate(settings.node.ae_title, peer, contexts, patience(settings.delivery), operation="N-CREATE")
+        contexts = [build_context(InstanceAvailabilityNotification, [ExplicitVRLittleEndian, ImplicitVRLittleEndian])]
+        assoc = associate(
+            settings.node.ae_title,
+            peer,
+            contexts,
+            patience(settings.delivery),
+            operation="N-CREATE",
+            transport=self._transport,
+        )
         try:
             for number, notice in enumerate(list(waiting.values()), start=1):
                 place = str(notice["retrieve_from"])

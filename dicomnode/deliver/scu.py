@@ -19,6 +19,7 @@ from dicomnode.dimse.requestor import MAX_CONTEXTS, Patience, associate
 from dicomnode.dimse.store import NotPart10, send_store
 from dicomnode.errors import PeerAway
 from dicomnode.settings import Delivery, Peer
+from dicomnode.tls import Transport
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +74,10 @@ def patience(delivery: Delivery) -> Patience:
     return Patience(delivery.connect_seconds, delivery.response_seconds)
 
 
-def echo(local: str, peer: Peer, delivery: Delivery) -> None:
+def echo(local: str, peer: Peer, delivery: Delivery, transport: Transport | None = None) -> None:
     """C-ECHO. Raises PeerAway or PeerRefused with what to check."""
-    assoc = associate(local, peer, [build_context(Verification)], patience(delivery), operation="C-ECHO")
+    contexts = [build_context(Verification)]
+    assoc = associate(local, peer, contexts, patience(delivery), operation="C-ECHO", transport=transport)
     try:
         status = assoc.send_c_echo()
         if "Status" not in status or status.Status != 0x0000:
@@ -91,6 +93,7 @@ def send_batch(
     delivery: Delivery,
     objects: Sequence[Outgoing],
     on_outcome: Callable[[SendOutcome], None],
+    transport: Transport | None = None,
 ) -> None:
     """C-STORE each object in order on one association; report each as soon as it is known.
 
@@ -99,7 +102,7 @@ def send_batch(
     PeerAway when no association came about (nothing reported).
     """
     contexts = [build_context(sop_class, syntax) for sop_class, syntax in _contexts(objects)]
-    assoc = associate(local, peer, contexts, patience(delivery), operation="C-STORE")
+    assoc = associate(local, peer, contexts, patience(delivery), operation="C-STORE", transport=transport)
     try:
         accepted = {(str(c.abstract_syntax), str(c.transfer_syntax[0])): c.context_id for c in assoc.accepted_contexts}
         held: set[str] = set()

@@ -21,7 +21,7 @@ from pynetdicom.dimse_primitives import C_CANCEL, N_EVENT_REPORT
 from pynetdicom.dul import DULServiceProvider
 from pynetdicom.transport import AssociationSocket
 
-from dicomnode.dimse.lane import Lane, OpenSink
+from dicomnode.dimse.lane import Lane, OpenSink, message_parts
 from dicomnode.dimse.wire import P_DATA_TF, Silence, Wire, abort_pdu
 
 ESTABLISHED = "Sta6"
@@ -95,8 +95,7 @@ class Provider(DULServiceProvider):  # type: ignore[misc]
         except OSError:
             found = None
         if found is None:
-            self.event_queue.put("Evt17")
-            self._act()
+            self.lost()
             return
         kind, pdu = found
         try:
@@ -106,6 +105,11 @@ class Provider(DULServiceProvider):  # type: ignore[misc]
                 self._control(pdu)
         except OSError:
             self.event_queue.put("Evt17")
+        self._act()
+
+    def lost(self) -> None:
+        """The connection is gone (PS3.8 9.2, event 17)."""
+        self.event_queue.put("Evt17")
         self._act()
 
     def _control(self, data: memoryview) -> None:
@@ -208,6 +212,13 @@ class NodeAssociation(Association):  # type: ignore[misc]
         while self.usable() and self.wire.waiting():
             self.dul.pump(self.wire.limits.pdu_seconds)
 
+    def say(self, context_id: int, command: bytes, data_set: bytes = b"") -> None:
+        """Send a message that is encoded already; a peer that is gone shows in :meth:`usable`."""
+        try:
+            self.wire.send(message_parts(context_id, command, data_set, self.dimse.maximum_pdu_size))
+        except OSError:
+            self.dul.lost()
+
     def wait(self, seconds: float, until: Callable[[], bool]) -> bool:
         """Read messages until ``until()`` is true, the association ends or the time is over."""
         deadline = time.monotonic() + seconds
@@ -230,6 +241,13 @@ class NodeAssociation(Association):  # type: ignore[misc]
         self.wire.cut()
         self.wire.close()
 
+    def settle(self) -> None:
+        """Called before anything but a C-STORE is answered: finish what stored objects still need."""
+
+    def _serve_request(self, msg: Any, context_id: int) -> None:
+        self.settle()
+        super()._serve_request(msg, context_id)
+
     def _run_reactor(self) -> None:
         """Serve until release, abort or silence; in the thread that reads."""
         while not self._kill:
@@ -248,6 +266,7 @@ class NodeAssociation(Association):  # type: ignore[misc]
 
     def _look_for_end(self) -> bool:
         if self.is_established and self.acse.is_release_requested():
+            self.settle()
             self.acse.send_release(is_response=True)
             self.is_released = True
             self.is_established = False
@@ -255,6 +274,7 @@ class NodeAssociation(Association):  # type: ignore[misc]
             self.kill()
             return True
         if self.acse.is_aborted():
+            self.settle()
             self.dul.receive_pdu()
             self.is_aborted = True
             self.is_established = False

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 C_STORE_RQ = 0x0001
 C_STORE_RSP = 0x8001
+C_FIND_RSP = 0x8020
+C_GET_RSP = 0x8010
+C_MOVE_RSP = 0x8021
 NO_DATA_SET = 0x0101
 PRIORITY_MEDIUM = 0x0000
 
@@ -133,6 +136,40 @@ def encode_store_reply(
     if comment:
         body += _pack_text(_COMMENT, comment[:64])
     return _with_length(body + _pack_uid(_SOP_INSTANCE, sop_instance_uid))
+
+
+@dataclass(frozen=True, slots=True)
+class SubOperations:
+    """Numbers of sub-operations in a C-MOVE or C-GET response (PS3.7 tables 9.3-7, 9.3-9)."""
+
+    remaining: int | None
+    completed: int
+    failed: int
+    warning: int
+
+
+def encode_query_reply(
+    *,
+    command_field: int,
+    message_id: int,
+    sop_class_uid: str,
+    status: int,
+    has_data_set: bool,
+    counts: SubOperations | None = None,
+) -> bytes:
+    """C-FIND-RSP, C-MOVE-RSP or C-GET-RSP."""
+    body = (
+        _pack_uid(_SOP_CLASS, sop_class_uid)
+        + _pack_us(_FIELD, command_field)
+        + _pack_us(_RESPONDED, message_id)
+        + _pack_us(_DATA_SET_TYPE, 0x0001 if has_data_set else NO_DATA_SET)
+        + _pack_us(_STATUS, status)
+    )
+    if counts is not None:
+        if counts.remaining is not None:
+            body += _pack_us(0x1020, counts.remaining)
+        body += _pack_us(0x1021, counts.completed) + _pack_us(0x1022, counts.failed) + _pack_us(0x1023, counts.warning)
+    return _with_length(body)
 
 
 def _with_length(body: bytes) -> bytes:

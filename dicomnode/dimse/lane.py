@@ -71,6 +71,18 @@ def pdata_header(context_id: int, size: int, *, command: bool, last: bool) -> by
     return _PDU_PDV.pack(0x04, size + PDV_OVERHEAD, size + 2, context_id, control)
 
 
+def message_parts(context_id: int, command: bytes, data_set: bytes, max_pdu: int) -> list[bytes]:
+    """The P-DATA-TF PDUs of a message; ``max_pdu`` is what the peer takes, 0 for no limit."""
+    parts = [pdata_header(context_id, len(command), command=True, last=True) + command]
+    if data_set:
+        piece = max(max_pdu - PDV_OVERHEAD, 2) & ~1 if max_pdu else len(data_set)
+        for begin in range(0, len(data_set), piece):
+            fragment = data_set[begin : begin + piece]
+            last = begin + piece >= len(data_set)
+            parts += (pdata_header(context_id, len(fragment), command=False, last=last), fragment)
+    return parts
+
+
 class Lane:
     """Puts the messages of one association together."""
 

@@ -19,6 +19,7 @@ from dicomnode.dimse.lane import OpenSink
 from dicomnode.dimse.wire import Limits, Wire
 from dicomnode.errors import PeerAway, PeerRefused
 from dicomnode.settings import Peer
+from dicomnode.tls import Transport
 
 MAX_CONTEXTS = 128
 """Presentation contexts of one association (PS3.8 9.3.2.2: odd IDs from 1 to 255)."""
@@ -45,16 +46,23 @@ def associate(
     roles: Mapping[str, tuple[bool, bool]] | None = None,
     handlers: Sequence[Any] = (),
     open_sink: OpenSink | None = None,
+    transport: Transport | None = None,
 ) -> NodeAssociation:
     """An established association; the caller ends it with ``release`` (or ``abort``) and ``end``.
 
     ``roles`` are (SCU, SCP) to propose by SOP class (PS3.7 D.3.3.4). Raises PeerRefused when
     the peer has no address, PeerAway else: also a rejection ends once the peer's list is mended.
+    A peer with ``tls`` is called by ``transport`` and never without it.
     """
     if not peer.reachable:
         raise PeerRefused(operation, f"peer '{peer.name}' has no host and port", "Add them to [[peers]]")
     quiet_pynetdicom()
     sock = _connect(peer, patience, operation)
+    if peer.tls:
+        if transport is None:
+            sock.close()
+            raise PeerRefused(operation, f"peer '{peer.name}' has tls = true, and this command knows no TLS")
+        sock = transport.wrap_client(sock, peer)
     limits = Limits(
         max_pdu=MAX_PDU_BYTES,
         max_object=2**40,
@@ -92,7 +100,7 @@ def associate(
         raise
     if assoc.is_established:
         return assoc
-    cause = _why_not(assoc, peer)
+    cause = _why_not(assoc, peer, getattr(sock, "fault", None))
     assoc.end()
     raise PeerAway(operation, *cause)
 
@@ -108,7 +116,9 @@ def _connect(peer: Peer, patience: Patience, operation: str) -> socket.socket:
         ) from None
 
 
-def _why_not(assoc: NodeAssociation, peer: Peer) -> tuple[str, str]:
+def _why_not(assoc: NodeAssociation, peer: Peer, tls_fault: tuple[str, str] | None) -> tuple[str, str]:
+    if tls_fault is not None:
+        return f"peer '{peer.name}': {tls_fault[0]}", tls_fault[1]
     if assoc.is_rejected:
         answer = assoc.acceptor.primitive
         reason = f"{answer.result_str}, {answer.source_str}, {answer.reason_str}"

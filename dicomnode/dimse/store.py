@@ -74,8 +74,7 @@ def send_store(
         assoc.abort(block=False)
         raise OSError(f"the file could not be read to its end ({error})") from None
     except OSError:
-        assoc.dul.event_queue.put("Evt17")
-        assoc.dul._act()
+        assoc.dul.lost()
         return None
     return _answer(assoc, message_id, time.monotonic() + seconds, given_up or (lambda: False))
 

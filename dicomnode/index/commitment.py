@@ -115,6 +115,15 @@ def let_go(db: Database, commitment_id: int, next_at: float) -> None:
         db.execute("UPDATE deliveries SET state = ?, next_at = ? WHERE id = ?", (state, next_at, delivery["id"]))
 
 
+def hold(db: Database, role: Role, peer: str, seconds: float) -> None:
+    """A peer cannot be reached: whatever waits for it waits at least this long."""
+    with db.transaction():
+        db.execute(
+            "UPDATE commitments SET next_at = max(next_at, ?) WHERE role = ? AND state = 'pending' AND peer = ?",
+            (db.clock.ticks() + seconds, role, peer),
+        )
+
+
 class Commitments:
     """Both roles, for command line, API and dashboard."""
 

@@ -31,6 +31,8 @@ from dicomnode.index.schema import migrations
 SAFE_SQLITE = (3, 51, 3)
 BUSY_MILLISECONDS = 30_000
 MIGRATION_WAIT_SECONDS = 30.0
+TURN_SECONDS = 0.0003
+"""First pause while another process writes; a commit takes about a millisecond."""
 
 Row = dict[str, Any]
 
@@ -159,8 +161,18 @@ class Database:
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
-        """One writer at a time among all processes, woken by the kernel: SQLite's busy handler would sleep."""
-        fcntl.flock(self._turn_fd, fcntl.LOCK_EX)
+        """One writer at a time among all processes; SQLite's own waiting would sleep ever longer."""
+        deadline = time.monotonic() + BUSY_MILLISECONDS / 1000.0
+        wait = TURN_SECONDS
+        while True:
+            try:
+                fcntl.flock(self._turn_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise StorageError("commit to the index", "the index is locked", "", retryable=True) from None
+            time.sleep(wait)
+            wait = min(wait * 1.5, 10 * TURN_SECONDS)
         try:
             yield
         finally:

@@ -65,7 +65,9 @@ def adjusted(row: Mapping[str, str], offset_key: str, wanted: timedelta, local: 
     found = dict(row)
     for date, time in TIMES.items():
         if time in found:
-            found[date], found[time] = moved(found.get(date, ""), found[time], found[offset_key], wanted, local)
+            day, found[time] = moved(found.get(date, ""), found[time], found[offset_key], wanted, local)
+            if date in found:
+                found[date] = day
     return found
 
 

@@ -80,15 +80,22 @@ def next_prefix(prefix: str) -> str | None:
 
 # Literal
 
+MAX_NAME = 1024
+"""Longer names are not cached, and no words behind it are looked at; the standard ends at 3 x 64 characters."""
+
 
 def fold(text: str) -> str:
     """Person names are compared without case (PS3.4 C.2.2.2.1)."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
 
 
-@lru_cache(maxsize=1024)
 def groups(name: str) -> tuple[str, ...]:
     """Component groups of a name, folded, without the empty components at their ends."""
+    return _groups(name) if len(name) <= MAX_NAME else _groups.__wrapped__(name)  # a cache of long ones takes memory
+
+
+@lru_cache(maxsize=1024)
+def _groups(name: str) -> tuple[str, ...]:
     return tuple(g.rstrip("^ ") for g in fold(name).rstrip("= ").split("="))
 
 
@@ -117,9 +124,8 @@ def person_condition(expression: str, query: str) -> Condition:
 
 # Fuzzy
 
-MAX_NAME = 1024
 MAX_WORDS = 32
-"""What is looked at of a name; three groups of five components of 64 characters are the standard's limit."""
+"""What is looked at of one name."""
 
 _ROMAN = str.maketrans({"ø": "o", "ł": "l", "đ": "d", "ð": "d", "þ": "th", "æ": "ae", "œ": "oe", "ı": "i", "ß": "ss"})
 _KANA = {code: code - 0x60 for code in range(0x30A1, 0x30F7)}  # katakana to hiragana
@@ -133,10 +139,14 @@ def _normal(text: str) -> str:
     return _SILENT.sub("", bare.translate(_ROMAN).translate(_KANA))
 
 
-@lru_cache(maxsize=1024)
 def words(name: str) -> tuple[str, ...]:
     """The words of a name, of all its component groups, in their bare form."""
-    bare = _normal(name[:MAX_NAME])
+    return _words(name[:MAX_NAME])
+
+
+@lru_cache(maxsize=1024)
+def _words(name: str) -> tuple[str, ...]:
+    bare = _normal(name)
     return tuple(dict.fromkeys(w for w in _BETWEEN_WORDS.split(bare) if w))[:MAX_WORDS]
 
 
@@ -148,6 +158,7 @@ _SPELLINGS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         ("tsch|sch|tch|sh|ch(?=[ei])|cz|sz|zh|ts|tz|dz|ds(?=.)", "s"),
         ("dt|th|td", "t"),
         ("ph|pf", "f"),
+        ("mp(?=[st])", "m"),
         ("x", "ks"),
         ("ck|ch|kh|qu|q", "k"),
         ("gh(?=t)", ""),

@@ -51,7 +51,7 @@ NOTICE_TABLE: Mapping[tuple[NoticeState, NoticeEvent], NoticeState] = {
 }
 """``stored`` is final. A requeued notice waits again, in case the results went elsewhere since."""
 
-_NOT_THERE = "('pending', 'sending', 'rejected')"
+NOT_THERE = "('pending', 'sending', 'rejected')"
 """States of a delivery whose object the peer does not have."""
 
 
@@ -110,7 +110,7 @@ class Notices:
             "SELECT id, state FROM notifications n WHERE state = 'waiting' AND (retrieve_from = '' OR NOT EXISTS"
             " (SELECT 1 FROM json_each(n.results) e LEFT JOIN deliveries d"
             " ON d.result_id = e.value AND d.destination = n.retrieve_from"
-            f" WHERE d.id IS NULL OR d.state IN {_NOT_THERE}))"
+            f" WHERE d.id IS NULL OR d.state IN {NOT_THERE}))"
         )
         if not self.db.rows(ready):
             return 0

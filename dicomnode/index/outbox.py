@@ -14,6 +14,8 @@ from dicomnode.index.database import Database, Row
 from dicomnode.index.states import SendEvent, SendState, backoff_seconds, next_send_state
 
 Table = Literal["deliveries", "sync_items"]
+_COMMITTED: Table = "deliveries"
+_OF_COMMITMENT = (SendState.committing, SendState.committed)
 
 _JOINED = (
     "SELECT d.*, r.kind, r.SOPClassUID, r.SOPInstanceUID, r.SeriesInstanceUID, r.TransferSyntaxUID, r.file, r.sha256,"
@@ -39,9 +41,12 @@ class Outbox:
         return [str(r["destination"]) for r in rows]
 
     def next_due_in(self) -> float | None:
-        """Seconds until the next item is due; None when nothing waits."""
-        soonest = self.db.value(f"SELECT min(next_at) FROM {self.table} WHERE state = 'pending'")
-        return None if soonest is None else max(0.0, float(soonest) - self.db.clock.ticks())
+        """Seconds until another item becomes due, beside those that are; None when none will."""
+        now = self.db.clock.ticks()
+        soonest = self.db.value(
+            f"SELECT min(next_at) FROM {self.table} WHERE state = 'pending' AND next_at > ?", (now,)
+        )
+        return None if soonest is None else float(soonest) - now
 
     def lease(self, destination: str, owner: str, seconds: float, limit: int) -> list[Row]:
         """Take up to ``limit`` due items for one destination, oldest first.
@@ -79,18 +84,25 @@ class Outbox:
                 (self.db.clock.ticks() + seconds, owner, *ids),
             )
 
-    def stored(self, item_id: int, owner: str) -> None:
-        """The other side said that it has the object."""
-        self._leave(item_id, owner, SendEvent.store, None, 0.0)
+    def stored(self, item_id: int, owner: str, *, commit: bool = False) -> None:
+        """The other side said that it has the object; with ``commit`` it is asked for commitment next."""
+        with self.db.transaction():
+            if self._leave(item_id, owner, SendEvent.store, None, 0.0, finish=not commit) and self.table == _COMMITTED:
+                self.db.execute(
+                    "UPDATE deliveries SET stores = stores + 1, commit_wanted = ? WHERE id = ?", (int(commit), item_id)
+                )
 
     def retry(self, item_id: int, owner: str, error: str, *, first: float, longest: float) -> None:
         """A passing cause: wait and try again, for ever."""
         attempts = self.db.value(f"SELECT attempts FROM {self.table} WHERE id = ?", (item_id,))
-        self._leave(item_id, owner, SendEvent.retry, error, backoff_seconds(int(attempts or 1), first, longest))
+        wait = backoff_seconds(int(attempts or 1), first, longest)
+        with self.db.transaction():
+            self._leave(item_id, owner, SendEvent.retry, error, wait)
 
     def reject(self, item_id: int, owner: str, error: str) -> None:
         """Refused for good: parked with its reason until requeued by hand."""
-        self._leave(item_id, owner, SendEvent.reject, error, 0.0)
+        with self.db.transaction():
+            self._leave(item_id, owner, SendEvent.reject, error, 0.0)
 
     def expire(self, own: str | None = None) -> int:
         """Take back items whose lease ran out, or all of ``own``'s former life."""
@@ -106,7 +118,7 @@ class Outbox:
         return len(lost)
 
     def requeue(self, item_id: int) -> None:
-        """The operator wants a rejected item sent again, or a waiting one at once."""
+        """The operator wants an item sent again that was rejected or is not committed to, or a waiting one at once."""
         db = self.db
         with db.transaction():
             item = db.row(f"SELECT id, state FROM {self.table} WHERE id = ?", (item_id,))
@@ -126,22 +138,25 @@ class Outbox:
     def counts(self) -> dict[str, int]:
         rows = self.db.rows(f"SELECT state, count(*) AS n FROM {self.table} GROUP BY state")
         found = {r["state"]: int(r["n"]) for r in rows}
-        return {state.value: found.get(state.value, 0) for state in SendState}
+        kinds = [s for s in SendState if self.table == _COMMITTED or s not in _OF_COMMITMENT]
+        return {state.value: found.get(state.value, 0) for state in kinds}
 
-    def _leave(self, item_id: int, owner: str, event: SendEvent, error: str | None, wait: float) -> None:
+    def _leave(
+        self, item_id: int, owner: str, event: SendEvent, error: str | None, wait: float, *, finish: bool = False
+    ) -> bool:
+        """Inside a transaction; False when the lease ran out.
+
+        Then whoever has it now decides: sending again is harmless, it is the same UID.
+        """
         db = self.db
-        with db.transaction():
-            item = db.row(
-                f"SELECT state FROM {self.table} WHERE id = ? AND lease_owner = ?",
-                (item_id, owner),
-            )
-            if item is None or item["state"] != SendState.sending:
-                return  # the lease ran out; whoever has it now decides (sending again is harmless: same UID)
-            state = next_send_state(item["state"], event)
-            now = db.clock.ticks()
-            finished = now if state is SendState.stored else None
-            db.execute(
-                f"UPDATE {self.table} SET state = ?, lease_owner = NULL, next_at = ?, last_error = ?,"
-                " finished_at = ?, finished_time = ? WHERE id = ?",
-                (state, now + wait, error, finished, iso(db.clock.wall()) if finished else None, item_id),
-            )
+        item = db.row(f"SELECT state FROM {self.table} WHERE id = ? AND lease_owner = ?", (item_id, owner))
+        if item is None or item["state"] != SendState.sending:
+            return False
+        state = next_send_state(item["state"], event)
+        now = db.clock.ticks()
+        db.execute(
+            f"UPDATE {self.table} SET state = ?, lease_owner = NULL, next_at = ?, last_error = ?,"
+            " finished_at = ?, finished_time = ? WHERE id = ?",
+            (state, now + wait, error, now if finish else None, iso(db.clock.wall()) if finish else None, item_id),
+        )
+        return True

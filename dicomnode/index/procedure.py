@@ -14,7 +14,7 @@ from enum import StrEnum
 from dicomnode.clock import iso
 from dicomnode.errors import IllegalTransition
 from dicomnode.index.database import Database, Row
-from dicomnode.index.notices import NoticeEvent, next_notice_state
+from dicomnode.index.notices import NOT_THERE, NoticeEvent, next_notice_state
 from dicomnode.index.states import JobEvent, SendEvent, next_job_state, next_send_state
 
 WITHHELD = "procedure-step: discontinued, incorrect worklist entry selected"
@@ -183,9 +183,7 @@ class Steps:
                 {"step_id": step_id, "SeriesInstanceUID": uid, "instances": len(instances)},
             )
             for instance in instances:
-                self.db.insert(
-                    "performed_instances", {"performed_series_id": performed_id, "SOPInstanceUID": instance}
-                )
+                self.db.insert("performed_instances", {"performed_series_id": performed_id, "SOPInstanceUID": instance})
 
     # Select's side
 
@@ -268,7 +266,7 @@ class Steps:
                 self._park("notifications", notice["id"], next_notice_state(notice["state"], NoticeEvent.withdraw))
             late = db.value(
                 "SELECT count(*) FROM deliveries d JOIN jobs j ON j.id = d.job_id"
-                " WHERE j.series_id = ? AND d.finished_at IS NOT NULL",
+                f" WHERE j.series_id = ? AND d.state NOT IN {NOT_THERE}",
                 (series_id,),
             )
         return Withdrawn(len(jobs), deliveries, int(late))

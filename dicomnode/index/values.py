@@ -79,14 +79,20 @@ _SHAPES = {
     "TM": re.compile(r"(?:\d\d){1,3}|\d{6}\.\d{1,6}", re.ASCII),
     "DT": re.compile(r"\d{4}|\d{6}|\d{8}|\d{10}|\d{12}|\d{14}|\d{14}\.\d{1,6}", re.ASCII),
 }
+MAX_MOMENT = 26
+"""Characters of the longest date and time, a DT with all its parts (PS3.5 6.2)."""
 LOWEST = {"DA": "00000000", "TM": "000000.000000", "DT": "00000101000000.000000"}
 HIGHEST = {"DA": "99999999", "TM": "235960.999999", "DT": "99991231235960.999999"}
 
 
-@lru_cache(maxsize=4096)
 def span(vr: str, text: str) -> tuple[str, str] | None:
     """First and last moment that a DA, TM or DT stands for, in full precision; None when it is none."""
     text = text.strip(" ")
+    return _span(vr, text) if len(text) <= MAX_MOMENT else None
+
+
+@lru_cache(maxsize=4096)
+def _span(vr: str, text: str) -> tuple[str, str] | None:
     if vr == "DT":
         text = re.sub(r"[+&-]\d{4}$", "", text) if len(text) > 8 else text
     if _PUNCTUATION[vr]:

@@ -122,8 +122,11 @@ class Acceptor:
             self._quiet.notify_all()
 
 
-def listen(host: str, port: int, backlog: int = 512) -> socket.socket:
-    """Bind and listen. Raises OperatorError when the address cannot be had."""
+def listen(host: str, port: int, backlog: int = 512, *, section: str = "dimse") -> socket.socket:
+    """Bind and listen; ``section`` of the configuration has host and port.
+
+    Raises OperatorError when the address cannot be had.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
@@ -133,9 +136,9 @@ def listen(host: str, port: int, backlog: int = 512) -> socket.socket:
     except OSError as error:
         sock.close()
         hint = {
-            13: "Ports below 1024 need CAP_NET_BIND_SERVICE (see systemd/) or choose a higher dimse.port",
-            98: "Another program listens there; stop it or change dimse.port",
-            99: "This machine has no such address; change dimse.host",
-        }.get(error.errno or 0, "Check dimse.host and dimse.port")
+            13: f"Ports below 1024 need CAP_NET_BIND_SERVICE (see systemd/) or choose a higher {section}.port",
+            98: f"Another program listens there; stop it or change {section}.port",
+            99: f"This machine has no such address; change {section}.host",
+        }.get(error.errno or 0, f"Check {section}.host and {section}.port")
         raise OperatorError("listen for DICOM", f"{host}:{port}: {error.strerror}", hint) from None
     return sock

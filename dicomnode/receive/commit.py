@@ -17,7 +17,6 @@ MAX_BATCH = 256
 @dataclass(slots=True)
 class _Ticket:
     instance: NewInstance
-    sync: bool
     turn: threading.Event = field(default_factory=threading.Event)
     leads: bool = False
     outcome: Stored | None = None
@@ -39,12 +38,9 @@ class Committer:
         self._waiting: list[_Ticket] = []
         self._led = False
 
-    def commit(self, instance: NewInstance, *, sync: bool = True) -> Stored:
-        """Block until the row is committed, and durable with its file's name unless ``sync`` is false.
-
-        Raises StorageError when it could not be.
-        """
-        ticket = _Ticket(instance, sync)
+    def commit(self, instance: NewInstance) -> Stored:
+        """Block until the row and its file's name are durable. Raises StorageError when they could not be."""
+        ticket = _Ticket(instance)
         with self._lock:
             self._waiting.append(ticket)
             if not self._led:
@@ -83,10 +79,10 @@ class Committer:
 
     def _commit(self, batch: list[_Ticket]) -> None:
         try:
-            for folder in {self._store.path(t.instance.file).parent for t in batch if t.sync}:
+            for folder in {self._store.path(t.instance.file).parent for t in batch}:
                 durable.sync_directory(folder)
             with self._session:
-                outcomes = self._catalogue.commit([t.instance for t in batch], sync=any(t.sync for t in batch))
+                outcomes = self._catalogue.commit([t.instance for t in batch])
         except SyncFailed as error:
             durable.die(error)
         except Exception as error:  # noqa: BLE001 each waiting association must learn of it, whatever it is

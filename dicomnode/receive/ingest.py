@@ -1,9 +1,9 @@
 """C-STORE: bytes as received -> durable file -> committed row -> status.
 
 An object is answered with 0x0000 when it survives a power cut. One that fits into memory is
-written to the intake journal (:mod:`dicomnode.receive.journal`) and answered; then, while its
-sender prepares the next one, it gets its file and row, before anything else is read from its
-association. Their own barriers come later. A long object goes to its file as its fragments
+written to the intake journal (:mod:`dicomnode.receive.journal`) and answered; while its sender
+prepares the next one it gets its file and row (:mod:`dicomnode.receive.apply`), whose own
+barriers come later. A long object goes to its file as its fragments
 come, so it costs no memory: fsync file, name in place, fsync directory, row committed with
 synchronous FULL, answer. So does any object while the journal is full.
 """
@@ -23,11 +23,11 @@ from dicomnode.durable import ObjectStore, StagedFile, SyncFailed
 from dicomnode.errors import DiskFull, MalformedDataSet, NodeError, StorageError
 from dicomnode.header import DEFLATED, MAX_INFLATED, Wanted, read_header
 from dicomnode.index.catalogue import NewInstance, Stored
+from dicomnode.receive.apply import Acknowledged, Applier
 from dicomnode.receive.commit import Committer
 from dicomnode.receive.journal import Buffer, BufferPool, Entry, Journal
 from dicomnode.receive.part10 import file_meta
 from dicomnode.receive.recovery import fields_of
-from dicomnode.receive.retire import Retirer
 
 SUCCESS = 0x0000
 OUT_OF_RESOURCES = 0xA700
@@ -121,10 +121,10 @@ class Unfinished:
 
 @dataclass(frozen=True, slots=True)
 class Safe:
-    """The journal and who empties it."""
+    """The journal, and who makes files and rows of what is in it."""
 
     journal: Journal
-    retirer: Retirer
+    applier: Applier
 
 
 class Ingest:
@@ -205,21 +205,17 @@ class Incoming:
             self.discard()
         return answer if answer is not None else StoreAnswer(PROCESSING_FAILURE, "no answer was found", "Report this")
 
-    def settle(self) -> None:
-        """Give an acknowledged object of the journal its file and row.
-
-        Ends the process when that fails: the next one finds the object in the journal.
-        """
+    def settle(self) -> Acknowledged | None:
+        """Hand an acknowledged object of the journal on; None when nothing is left to do for it."""
         entry, buffer, safe = self._entry, self._buffer, self._ingest.safe
         if entry is None or buffer is None or safe is None:
-            return
-        try:
-            _, file = self._make_file_and_row(buffer, sync=False)
-        except Exception as error:  # noqa: BLE001 whatever it is, the object is acknowledged
-            durable.die(error)
-        safe.retirer.settled(entry, file)
-        self._entry = None
-        self.discard()
+            return None
+        self._entry = self._buffer = None
+        name = self._ingest.store.new_name(self._attributes["SeriesInstanceUID"])
+        buffers = self._ingest.buffers
+        item = Acknowledged(entry, buffer, self._meta, self._instance(name), lambda: buffers.give_back(buffer))
+        safe.applier.put(item)
+        return item
 
     def discard(self) -> None:
         """Leave nothing of an object that is not stored; harmless after :meth:`settle`."""
@@ -288,9 +284,13 @@ class Incoming:
         if wrong is not None:
             return wrong
         safe = self._ingest.safe
+        if safe is not None:
+            safe.applier.wait_for_room()
         entry = safe.journal.reserve(buffer.size) if safe is not None else None
         if safe is None or entry is None:
-            return self._make_file_and_row(buffer, sync=True)[0]
+            name = self._ingest.store.new_name(self._attributes["SeriesInstanceUID"])
+            self._ingest.store.stage(name, [self._meta, buffer.data_set])
+            return self._commit(name)
         safe.journal.write(entry, buffer, self._fields(), self._hash.copy())
         self._entry = entry
         return StoreAnswer(SUCCESS)
@@ -305,12 +305,6 @@ class Incoming:
             association_id=request.association_id,
         )
 
-    def _make_file_and_row(self, buffer: Buffer, *, sync: bool) -> tuple[StoreAnswer, str]:
-        """The answer, and the file that must be durable before the object needs no journal."""
-        name = self._ingest.store.new_name(self._attributes["SeriesInstanceUID"])
-        self._ingest.store.stage(name, [self._meta, buffer.data_set], sync=sync)
-        return self._commit(name, sync=sync)
-
     def _store_staged(self, staged: StagedFile) -> StoreAnswer:
         ingest, request = self._ingest, self._request
         self._attributes = self._header_of(staged)
@@ -320,7 +314,7 @@ class Incoming:
         name = ingest.store.new_name(self._attributes["SeriesInstanceUID"])
         ingest.store.place(staged, name)
         self._staged = None
-        return self._commit(name, sync=True)[0]
+        return self._commit(name)
 
     def _header_of(self, staged: StagedFile) -> dict[str, str]:
         """From the file, mapped: pages that are not looked at are not read."""
@@ -331,35 +325,30 @@ class Incoming:
             with view[begin:end] as data:
                 return read_header(data, syntax, self._ingest.wanted)
 
-    def _commit(self, name: str, *, sync: bool) -> tuple[StoreAnswer, str]:
-        ingest, request = self._ingest, self._request
+    def _instance(self, name: str) -> NewInstance:
         data_hash, whole = self._hash.hexdigest(), self._hash.copy()
         whole.update(self._meta)
-        path = ingest.store.path(name)
-        instance = NewInstance(
+        return NewInstance(
             attributes=self._attributes,
-            transfer_syntax_uid=request.transfer_syntax_uid,
+            transfer_syntax_uid=self._request.transfer_syntax_uid,
             file=name,
             size=len(self._meta) + self.size,
             sha256=whole.hexdigest(),
             dataset_sha256=data_hash,
-            association_id=request.association_id,
+            association_id=self._request.association_id,
         )
-        try:
-            outcome = ingest.committer.commit(instance, sync=sync)
-        except NodeError:
-            durable.remove(path)
-            raise
-        if outcome is not Stored.duplicate:
-            return StoreAnswer(SUCCESS, outcome), name
-        durable.remove(path)
-        return StoreAnswer(SUCCESS, outcome), self._duplicate_of(sync=sync)
 
-    def _duplicate_of(self, *, sync: bool) -> str:
-        """The file that serves already; whoever wrote it may not have lived to make it durable."""
-        store = self._ingest.store
-        name = self._ingest.committer.file_of(self._request.sop_instance_uid)
-        if sync and name:
-            durable.sync_file(store.path(name))
-            durable.sync_directory(store.path(name).parent)
-        return name
+    def _commit(self, name: str) -> StoreAnswer:
+        store, committer = self._ingest.store, self._ingest.committer
+        try:
+            outcome = committer.commit(self._instance(name))
+        except NodeError:
+            durable.remove(store.path(name))
+            raise
+        if outcome is Stored.duplicate:
+            durable.remove(store.path(name))
+            # Whoever wrote the file that serves may not have lived to make it durable.
+            serving = store.path(committer.file_of(self._request.sop_instance_uid))
+            durable.sync_file(serving)
+            durable.sync_directory(serving.parent)
+        return StoreAnswer(SUCCESS, outcome)

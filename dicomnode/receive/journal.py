@@ -219,7 +219,6 @@ def _record(ring: mmap.mmap, begin: int) -> Found | None:
 def _open(path: Path, size: int) -> tuple[int, bytes, int]:
     """Descriptor (locked), mark and size of a journal, made and filled with zeros if need be."""
     durable.make_directory(path.parent)
-    made = not path.exists()
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
     try:
         fd = durable.steps.open(path, flags, 0o600)
@@ -232,8 +231,7 @@ def _open(path: Path, size: int) -> tuple[int, bytes, int]:
                 _fill(fd, size)
                 durable.steps.pwrite(fd, _FIRST.pack(*known), 0)
                 durable.steps.fsync(fd)
-            if made:
-                durable.sync_directory(path.parent)
+            durable.sync_directory(path.parent)  # each time: who made it may not have lived to do it
             with contextlib.suppress(OSError):  # not every file system has it; the page cache then does
                 fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_DIRECT)
         except BaseException:

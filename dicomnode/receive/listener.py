@@ -27,6 +27,7 @@ from dicomnode.index.journals import Journals
 from dicomnode.index.keys import HEADER_KEYS
 from dicomnode.index.operation import Events, Severity
 from dicomnode.receive.acceptor import Acceptor, Door
+from dicomnode.receive.apply import Acknowledged, Applier
 from dicomnode.receive.commit import Committer
 from dicomnode.receive.guard import ConnectionCounter, Throttle
 from dicomnode.receive.ingest import (
@@ -45,7 +46,10 @@ from dicomnode.receive.part10 import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VE
 from dicomnode.receive.policy import Rejection, decide_association
 from dicomnode.receive.recovery import recover, recover_others
 from dicomnode.receive.retire import Retirer
+from dicomnode.reloading import Change, log_change
 from dicomnode.settings import Peer, Settings
+from dicomnode.tls import Transport
+from dicomnode.tls_context import SecureSocket
 
 SHUTDOWN_SECONDS = 3.0
 CUT_SECONDS = 2.0
@@ -67,6 +71,7 @@ class Listener:
         self.events = Events(db)
         self.catalogue = Catalogue(db)
         self._throttle = Throttle()
+        self._transport = Transport(settings.tls, self._tls_changed)
         lost = self.catalogue.associations_lost(name)
         if lost:
             self.log.warning("associations were cut when this receiver last ended", count=lost)
@@ -112,7 +117,10 @@ class Listener:
             doorbell.ring(self.settings.node.data_dir, "worker")
         retirer = Retirer(journal, Journals(self.catalogue.db), store)
         retirer.start(journal.next_number)
-        return Safe(journal, retirer)
+        applier = Applier(store, self.catalogue, retirer, self._ring_now_and_then)
+        applier.start()
+        self._retirer = retirer
+        return Safe(journal, applier)
 
     def _ring_now_and_then(self) -> None:
         """The end of an association rings in any case; until then the worker need not look at each object."""
@@ -139,7 +147,8 @@ class Listener:
             for assoc in still:
                 assoc.wire.abort()
             self._acceptor.wait_quiet(CUT_SECONDS)
-        self._safe.retirer.close()
+        self._safe.applier.close()
+        self._retirer.close()
         self._safe.journal.close()
         for service in dict.fromkeys(self.services.values()):
             service.close()
@@ -147,7 +156,11 @@ class Listener:
     # Each connection runs from here on in its own thread.
 
     def _serve_connection(self, sock: socket.socket, address: Any, door: Door) -> None:
-        del door
+        if door.tls:
+            secure = self._secure(sock, str(address[0]))
+            if secure is None:
+                return
+            sock = secure
         assoc = self._make_association(sock, address)
         with self._open_lock:
             self._open.add(assoc)
@@ -163,6 +176,25 @@ class Listener:
                 self._finished(assoc, str(address[0]))
             except Exception as error:  # noqa: BLE001 logged; nothing acknowledged depends on it
                 self.log.warning("association could not be closed in the index", exc_type=type(error).__name__)
+
+    def _secure(self, sock: socket.socket, address: str) -> SecureSocket | None:
+        """The handshake, before a byte of DICOM; None when it came to nothing."""
+        try:
+            return self._transport.wrap_server(sock)
+        except NodeError as error:
+            metrics.association("refused")
+            if self._throttle.passes((address, error.cause)):
+                self.log.warning("TLS refused", address=address, cause=error.cause, hint=error.hint)
+                self._event("warning", "tls-refused", address, f"{error.cause}. {error.hint}")
+            return None
+
+    def _tls_changed(self, change: Change) -> None:
+        log_change(change)
+        if change.fault is None:
+            self._event("info", "tls-files", self.name, "the TLS files changed and were read again")
+        else:
+            text = f"the TLS files changed and cannot be used, the former ones stay: {change.fault.cause}"
+            self._event("error", "tls-files", self.name, f"{text}. {change.fault.hint}")
 
     def _make_association(self, sock: socket.socket, address: Any) -> NodeAssociation:
         assoc = _Accepted(self, Wire(sock, self._limits), sock)
@@ -189,6 +221,9 @@ class Listener:
             calling=str(request.calling_ae_title),
             called=str(request.called_ae_title),
             address=assoc.requestor.address,
+            tls=assoc.secure is not None,
+            certificate=assoc.secure.certificate if assoc.secure is not None else None,
+            application_context=str(request.application_context_name),
         )
         if isinstance(decision, Rejection):
             self._report_rejection(decision, assoc)
@@ -269,6 +304,7 @@ class Listener:
     def _finished(self, assoc: _Accepted, address: str) -> None:
         """The association is over, however it ended."""
         violation, peer = assoc.wire.violation, assoc.node_peer
+        assoc.settle()
         if violation and self._throttle.passes((address, violation)):
             self.log.warning("connection cut", address=address, peer=peer.name if peer else "", cause=violation)
             self._event("warning", "limit", peer.name if peer else address, violation)
@@ -304,9 +340,17 @@ class _Accepted(NodeAssociation):
     def __init__(self, listener: Listener, wire: Wire, sock: socket.socket) -> None:
         super().__init__(listener._ae, MODE_ACCEPTOR, wire, sock, self._open_sink)
         self._listener = listener
+        self.secure = sock if isinstance(sock, SecureSocket) else None
         self.node_peer: Any = None
         self.node_id = ""
         self.node_closed = False
+        self.node_last: Acknowledged | None = None
+
+    def settle(self) -> None:
+        """What was acknowledged here has its files and rows when this returns."""
+        if self.node_last is not None:
+            self.node_last.applied.wait()
+            self.node_last = None
 
     def _open_sink(self, command: StoreCommand, context: Any) -> _StoreSink:
         return _StoreSink(self._listener, self, command, context)
@@ -315,6 +359,7 @@ class _Accepted(NodeAssociation):
         context = self._accepted_cx.get(context_id)
         service = self._listener.services.get(str(context.abstract_syntax)) if context is not None else None
         if service is not None and msg.is_valid_request:
+            self.settle()
             service.serve(self, msg, context)
         else:
             super()._serve_request(msg, context_id)
@@ -325,6 +370,7 @@ class _StoreSink:
 
     def __init__(self, listener: Listener, assoc: _Accepted, command: StoreCommand, context: Any) -> None:
         self._listener = listener
+        self._assoc = assoc
         self._peer: Peer = assoc.node_peer
         self._begin = time.perf_counter()
         self._size = 0
@@ -359,7 +405,7 @@ class _StoreSink:
 
     def settle(self) -> None:
         if self._incoming is not None:
-            self._incoming.settle()
+            self._assoc.node_last = self._incoming.settle() or self._assoc.node_last
 
     def discard(self) -> None:
         if self._incoming is not None:

@@ -85,9 +85,7 @@ def decide(evidence: Evidence, quiet_seconds: float, step_seconds: float = 0.0) 
     early = "" if standing.missing else _early(evidence)
     if early:
         return Verdict(True, early)
-    remaining = max(
-        quiet_seconds - evidence.silent_seconds, standing.holds_back(evidence.silent_seconds, step_seconds)
-    )
+    remaining = max(quiet_seconds - evidence.silent_seconds, standing.holds_back(evidence.silent_seconds, step_seconds))
     if remaining > 0:
         return Verdict(False, "", remaining)
     return Verdict(True, f"quiet-period: nothing arrived for {quiet_seconds:g} s{_doubt(evidence)}")

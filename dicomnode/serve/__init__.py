@@ -1,6 +1,7 @@
-"""C-FIND, C-MOVE and C-GET over what the index holds (PS3.4 annex C), and MPPS as SCP (annex F)."""
+"""C-FIND, C-MOVE and C-GET over what the index holds (PS3.4 annex C), MPPS as SCP (F), storage commitment (J)."""
 
+from dicomnode.serve.commitment import Commitment
 from dicomnode.serve.mpps import ProcedureSteps
 from dicomnode.serve.service import QueryRetrieve
 
-__all__ = ["ProcedureSteps", "QueryRetrieve"]
+__all__ = ["Commitment", "ProcedureSteps", "QueryRetrieve"]

@@ -7,10 +7,12 @@ move, decode what is retrieved, and wait for ever for an answer.
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass, field
 from typing import Any
 
+from pynetdicom.dimse_primitives import C_FIND, C_GET, C_MOVE
+
+from dicomnode.dimse.command import C_FIND_RSP, C_GET_RSP, C_MOVE_RSP, SubOperations, encode_query_reply
 from dicomnode.serve.identifier import encode_identifier
 
 SUCCESS = 0x0000
@@ -26,6 +28,9 @@ SOME_FAILED = 0xB000
 LIMIT_REACHED = 0xB001
 UNABLE_TO_PROCESS = 0xC000
 """Status codes of PS3.4 tables C.4-1 to C.4-3."""
+
+
+_REPLIES = {C_FIND: C_FIND_RSP, C_GET: C_GET_RSP, C_MOVE: C_MOVE_RSP}
 
 
 @dataclass(slots=True)
@@ -82,20 +87,19 @@ class Exchange:
         """Send one response. Nothing is sent to a peer that is gone."""
         if self.gone():
             return
-        response = type(self.request)()
-        response.MessageID = self.message_id
-        response.MessageIDBeingRespondedTo = self.message_id
-        response.AffectedSOPClassUID = self.sop_class_uid
-        response.Status = status
+        suboperations = None
         if counts is not None:
-            response.NumberOfCompletedSuboperations = counts.completed
-            response.NumberOfFailedSuboperations = counts.failed
-            response.NumberOfWarningSuboperations = counts.warning
-            if status in (PENDING, CANCELLED):
-                response.NumberOfRemainingSuboperations = counts.remaining
-        if identifier:
-            response.Identifier = io.BytesIO(identifier)
-        self.assoc.dimse.send_msg(response, self.context_id)
+            remaining = counts.remaining if status in (PENDING, CANCELLED) else None
+            suboperations = SubOperations(remaining, counts.completed, counts.failed, counts.warning)
+        command = encode_query_reply(
+            command_field=_REPLIES[type(self.request)],
+            message_id=self.message_id,
+            sop_class_uid=self.sop_class_uid,
+            status=status,
+            has_data_set=bool(identifier),
+            counts=suboperations,
+        )
+        self.assoc.say(self.context_id, command, identifier or b"")
 
     def respond_final(self, status: int, counts: Counts) -> None:
         """The end of a retrieve, with the list of what failed."""

@@ -35,7 +35,11 @@ class QueryGate:
     """Thread-safe; callers are the AE titles of listed peers, so there are few."""
 
     def __init__(
-        self, per_second: float, at_once: int, clock: Callable[[], float] = time.monotonic, patience: float | None = None
+        self,
+        per_second: float,
+        at_once: int,
+        clock: Callable[[], float] = time.monotonic,
+        patience: float | None = None,
     ) -> None:
         self._per_second = per_second
         self._most_tokens = max(1.0, per_second)

@@ -17,7 +17,7 @@ from pynetdicom.sop_class import (
     ModalityPerformedProcedureStepRetrieve,
 )
 
-from dicomnode import doorbell, logs, metrics
+from dicomnode import doorbell, durable, logs, metrics
 from dicomnode.errors import MalformedDataSet, NodeError, StorageError
 from dicomnode.index.database import Database
 from dicomnode.index.operation import Events
@@ -70,6 +70,7 @@ class ProcedureSteps:
 
     def __init__(self, settings: Settings, db: Database, make_uid: Callable[[], str] = new_uid) -> None:
         self._data_dir = settings.node.data_dir
+        self._reserve = settings.node.reserve_mb * 1024 * 1024
         self._steps = Steps(db)
         self._events = Events(db)
         self._make_uid = make_uid
@@ -129,6 +130,8 @@ class ProcedureSteps:
             raise refuse(NO_SUCH_CLASS, "the command names another SOP class than its context")
         if not UID.fullmatch(uid):
             raise refuse(INVALID_INSTANCE, "the SOP Instance UID is not a UID")
+        if durable.free_bytes(self._data_dir) < self._reserve:  # a step that was begun may still end
+            raise refuse(RESOURCE_LIMITATION, "free space is at the reserve")
         step = created(exchange.read())
         if not self._steps.create(uid, step, peer.name):
             raise refuse(DUPLICATE_INSTANCE, "a step with this SOP Instance UID exists")

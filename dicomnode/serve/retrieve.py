@@ -29,6 +29,7 @@ from dicomnode.serve.exchange import (
 from dicomnode.serve.identifier import parse_identifier
 from dicomnode.serve.transcode import UNCOMPRESSED, NotTranscodable, Transcoder
 from dicomnode.settings import Peer, Settings
+from dicomnode.tls import Transport
 
 MAX_INSTANCES = 65535
 """Counts are US (PS3.7 9.1.3): more cannot be told."""
@@ -54,6 +55,7 @@ class Retriever:
     """C-MOVE and C-GET over one index and store; thread-safe."""
 
     def __init__(self, settings: Settings, db: Database) -> None:
+        self._transport = Transport(settings.tls)
         self._settings = settings
         self._db = db
         self._store = ObjectStore(settings.node.data_dir)
@@ -194,7 +196,9 @@ class Retriever:
         contexts = [build_context(c, list(syntaxes)) for c, syntaxes in proposals(instances)]
         patience = Patience(delivery.connect_seconds, delivery.response_seconds)
         try:
-            return associate(self._settings.node.ae_title, peer, contexts, patience, operation="C-MOVE")
+            return associate(
+                self._settings.node.ae_title, peer, contexts, patience, operation="C-MOVE", transport=self._transport
+            )
         except PeerError:
             return None
 

@@ -39,6 +39,8 @@ _MODELS: Mapping[str, tuple[Service, Root, Any]] = {
 _FIND_FIELDS = 4
 """Relational queries, date-time matching, fuzzy names, timezone (PS3.4 table C.5-1)."""
 
+_TOO_MANY = "more C-FIND requests than dimse.query_per_second or dimse.queries_at_once allow"
+
 
 class QueryRetrieve:
     """C-FIND, C-MOVE and C-GET, Patient Root and Study Root.
@@ -111,7 +113,12 @@ class QueryRetrieve:
         seconds = time.perf_counter() - begin
         metrics.queried(service, status, seconds, answers)
         self._log.info(
-            "request served", peer=peer, service=service, status=f"0x{status:04X}", count=answers, seconds=round(seconds, 4)
+            "request served",
+            peer=peer,
+            service=service,
+            status=f"0x{status:04X}",
+            count=answers,
+            seconds=round(seconds, 4),
         )
 
     def _options(self, fields: bytes) -> Options:
@@ -129,9 +136,8 @@ class QueryRetrieve:
             exchange.respond(status)
             count = self._gate.to_report(caller)
             if count:
-                text = f"C-FIND answered with 0xA700 {count} times: more queries than dimse.query_per_second or queries_at_once"
                 self._log.warning("queries refused", peer=peer.name, count=count)
-                self._events.add("warning", "query-refused", peer.name, text)
+                self._events.add("warning", "query-refused", peer.name, f"{count} answered with 0xA700: {_TOO_MANY}")
             return Finding(status)
         try:
             return find(self._settings, self._db, exchange, root, relational=relational, options=options)

@@ -226,7 +226,8 @@ class ModelPuller:
         durable.make_directory(final.parent)
         if final.exists():
             if _digests(final) == _digests(candidate):
-                return  # placed before a crash
+                durable.sync_directory(final.parent)  # placed before a crash, maybe not durably
+                return
             raise BundleError(
                 "place model",
                 f"another bundle is there already as {final.parent.name} {final.name}",

@@ -13,11 +13,11 @@ from typing import Any
 import apsw
 import psutil
 
-from benchmarks.tools import LOOPBACK, ROOT, family, free_port, running, wait_for
+from benchmarks.tools import LOOPBACK, ROOT, BenchError, family, free_port, running, wait_for
 
 AE_TITLE = "DICOMNODE"
 CHEST_RULE = '[[rules]]\nname = "chest"\nmatch = { Modality = "CT" }\nmodels = ["ct-lung"]\nsend_to = ["pacs"]\n'
-START_SECONDS = 180.0
+START_SECONDS = 120.0
 
 
 class Node:
@@ -62,8 +62,25 @@ class Node:
     def serving(self) -> Iterator[None]:
         with running(self.argv("serve"), {}, self.folder / "log") as process:
             self.pid = process.pid
-            wait_for(self._ready, "the node to be ready", START_SECONDS)
+            try:
+                wait_for(lambda: process.poll() is not None or self._ready(), "the node to be ready", START_SECONDS)
+            except BenchError as error:
+                raise BenchError(f"{error}; {self._last_words()}") from None
+            if process.poll() is not None:
+                raise BenchError(f"the node ended with {process.returncode}; {self._last_words()}")
             yield
+
+    def _last_words(self) -> str:
+        """The end of its log, which holds no patient data, and what /ready says."""
+        lines = (self.folder / "log").read_text(errors="replace").splitlines()[-5:]
+        try:
+            with urllib.request.urlopen(f"http://{LOOPBACK}:{self.http}/ready", timeout=5) as reply:
+                lines.append(reply.read().decode())
+        except urllib.error.HTTPError as error:
+            lines.append(error.read().decode())
+        except OSError as error:
+            lines.append(f"/ready: {error}")
+        return " | ".join(lines)
 
     def _ready(self) -> bool:
         try:

@@ -26,6 +26,9 @@ from benchmarks.tools import (
     wait_for,
 )
 
+PATIENCE_SECONDS = 20.0
+"""How long an acceptor may take to show what it has acknowledged."""
+
 
 @dataclass(frozen=True, slots=True)
 class Acceptor:
@@ -40,9 +43,9 @@ class Acceptor:
         return cpu_seconds(self.processes())
 
     def expect(self, number: int, what: str) -> None:
-        """Raises BenchError unless the acceptor holds so many objects in a few seconds."""
+        """Raises BenchError unless the acceptor holds exactly so many objects."""
         try:
-            wait_for(lambda: self.count() >= number, what, 20)
+            wait_for(lambda: self.count() >= number, what, PATIENCE_SECONDS)
         except BenchError:
             raise BenchError(f"{what}: {self.count()} objects arrived, {number} were sent") from None
         if self.count() != number:
@@ -169,4 +172,4 @@ STORESCP_FORK = Kind("storescp --fork, TCP_NODELAY", "no", lambda folder: stores
 ORTHANC_SHIPPED = Kind("Orthanc as shipped", "yes, indexed", lambda folder: orthanc(folder, no_delay=False))
 ORTHANC = Kind("Orthanc, TCP_NODELAY", "yes, indexed", orthanc)
 PYNETDICOM = Kind("stock pynetdicom", "no", lambda folder: python_peer(folder, "scp"))
-RAW = Kind("raw limit: socket, file, fdatasync", "yes", lambda folder: python_peer(folder, "raw"))
+RAW = Kind("raw socket, one file each, fdatasync", "yes", lambda folder: python_peer(folder, "raw"))

@@ -5,7 +5,7 @@
     python -m benchmarks.python_peers library PORT FOLDER  dicomnode.deliver as a library
     python -m benchmarks.python_peers raw PORT FOLDER      the limit: bytes, file, fdatasync
 
-Senders print their seconds, start-up of the interpreter excluded, as JSON.
+Senders print their seconds for headers and for sending, without the interpreter's start, as JSON.
 """
 
 from __future__ import annotations

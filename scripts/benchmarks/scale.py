@@ -138,6 +138,7 @@ def _some_keys(node: Node, number: int) -> list[dict[str, Any]]:
 def _identifier(query: str, row: dict[str, Any]) -> Dataset:
     level, keys = QUERIES[query]
     ds = Dataset()
+    ds.SpecificCharacterSet = "ISO_IR 192"
     ds.QueryRetrieveLevel = level
     for keyword in ASKED[level]:
         setattr(ds, keyword, "")

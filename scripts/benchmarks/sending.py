@@ -25,7 +25,6 @@ Cell = tuple[str, str]
 def run(bench: Bench) -> Section:
     sets = (data.ct(bench), data.small(bench))
     found: dict[Cell, Samples] = {}
-    scans: dict[Cell, float] = {}
     idle: dict[Cell, float] = {}
     for turn in range(bench.repeat):
         for objects in sets:
@@ -36,17 +35,15 @@ def run(bench: Bench) -> Section:
                 say.print(f"sending {turn + 1}/{bench.repeat}, {objects.name}: {name} …")
                 folder = bench.folder("sending")
                 with peers.storescp(folder) as acceptor:
-                    samples.add(_senders(bench, idle, scans)[name](objects, acceptor))
+                    samples.add(_senders(bench, idle)[name](objects, acceptor))
                 remove(folder)
     for objects in sets:
         remove(objects.folder)
-    return _section(bench, sets, found, idle, scans)
+    return _section(bench, sets, found, idle)
 
 
-def _senders(
-    bench: Bench, idle: dict[Cell, float], scans: dict[Cell, float]
-) -> dict[str, Callable[[ObjectSet, Acceptor], float]]:
-    """Each returns seconds, and notes what of them is start-up: programs are measured from outside."""
+def _senders(bench: Bench, idle: dict[Cell, float]) -> dict[str, Callable[[ObjectSet, Acceptor], float]]:
+    """Each returns seconds; of the programs, measured from outside, ``idle`` notes what is start-up."""
 
     def tool(name: str, argv_of: Callable[[ObjectSet, str], clients.Argv], objects: ObjectSet, to: Acceptor) -> float:
         argv = argv_of(objects, to.called)
@@ -55,9 +52,7 @@ def _senders(
         return clients.send(objects, to, argv, no_delay=True, what=name)
 
     def python(name: str, role: str, objects: ObjectSet, to: Acceptor) -> float:
-        found = clients.python_sender(role, objects, to, name)
-        scans[name, objects.name] = min(scans.get((name, objects.name), 1e9), found["scan_s"])
-        return found["send_s"]
+        return sum(clients.python_sender(role, objects, to, name).values())
 
     def verb(objects: ObjectSet, to: Acceptor) -> float:
         node = Node(bench.folder("sender"), targets={"pacs": to.port})
@@ -83,7 +78,6 @@ def _section(
     sets: tuple[ObjectSet, ...],
     found: dict[Cell, Samples],
     idle: dict[Cell, float],
-    scans: dict[Cell, float],
 ) -> Section:
     def net(name: str, objects: str) -> float | None:
         """Seconds of sending; None where they are lost in the noise of the client's start."""
@@ -101,14 +95,14 @@ def _section(
             if seconds is not None and ours is not None and name != LIBRARY:
                 text += f" ({seconds / ours:.2f}x)"
             row[f"{objects.name}, s"] = text
-            row[f"{objects.name}: start, headers, s"] = f"{idle.get(cell, scans.get(cell, 0.0)):.2f}"
-            row[f"{objects.name}: whole, s"] = f"{found[cell].best + scans.get(cell, 0.0):.2f}"
+            row[f"{objects.name}: start, s"] = f"{idle[cell]:.2f}" if cell in idle else "-"
+            row[f"{objects.name}: whole, s"] = f"{found[cell].best:.2f}"
         rows.append(row)
     note = (
         f"To storescp with TCP_NODELAY, on one association; best of {bench.repeat} (over {SLOW_SECONDS:.0f} s: once). "
-        "In brackets the ratio to our library, above 1: slower. Start and reading of headers is taken off and shown; "
-        "the Python senders without a command line measure themselves after their start. "
-        "storescu reads headers as it sends."
+        "In brackets the ratio to our library, above 1: slower. A program's start is taken off, with dcmsend that is "
+        "also its reading of all headers; the others read them as they send. The two without a start are measured "
+        "from within a process that has started."
     )
     section = Section([Figures("Sending to the same acceptor", rows, note)])
     for objects in sets:
@@ -123,7 +117,6 @@ def _section(
             "set": objects,
             **samples.as_json(),
             "start_up_s": idle.get((name, objects)),
-            "scan_s": scans.get((name, objects)),
         }
         for (name, objects), samples in found.items()
     ]

@@ -25,6 +25,7 @@ _APPLICATION_CONTEXT = b"1.2.840.10008.3.1.1.1"
 _C_ECHO_RQ, _C_FIND_RQ = 0x0030, 0x0020
 _NO_DATA_SET = 0x0101
 _PENDING = (0xFF00, 0xFF01)
+TIMEOUT_SECONDS = 20.0
 
 
 def _item(kind: int, payload: bytes) -> bytes:
@@ -54,11 +55,15 @@ class Association:
         self._abstract = abstract
         self._message = 0
         try:
-            self._sock = socket.create_connection((LOOPBACK, port), timeout=60)
+            self._sock = socket.create_connection((LOOPBACK, port), timeout=TIMEOUT_SECONDS)
+        except OSError as error:
+            raise BenchError(f"no association: {error}") from None
+        try:
             self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._sock.sendall(self._request(called, calling))
             kind, _ = self._read_pdu()
-        except OSError as error:
+        except (OSError, BenchError) as error:
+            self._sock.close()
             raise BenchError(f"no association: {error}") from None
         if kind != 0x02:
             self._sock.close()

@@ -28,6 +28,10 @@ FORGOTTEN = "-shm"
 """Ending of SQLite's WAL index: shared memory that is built anew after each crash, never read from the disk."""
 
 
+MADE_BY_READERS = "-wal"
+"""Ending of SQLite's log: whoever looks into the index may be the one who makes it, a test as well."""
+
+
 class NotModelled(RuntimeError):
     """The trace holds a call whose effect after a power cut is not described here."""
 
@@ -186,18 +190,11 @@ class Disk:
         self._nodes: dict[int, Node] = {}
         self._names: list[NameChange] = []
 
-    @classmethod
-    def of(cls, folder: Path) -> Disk:
-        """A disk on which everything in ``folder`` is certain."""
-        disk = cls()
-        for path in sorted(folder.rglob("*")):
-            content = None if path.is_dir() else path.read_bytes()
-            node = Directory() if content is None else File(content, bytearray(content))
-            disk._nodes[path.stat().st_ino] = node
-            relative = path.relative_to(folder).as_posix()
-            _set(*disk._place(relative), node)
-            disk._now[relative] = node
-        return disk
+    def place(self, path: str, ino: int, content: bytes | None) -> None:
+        """Something that is there, and certain, from the beginning; None for a folder."""
+        node: Node = Directory() if content is None else File(content, bytearray(content))
+        self._nodes[ino] = self._now[path] = node
+        _set(*self._place(path), node)
 
     def apply(self, event: Event) -> bool:
         """Take in one event; whether it changed anything that a crash could show."""
@@ -289,6 +286,8 @@ class Disk:
         self._name(event.path, self._nodes[event.ino])
 
     def _data(self, event: Event) -> None:
+        if event.ino not in self._nodes and event.path.endswith(MADE_BY_READERS):
+            self._create(event)
         node = self._nodes[event.ino]
         assert isinstance(node, File)
         if event.kind == "W":
@@ -325,6 +324,23 @@ class Disk:
         directory = self._now[parent]
         assert isinstance(directory, Directory)
         return directory, name
+
+
+class Snapshot:
+    """A folder as it is now, on a disk on which all of it is certain; calling it makes that disk."""
+
+    def __init__(self, folder: Path) -> None:
+        self._entries = [
+            (p.relative_to(folder).as_posix(), p.stat().st_ino, None if p.is_dir() else p.read_bytes())
+            for p in sorted(folder.rglob("*"))
+            if p.is_dir() or p.is_file()
+        ]
+
+    def __call__(self) -> Disk:
+        disk = Disk()
+        for path, ino, content in self._entries:
+            disk.place(path, ino, content)
+        return disk
 
 
 def _set(directory: Directory, name: str, node: Node | None) -> None:

@@ -5,21 +5,31 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import struct
+import shutil
+import sqlite3
 import subprocess
 import sys
+import tarfile
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from scripts.crashing.disk import Disk, everything
+import apsw
+import sqlite_utils
+from pydicom import dcmread
+
+from dicomnode.index.schema import migrations
+from scripts.crashing.disk import Disk, Snapshot, everything
+from scripts.crashing.load import padded
 from scripts.crashing.power import Recording
-from scripts.crashing.shim import Event, Shim
-from scripts.crashing.survey import JOURNAL_MB, Received, usable, whole
-from scripts.crashing.wire import answers
-from tests.e2e.harness import ROOT, Node, make_series, python_environment
-from tests.peers import Association, Cut, Item, contexts_for
+from scripts.crashing.shim import KILL, Event, Faults, Op, Shim
+from scripts.crashing.survey import JOURNAL_MB, Bundle, Delivered, Kept, Received, usable, whole
+from scripts.crashing.wire import C_STORE_RSP, Said, answers, heard, requests
+from tests.e2e.harness import ROOT, Node, make_series, python_environment, rule
+from tests.peers import Association, Cut, Item, StoreScp, contexts_for, data_set_of
 
 LONG_OBJECT = 1_200_000
 """Bytes of padding that make an object go to its file while it comes in."""
@@ -60,15 +70,10 @@ class Sender:
         self.sent.setdefault(item.sop_instance_uid, []).append(item.sha256)
 
 
-def changed(item: Item, extra: int) -> Item:
-    """The same object with ``extra`` bytes of Data Set Trailing Padding (PS3.10 7.2), explicit VR little endian."""
-    return replace(item, data=item.data + struct.pack("<HH2sHL", 0xFFFC, 0xFFFC, b"OB", 0, extra) + bytes(extra))
-
-
 def small_items(count: int) -> list[Item]:
     """CT slices of about 1 KB, for which the index does as much as for large ones."""
 
-    def shrink(ds: object, number: int) -> None:
+    def shrink(ds: object, _number: int) -> None:
         ds.Rows = ds.Columns = 8  # type: ignore[attr-defined]
         ds.PixelData = bytes(128)  # type: ignore[attr-defined]
 
@@ -103,15 +108,15 @@ def intake(folder: Path, library: Path, *, extra: int = 0) -> Recording:
     with watched(node, library) as shim:
         node.start("run", "receiver")
         sender = Sender(node.port)
-        sender.store(items[0], items[1], changed(items[2], LONG_OBJECT))
-        sender.store(changed(items[0], 2), items[1])
-        sender.half(changed(items[3], LONG_OBJECT))
+        sender.store(items[0], items[1], padded(items[2], LONG_OBJECT))
+        sender.store(padded(items[0], 2), items[1])
+        sender.half(padded(items[3], LONG_OBJECT))
         for begin in range(0, extra, 25):
             sender.store(*items[11:][begin : begin + 25])
         wait_retired(node, 4 + extra)
-        sender.store(*(changed(item, RING_OBJECT) for item in items[5:9]))
+        sender.store(*(padded(item, RING_OBJECT) for item in items[5:9]))
         wait_retired(node, 8 + extra)
-        sender.store(*(changed(item, RING_OBJECT) for item in items[9:11]))
+        sender.store(*(padded(item, RING_OBJECT) for item in items[9:11]))
         node.kill("receiver-1")
         node.stop()
         node.start("run", "receiver")
@@ -169,9 +174,157 @@ def crowd(folder: Path, library: Path, *, senders: int = 4, objects: int = 5) ->
     return Recording("crowd", events, (usable, whole, received), frozenset(s.number for s in said), first)
 
 
-def assert_complete(events: list[Event], data_dir: Path) -> None:
+def results(folder: Path, library: Path) -> Recording:
+    """A series is here for certain; the node starts, analyses it and delivers SEG and SR to a peer."""
+    pacs = StoreScp(folder / "pacs", "+B")
+    try:
+        node = Node(
+            folder / "node",
+            peers=[{"name": "pacs", "ae_title": "PACS", "host": "127.0.0.1", "port": pacs.port}],
+            rules=[rule("ct", {"Modality": "CT"}, to=["pacs"])],
+            dimse={"workers": 1, "journal_mb": JOURNAL_MB},
+        )
+        series = make_series("power")
+        node.start("run", "receiver")
+        sender = Sender(node.port)
+        sender.store(*series.items)
+        assert node.stop() == 0
+        before = Snapshot(node.data_dir)
+        with watched(node, library, peer=pacs.port) as shim:
+            node.start()
+            node.wait_delivered(series.series_uid)
+            assert node.stop() == 0
+            events = shim.events()
+        assert_complete(events, node.data_dir, before())
+        there = {
+            str(ds.SOPInstanceUID): path for path in pacs.files() if (ds := dcmread(path, stop_before_pixels=True))
+        }
+        stored = {uid: hashlib.sha256(data_set_of(path.read_bytes())).hexdigest() for uid, path in there.items()}
+    finally:
+        pacs.stop()
+    sent = requests(events)
+    assert {s.uid for s in sent} == stored.keys() and len(stored) == 2, "SEG and SR are in the trace"
+    delivered = Delivered(sent, heard(events), stored)
+    received = Received(sender.sent, [Said(-1, C_STORE_RSP, uid, 0) for uid in sender.sent])
+    first = next(e.number for e in events if e.path.startswith("objects/"))
+    moments = frozenset(s.number for s in sent)
+    return Recording("results", events, (usable, whole, received, delivered), moments, first, before)
+
+
+MIGRATE = """
+import pathlib, sys
+from dicomnode.index.database import Database
+Database(pathlib.Path(sys.argv[1])).close()
+"""
+OLD_SCHEMA = "m0004_operation"
+"""An index before this migration is the oldest that anyone has."""
+
+
+def upgrade(folder: Path, library: Path) -> Recording:
+    """An index of an older version, with rows in it, is opened by this one."""
+    data_dir = folder / "data"
+    data_dir.mkdir(parents=True)
+    connection = sqlite3.connect(data_dir / "index.sqlite")
+    migrations.apply(sqlite_utils.Database(connection), stop_before=OLD_SCHEMA)
+    for number in range(200):
+        connection.execute("INSERT INTO patients (PatientID, IssuerOfPatientID) VALUES (?, '')", (f"P{number}",))
+    connection.commit()
+    connection.close()
+    before = Snapshot(data_dir)
+    shim = Shim(library, data_dir, folder / "trace")
+    subprocess.run(
+        [sys.executable, "-c", MIGRATE, str(data_dir)],
+        check=True,
+        cwd=ROOT,
+        env={**os.environ, **python_environment(), **shim.environment()},
+        timeout=60,
+    )
+    events = shim.events()
+    assert_complete(events, data_dir, before())
+    return Recording("upgrade", events, (usable, Kept("patients", 200)), frozenset(), 0, before)
+
+
+def bundle(folder: Path, library: Path) -> Recording:
+    """The sidecar pulls a model bundle, verifies it and makes it the one that serves."""
+    name, version = "ct-lung", "9.0.0"
+    source = folder / "source" / version
+    shutil.copytree(ROOT / "models" / name / "1.0.0", source)
+    manifest = source / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"1.0.0"', f'"{version}"', 1))
+    archive = folder / "bundle.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(source, arcname=".")
+    with served(folder) as port:
+        digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+        url = f"http://127.0.0.1:{port}/{archive.name}"
+        pull = {"name": name, "version": version, "url": url, "sha256": digest}
+        node = Node(folder / "node", cloud={"models": [pull]}, dimse={"workers": 1, "journal_mb": JOURNAL_MB})
+        with watched(node, library) as shim:
+            node.start("run", "sidecar", wait=False)
+            node.wait(lambda: active(node).get(name) == version, 60, "the bundle is active")
+            assert node.stop() == 0
+            events = shim.events()
+    assert_complete(events, node.data_dir)
+    wanted = {p.relative_to(source).as_posix(): p.read_bytes() for p in source.rglob("*") if p.is_file()}
+    first = next(e.number for e in events if e.path.startswith("staging"))
+    return Recording("bundle", events, (usable, Bundle(name, version, wanted)), frozenset(), first)
+
+
+def active(node: Node) -> dict[str, str]:
+    try:
+        return {row["name"]: row["version"] for row in node.rows("SELECT name, version FROM models")}
+    except apsw.Error:
+        return {}
+
+
+@contextlib.contextmanager
+def served(folder: Path) -> Iterator[int]:
+    """The files of a folder by HTTP; the port."""
+    handler = partial(QuietHandler, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield int(server.server_address[1])
+        server.shutdown()
+        thread.join()
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        """The campaign's output is no access log."""
+
+
+def birth(folder: Path, library: Path, *, dies_before_sync: int) -> Recording | None:
+    """The first start dies before its n-th fsync; the second takes an object. None when there is no such fsync.
+
+    What the first life made and could not sync, the second must not take for certain.
+    """
+    node = Node(folder, dimse={"workers": 1, "journal_mb": JOURNAL_MB})
+    faults = Faults(folder / "faults")
+    item = small_items(1)[0]
+    sender = Sender(node.port)
+    with watched(node, library) as shim:
+        node.environment = shim.environment(faults)
+        faults.arm(Op.sync, KILL, nth=dies_before_sync)
+        node.start("run", "receiver", wait=False)
+        node.wait(lambda: not node.running or node.expected() <= node.pids().keys(), 60, "the first life is over")
+        born = node.running
+        faults.disarm()
+        if not born:
+            node.start("run", "receiver")
+            sender.store(item)
+        node.stop()
+        events = shim.events()
+    if born:
+        return None
+    said = answers(events)
+    received = Received(sender.sent, said)
+    return Recording("birth", events, (usable, whole, received), frozenset(s.number for s in said), said[0].number)
+
+
+def assert_complete(events: list[Event], data_dir: Path, disk: Disk | None = None) -> None:
     """The trace explains every byte that is there: the shim missed no write, rename or removal."""
-    disk = Disk()
+    disk = disk or Disk()
     for event in events:
         disk.apply(event)
     expected = disk.crash(everything)

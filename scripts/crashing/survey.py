@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import resource
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from dicomnode.settings import Node as NodeSettings
 from scripts.crashing.wire import Said
 from tests.peers import data_set_of
 
-TABLES = ("instances", "former_instances", "results", "jobs", "deliveries", "models")
+TABLES = ("patients", "instances", "former_instances", "results", "jobs", "deliveries", "models")
 JOURNAL_MB = 4
 Row = dict[str, Any]
 
@@ -54,6 +55,7 @@ class Recovery:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(16384, _hard()), _hard()))
         self._settings = Settings(
             node=NodeSettings(data_dir=folder, reserve_mb=1), dimse=Dimse(workers=1, journal_mb=JOURNAL_MB)
         )
@@ -93,11 +95,11 @@ class Recovery:
             if entry.name == "objects":
                 for folder in os.scandir(entry):
                     for file in os.scandir(folder):
-                        os.unlink(file)
+                        Path(file).unlink()
             elif entry.is_dir():
                 shutil.rmtree(entry)
             else:
-                os.unlink(entry)
+                Path(entry).unlink()
 
     def _wanted(self, rows: Mapping[str, list[Row]]) -> Iterator[str]:
         for table in ("instances", "former_instances", "results"):
@@ -122,6 +124,12 @@ class Recovery:
             db.close()
 
 
+def _hard() -> int:
+    """Most descriptors: a start that fails leaves its own to the end of the process, as it does in life."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    return 1 << 20 if limit == resource.RLIM_INFINITY else limit
+
+
 def _read(path: Path) -> bytes | None:
     try:
         return path.read_bytes()
@@ -142,13 +150,13 @@ def data_set_hash(part10: bytes) -> str:
         return ""
 
 
-def usable(found: Found, number: int) -> Iterator[str]:
+def usable(found: Found, _: int) -> Iterator[str]:
     """The index opens and is whole."""
     if found.broken:
         yield found.broken
 
 
-def whole(found: Found, number: int) -> Iterator[str]:
+def whole(found: Found, _: int) -> Iterator[str]:
     """No row names a file that is gone or differs; the replaced versions are kept."""
     for row in found.rows.get("instances", ()):
         part10 = found.object(row)
@@ -225,6 +233,18 @@ class Delivered:
 
 
 @dataclass(slots=True)
+class Kept:
+    """So many rows of a table stay."""
+
+    table: str
+    count: int
+
+    def __call__(self, found: Found, _: int) -> Iterator[str]:
+        if not found.broken and len(found.rows.get(self.table, ())) != self.count:
+            yield f"{len(found.rows.get(self.table, ()))} of {self.count} rows of {self.table} are left"
+
+
+@dataclass(slots=True)
 class Bundle:
     """A pulled model stands under its final name only whole, and is active only when it stands there."""
 
@@ -232,7 +252,7 @@ class Bundle:
     version: str
     files: dict[str, bytes]
 
-    def __call__(self, found: Found, number: int) -> Iterator[str]:
+    def __call__(self, found: Found, _: int) -> Iterator[str]:
         place = f"models/{self.name}/{self.version}/"
         standing = {p.removeprefix(place): c for p, c in found.files.items() if p.startswith(place)}
         if standing and standing != self.files:

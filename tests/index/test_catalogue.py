@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dicomnode.index.catalogue import Catalogue, Stored
+from dicomnode.index.catalogue import MAX_REQUESTS, Catalogue, NewInstance, Stored
 from dicomnode.index.database import Database
 from tests.index.rows import FakeClock, instance, series_row
 
@@ -101,3 +101,94 @@ def test_result_does_not_open_its_series(db: Database) -> None:
     assert Catalogue(db).open_series() == []
     Catalogue(db).commit([instance("1.31")])
     assert [s["id"] for s in Catalogue(db).open_series()] == [series_row(db, "1.31")["id"]]
+
+
+# What a process remembers of its series
+
+
+def statements(db: Database, batch: list[NewInstance], catalogue: Catalogue) -> list[str]:
+    seen: list[str] = []
+    connection = db._connection()
+
+    def note(_cursor: object, sql: str, _bindings: object) -> bool:
+        seen.append(sql)
+        return True
+
+    connection.exec_trace = note
+    try:
+        catalogue.commit(batch)
+    finally:
+        connection.exec_trace = None
+    return seen
+
+
+def test_one_more_instance_costs_the_same_however_many_there_are(db: Database) -> None:
+    catalogue = Catalogue(db)
+    catalogue.association_opened(association_id="a", receiver="r", peer="ct", ae="CT", address="::1")
+    catalogue.commit([instance()])
+    second = statements(db, [instance(association_id="a")], catalogue)
+    catalogue.commit([instance() for _ in range(200)])
+    assert statements(db, [instance(association_id="a")], catalogue) == second
+    assert len(second) <= 5, second  # begin, insert, series, association, commit
+    many = statements(db, [instance(association_id="a") for _ in range(50)], catalogue)
+    assert len(many) == len(second) + 49, "counts are updated once for a batch"
+    assert db.value("SELECT generation FROM series") == 253
+
+
+@pytest.mark.parametrize("reused", [False, True])
+def test_a_series_that_was_deleted_is_made_anew(db: Database, reused: bool) -> None:
+    catalogue = Catalogue(db)
+    catalogue.commit([instance("1.20", sop="1.1")])
+    with db.transaction():
+        db.execute("DELETE FROM instances")
+        db.execute("DELETE FROM series")
+    if reused:  # another series has its number now
+        Catalogue(db).commit([instance("1.21", sop="1.5")])
+    assert catalogue.commit([instance("1.20", sop="1.2"), instance("1.20", sop="1.3")]) == [Stored.added] * 2
+    rows = db.rows(
+        "SELECT i.SOPInstanceUID FROM instances i JOIN series s ON s.id = i.series_id"
+        " WHERE s.SeriesInstanceUID = '1.20' ORDER BY 1"
+    )
+    assert [r["SOPInstanceUID"] for r in rows] == ["1.2", "1.3"]
+    assert series_row(db, "1.20")["generation"] == 2
+
+
+def test_what_was_rolled_back_is_not_remembered(db: Database) -> None:
+    catalogue = Catalogue(db)
+    request = '[{"RequestedProcedureID":"RP"}]'
+    good = instance("1.20", PatientName="A^B", RequestAttributesSequence=request)
+    bad = instance("1.21")
+    del bad.attributes["SeriesInstanceUID"]  # type: ignore[attr-defined]
+    with pytest.raises(KeyError):
+        catalogue.commit([good, bad])
+    assert catalogue.counts() == {"patients": 0, "studies": 0, "series": 0, "instances": 0}
+    assert catalogue.commit([good]) == [Stored.added]
+    assert db.value("SELECT count(*) FROM series_requests") == 1
+    assert db.value("SELECT count(*) FROM study_names") == db.value("SELECT count(*) FROM patient_names") == 5
+
+
+def test_many_series_are_not_remembered_for_ever(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dicomnode.index.catalogue.MAX_KNOWN", 10)
+    catalogue = Catalogue(db)
+    for number in range(40):
+        catalogue.commit([instance(f"1.20.{number}"), instance(f"1.20.{number}")])
+    assert len(catalogue._remembered) <= 12
+    assert {r["generation"] for r in db.rows("SELECT generation FROM series")} == {2}
+
+
+def test_requests_of_a_series_are_those_of_its_instances(db: Database) -> None:
+    catalogue = Catalogue(db)
+    first, second = '[{"RequestedProcedureID":"A"}]', '[{"RequestedProcedureID":"A"},{"RequestedProcedureID":"B"}]'
+    for text in (first, second, "", first, second):
+        catalogue.commit([instance(RequestAttributesSequence=text)])
+    Catalogue(db).commit([instance(RequestAttributesSequence=second)])  # another process
+    assert [r["RequestedProcedureID"] for r in db.rows("SELECT * FROM series_requests ORDER BY id")] == ["A", "B"]
+    for number in range(2 * MAX_REQUESTS):
+        catalogue.commit([instance(RequestAttributesSequence=f'[{{"RequestedProcedureID":"{number}"}}]')])
+    assert db.value("SELECT count(*) FROM series_requests") == MAX_REQUESTS
+
+
+def test_first_attributes_are_of_the_first(db: Database) -> None:
+    Catalogue(db).commit([instance(KVP="120", SOPClassUID="1.9"), instance(KVP="80", SOPClassUID="1.2")])
+    assert Catalogue(db).first_attributes(series_row(db, "1.2.20")["id"])["KVP"] == "120"
+    assert Catalogue(db).first_attributes(99) == {}

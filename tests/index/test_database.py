@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlite_utils
 
 from dicomnode.errors import StorageError
 from dicomnode.index import database
@@ -49,6 +51,24 @@ def test_failed_migration_leaves_nothing_and_is_made_up_for(
     db = Database(tmp_path, clock)
     assert db.backup_check() == "ok"
     assert db.value("SELECT count(*) FROM jobs") == 0 and db.value("SELECT count(*) FROM events") == 0
+    db.close()
+
+
+def test_keys_of_names_are_made_for_what_was_there(tmp_path: Path, clock: FakeClock) -> None:
+    """An index of the version before m0005 is searched by name like a new one."""
+    connection = sqlite3.connect(tmp_path / "index.sqlite")
+    migrations.apply(sqlite_utils.Database(connection), stop_before="m0005_query")
+    with connection:
+        connection.execute("INSERT INTO patients (id, PatientID, PatientName) VALUES (7, 'P', 'M\u00fcller^J\u00f6rg')")
+        connection.execute(
+            "INSERT INTO studies (id, patient_id, StudyInstanceUID, PatientName) VALUES (9, 7, '1.2', NULL)"
+        )
+    connection.close()
+    db = Database(tmp_path, clock)
+    keys = [(r["form"], r["key"], r["patient_id"]) for r in db.rows("SELECT * FROM patient_names WHERE form < 2")]
+    assert keys == [(0, "m\u00fcller^j\u00f6rg", 7), (1, "jorg", 7), (1, "muller", 7)]
+    assert db.rows("SELECT * FROM study_names") == [{"form": 0, "key": "", "study_id": 9}]
+    assert db.backup_check() == "ok"
     db.close()
 
 

@@ -40,7 +40,15 @@ SENDS = {
     "pending": {"lease": "sending", "withdraw": "rejected"},
     "sending": {"store": "stored", "retry": "pending", "reject": "rejected", "lose": "pending", "withdraw": "rejected"},
     "rejected": {"requeue": "pending"},
-    "stored": {},
+    "stored": {"ask": "committing", "commit": "committed", "miss": "pending", "withdraw": "rejected"},
+    "committing": {
+        "commit": "committed",
+        "miss": "pending",
+        "unanswered": "stored",
+        "withdraw": "rejected",
+        "requeue": "pending",
+    },
+    "committed": {},
 }
 
 

@@ -288,9 +288,9 @@ class Recorder:
             monkeypatch.setattr(durable.Steps, name, staticmethod(self._wrap(name, getattr(durable.steps, name))))
         commit = Catalogue.commit
 
-        def recorded(catalogue: Catalogue, batch: list[NewInstance], *, sync: bool) -> list[Stored]:
-            self.seen.append("begin" if sync else "begin without sync")
-            outcome = commit(catalogue, batch, sync=sync)
+        def recorded(catalogue: Catalogue, batch: list[NewInstance]) -> list[Stored]:
+            self.seen.append("begin")
+            outcome = commit(catalogue, batch)
             self.seen.append("committed")
             return outcome
 
@@ -354,11 +354,11 @@ def test_waiting_associations_share_a_commit(lane: Lane, monkeypatch: pytest.Mon
     real, batches = Catalogue.commit, []
     entered, go = threading.Event(), threading.Event()
 
-    def commit(catalogue: Catalogue, batch: list[NewInstance], *, sync: bool) -> list[Stored]:
+    def commit(catalogue: Catalogue, batch: list[NewInstance]) -> list[Stored]:
         batches.append(len(batch))
         entered.set()
         assert go.wait(30)
-        return real(catalogue, batch, sync=sync)
+        return real(catalogue, batch)
 
     monkeypatch.setattr(Catalogue, "commit", commit)
     arrived = threading.Semaphore(0)
@@ -369,8 +369,8 @@ def test_waiting_associations_share_a_commit(lane: Lane, monkeypatch: pytest.Mon
             return super().wait(timeout)
 
     class Ticket(commit_module._Ticket):
-        def __init__(self, instance: NewInstance, sync: bool) -> None:
-            super().__init__(instance, sync, Turn())
+        def __init__(self, instance: NewInstance) -> None:
+            super().__init__(instance, Turn())
 
     monkeypatch.setattr(commit_module, "_Ticket", Ticket)
     with ThreadPoolExecutor(12) as pool:
@@ -387,7 +387,7 @@ def test_waiting_associations_share_a_commit(lane: Lane, monkeypatch: pytest.Mon
 
 
 def test_failure_of_a_shared_commit_reaches_every_one(lane: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
-    def commit(catalogue: Catalogue, batch: list[NewInstance], *, sync: bool) -> list[Stored]:
+    def commit(catalogue: Catalogue, batch: list[NewInstance]) -> list[Stored]:
         raise StorageError("commit to the index", "locked", retryable=True)
 
     monkeypatch.setattr(Catalogue, "commit", commit)

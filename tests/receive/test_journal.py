@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from dicomnode.index.catalogue import Catalogue
 from dicomnode.index.database import Database
 from dicomnode.index.journals import Journals
 from dicomnode.index.keys import HEADER_KEYS
+from dicomnode.receive import apply as apply_module
+from dicomnode.receive.apply import Applier
 from dicomnode.receive.commit import Committer
 from dicomnode.receive.ingest import Ingest, Safe
 from dicomnode.receive.journal import BLOCK, HEAD_BYTES, Buffer, Entry, Journal
@@ -142,20 +145,26 @@ class Node:
         self.recovered = recover(self.journal, self.catalogue, self.store, self.wanted)
         self.retirer = Retirer(self.journal, Journals(self.db), self.store)
         self.committer = Committer(self.store, self.catalogue, lambda: None)
+        self.applier = Applier(self.store, self.catalogue, self.retirer, lambda: None)
+        self.applies = False
         self.ingest = Ingest(
             self.store,
             self.committer,
             self.wanted,
             reserve_bytes=1,
-            safe=Safe(self.journal, self.retirer),
+            safe=Safe(self.journal, self.applier),
         )
 
     def acknowledge(self, sent: Sent, *, settle: bool = True) -> int:
         incoming = self.ingest.begin(sent.request)
         incoming.write(memoryview(sent.data))
         status = incoming.finish().status
-        if settle:
-            incoming.settle()
+        item = incoming.settle() if settle else None
+        if item is not None:
+            if not self.applies:
+                self.applier.start()
+                self.applies = True
+            assert item.applied.wait(60)
         return status
 
     def served(self) -> dict[str, bytes]:
@@ -169,6 +178,7 @@ class Node:
         return found
 
     def close(self) -> None:
+        self.applier.close()
         self.committer.close()
         self.journal.close()
         self.db.close()
@@ -308,14 +318,42 @@ def test_an_error_after_the_acknowledgement_ends_the_process(node: Node, monkeyp
     def full(*_: Any, **__: Any) -> Any:
         raise StorageError("commit to the index", "no space left")
 
+    sent = store_request()
+    incoming = node.ingest.begin(sent.request)
+    incoming.write(memoryview(sent.data))
+    assert incoming.finish().status == 0
+    assert incoming.settle() is not None
     monkeypatch.setattr(durable, "die", dies)
     with monkeypatch.context() as patch:
         patch.setattr(Catalogue, "commit", full)
         with pytest.raises(SystemExit, match="no space left"):
-            node.acknowledge(store_request())
+            node.applier._run()
     after = node.crash()
     assert set(after.served()) == {"1.2.3.4"}
     after.close()
+
+
+def test_acknowledged_bytes_that_wait_are_bounded(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The third object is acknowledged only when the first two have their rows."""
+    monkeypatch.setattr(apply_module, "MOST_BYTES", 10)
+    items = []
+    for n in range(1):
+        sent = store_request(sop=f"1.2.{n}")
+        incoming = node.ingest.begin(sent.request)
+        incoming.write(memoryview(sent.data))
+        assert incoming.finish().status == 0
+        items.append(incoming.settle())
+    third = store_request(sop="1.2.9")
+    incoming = node.ingest.begin(third.request)
+    incoming.write(memoryview(third.data))
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(incoming.finish)
+        assert not answer.done()
+        node.applier.start()
+        assert answer.result(60).status == 0
+        assert all(item is not None and item.applied.is_set() for item in items)
+    incoming.settle()
+    node.close()
 
 
 def test_failed_journal_write_is_no_acknowledgement(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,6 +61,7 @@ def items() -> list[Item]:
         PatientID="P2",
         PatientName="Yamada^Tarou=山田^太郎=やまだ^たろう",
         StudyDate="20240210",
+        TimezoneOffsetFromUTC="+0900",
         AccessionNumber="A21",
     )
     found.append(item_from(japanese))

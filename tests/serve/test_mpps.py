@@ -290,6 +290,14 @@ def test_success_only_after_the_commit(db: Database, monkeypatch: pytest.MonkeyP
     assert request().Status == 0x0000 and rung == ["worker"]
 
 
+def test_a_full_disk_begins_no_step_but_lets_it_end(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    scp = Scp(db)
+    assert scp.create(begun("1.2.10")).Status == 0x0000
+    monkeypatch.setattr("dicomnode.serve.mpps.durable.free_bytes", lambda path: 1)
+    assert scp.create(begun("1.2.10"), "1.2.4").Status == 0x0213
+    assert scp.set(ended("COMPLETED", {"1.2.20": ["1.5"]})).Status == 0x0000
+
+
 def test_two_n_sets_at_a_time_lose_nothing(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     scp = Scp(db)
     assert scp.create(begun("1.2.10")).Status == 0x0000
