@@ -205,9 +205,7 @@ class _Reader:
                 values[keyword] = json.dumps([t for t in texts if t], ensure_ascii=False, separators=(",", ":"))
         return values
 
-    def _explicit(
-        self, found: _Found, slots: _Slots, position: int, end: int, last: int, *, delimited: bool
-    ) -> int:
+    def _explicit(self, found: _Found, slots: _Slots, position: int, end: int, last: int, *, delimited: bool) -> int:
         """Note the places of wanted values in one data set; where it ends.
 
         That is at ``end``, at Pixel Data, or behind the delimiter when it is the content of an

@@ -14,7 +14,19 @@ from pydicom.uid import generate_uid
 from pynetdicom import AE, AllStoragePresentationContexts, build_role, evt
 from pynetdicom.sop_class import StorageCommitmentPushModel, StorageCommitmentPushModelInstance
 
-from tests.peers import CT_IMAGE, EXPLICIT_LITTLE, IMPLICIT_LITTLE
+from dicomnode.deliver.commitment import Asker
+from dicomnode.deliver.courier import Courier
+from dicomnode.deliver.reporter import Reporter
+from dicomnode.durable import ObjectStore, sha256_file
+from dicomnode.index.database import Database
+from dicomnode.receive.acceptor import Door, listen
+from dicomnode.receive.listener import Listener
+from dicomnode.serve import Commitment
+from dicomnode.settings import Settings
+from tests.e2e.harness import item_from
+from tests.index.rows import finished_job
+from tests.peers import CT_IMAGE, EXPLICIT_LITTLE, IMPLICIT_LITTLE, send_items, wait_for
+from tests.serve.cases import dataset
 
 COMMITMENT, INSTANCE = StorageCommitmentPushModel, StorageCommitmentPushModelInstance
 SYNTAXES = [EXPLICIT_LITTLE, IMPLICIT_LITTLE]
@@ -245,3 +257,64 @@ class Committer:
             return self._report_on(assoc, ds)
         finally:
             assoc.release()
+
+
+class Site:
+    """A receiver of the node in this process, and the courier's parts, which run when the test says so."""
+
+    def __init__(self, db: Database, peers: Sequence[Mapping[str, Any]], **delivery: float) -> None:
+        quick = {"backoff_seconds": 2, "backoff_max_seconds": 900, "connect_seconds": 5, "response_seconds": 5}
+        self.db = db
+        self.settings = Settings(
+            node={"data_dir": db.data_dir, "reserve_mb": 1},
+            dimse={"journal_mb": 4},
+            peers=[{"host": "127.0.0.1", **peer} for peer in peers],
+            delivery={**quick, "commitment_wait_seconds": 5, **delivery},
+        )
+        self._listening = listen("127.0.0.1", 0)
+        self.port = int(self._listening.getsockname()[1])
+        self._listener = Listener(
+            self.settings, db, [Door(self._listening)], "receiver-1", [Commitment(self.settings, db)]
+        )
+        self._listener.start()
+        self.reporter = Reporter(self.settings, db, "courier")
+        self.asker = Asker(self.settings, db, "courier")
+        self.courier = Courier(self.settings, db, "courier")
+
+    def close(self) -> None:
+        self._listener.close()
+        self._listening.close()
+
+    def store(self, count: int = 2, ae_title: str = "MOD1") -> list[str]:
+        """Objects as a modality stores them; their UIDs."""
+        items = [item_from(dataset("1.2.20", "1.2.10", str(generate_uid()))) for _ in range(count)]
+        assert set(send_items(self.port, items, calling=ae_title)) == {0x0000}
+        return [item.sop_instance_uid for item in items]
+
+    def rows(self) -> list[dict[str, Any]]:
+        return self.db.rows("SELECT * FROM commitments ORDER BY id")
+
+    def states(self) -> list[str]:
+        return [str(row["state"]) for row in self.rows()]
+
+    def wait_state(self, *states: str) -> None:
+        wait_for(lambda: self.states() == list(states), 20, f"{states}", lambda: str(self.rows()))
+
+    def deliveries(self) -> list[str]:
+        return [r["state"] for r in self.db.rows("SELECT state FROM deliveries ORDER BY id")]
+
+    def results(self, study: str = "1.2.10") -> list[str]:
+        """A finished job, its SEG and SR on the way to ``pacs``; their UIDs."""
+        job_id = finished_job(self.db, study)
+        store = ObjectStore(self.db.data_dir)
+        rows = self.db.rows("SELECT file, SOPInstanceUID FROM results WHERE job_id = ? ORDER BY id", (job_id,))
+        for row in rows:
+            ds = dataset("1.2.30", study, row["SOPInstanceUID"])
+            ds.file_meta.MediaStorageSOPClassUID = ds.SOPClassUID
+            ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID
+            path = store.path(row["file"])
+            path.parent.mkdir(parents=True, exist_ok=True)
+            ds.save_as(path, enforce_file_format=True)
+            with self.db.transaction():
+                self.db.execute("UPDATE results SET sha256 = ? WHERE file = ?", (sha256_file(path), row["file"]))
+        return [str(row["SOPInstanceUID"]) for row in rows]

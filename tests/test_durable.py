@@ -74,6 +74,7 @@ def test_failed_step_leaves_the_old_file(
 def test_directory_that_cannot_be_synced_is_fatal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, after: int
 ) -> None:
+    durable.make_directory(tmp_path)
     with monkeypatch.context() as patch:
         fail(patch, step, errno.EIO, after)
         with pytest.raises(SyncFailed):
@@ -167,6 +168,7 @@ def test_remove(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_order_of_the_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Durable means: data synced before it has its name, the name synced before success."""
+    durable.make_directory(tmp_path)
     seen: list[str] = []
     for name in ("open", "write", "fsync", "rename"):
         real = getattr(durable.steps, name)
@@ -175,6 +177,31 @@ def test_order_of_the_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         )
     write_durable(tmp_path / "x", b"1")
     assert seen == ["open", "write", "fsync", "rename", "open", "fsync"]
+
+
+def test_a_directory_that_another_life_made_is_synced_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who made it may have been killed before the fsync: then its name could still be lost."""
+    opened: list[Path] = []
+    real = durable.steps.open
+    monkeypatch.setattr(
+        durable.Steps, "open", staticmethod(lambda path, *a: (opened.append(Path(path)), real(path, *a))[1])
+    )
+    existing = tmp_path / "a" / "b"
+    existing.mkdir(parents=True)
+    durable.make_directory(existing)
+    assert opened[-2:] == [tmp_path, tmp_path / "a"]
+    opened.clear()
+    durable.make_directory(existing)
+    durable.make_directory(existing / "c")
+    assert opened == [existing]
+    (existing / "c").rmdir()
+    durable.make_directory(existing / "c")
+    assert opened == [existing, existing] and (existing / "c").is_dir()
+    store = ObjectStore(tmp_path)
+    store.prepare()
+    opened.clear()
+    store.prepare()
+    assert opened == [store.root]
 
 
 def test_object_names_are_ours(tmp_path: Path) -> None:

@@ -194,7 +194,7 @@ def plan_find(root: Root, identifier: Identifier, *, relational: bool = False, o
         return all(check(texts) for check in checks)
 
     conditions = match.conditions()
-    missing = sorted((set(identifier.values) | set(identifier.items)) - set(known) - CONTEXT_KEYS)
+    missing = sorted((set(identifier.values) | set(identifier.items)) - set(known) - _NOT_MATCHED)
     unsupported = (*identifier.unknown, *((int(tag_for_keyword(k) or 0), vr_of(k)) for k in missing))
     return Plan(
         level,

@@ -143,6 +143,12 @@ class Node:
         assert CANARY.casefold() not in self.log.read_text(errors="replace").casefold(), "a patient's name was logged"
         return code
 
+    def bury(self) -> None:
+        """The node was killed: forget it, so that it can be started again."""
+        assert self._process is not None
+        self._process.stop(5)
+        self._process = None
+
     @property
     def pid(self) -> int:
         assert self._process is not None

@@ -164,6 +164,9 @@ def test_times_in_the_zone_of_the_query(db: Database) -> None:
         "TimezoneOffsetFromUTC": "-0330",
         "StudyInstanceUID": "1.10.0",
     }
+    patient = identifier("PATIENT", PatientID="P0", TimezoneOffsetFromUTC="-0330")
+    assert ask(db, patient, Root.PATIENT, timezone=True) == [{"PatientID": "P0"}]
+    assert plan_find(Root.PATIENT, patient, options=Options(timezone=True)).unsupported == ()
     for bad in ("0100", "+2500", "x"):
         with pytest.raises(IdentifierError):
             ask(db, identifier("STUDY", StudyDate="", TimezoneOffsetFromUTC=bad), timezone=True)

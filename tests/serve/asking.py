@@ -11,8 +11,8 @@ from pynetdicom import AE
 from pynetdicom.pdu_primitives import SOPClassExtendedNegotiation
 from pynetdicom.presentation import build_context
 
-from dicomnode.reactor import park
 from tests.peers import EXPLICIT_LITTLE, IMPLICIT_LITTLE
+from tests.reactor import park
 from tests.serve.conftest import Site
 
 ROOT = "1.2.840.10008.5.1.4.1.2."

@@ -12,9 +12,9 @@ from pydicom.dataset import Dataset
 from pydicom.uid import generate_uid
 from pynetdicom import AE, build_role, evt
 
-from dicomnode.reactor import park
 from tests.e2e.harness import CANARY, item_from
 from tests.peers import CT_IMAGE, EXPLICIT_LITTLE, IMPLICIT_LITTLE, Association, command_set, send_items
+from tests.reactor import park
 from tests.serve.asking import (
     PATIENT_FIND,
     PATIENT_GET,
