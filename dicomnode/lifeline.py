@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import multiprocessing
 import os
 import signal
 import socket
@@ -16,17 +17,22 @@ from types import FrameType
 from dicomnode.errors import OperatorError
 
 SUPERVISED = "DICOMNODE_SUPERVISED"
-"""Set in the environment of processes that must die with the one that started them."""
+"""In the environment of processes that must die with the one that started them: its process id."""
 
 _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent dies, so that nothing is orphaned."""
-    parent = os.getppid()
+    """Have the kernel kill this process when its parent dies, so that nothing is orphaned.
+
+    It may have died already, while this process was loading its modules: who it was is known from
+    the environment or from multiprocessing, and getppid() tells of another one then.
+    """
+    pool = multiprocessing.parent_process()
+    parent = pool.pid if pool is not None else int(os.environ.get(SUPERVISED) or os.getppid())
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the call
+    if os.getppid() != parent:
         os._exit(1)
 
 

@@ -28,7 +28,7 @@ POLL_SECONDS = 0.05
 def _child_environment() -> dict[str, str]:
     """Only the parent talks to systemd; the child dies with the parent."""
     kept = {k: v for k, v in os.environ.items() if k not in {"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"}}
-    return {**kept, SUPERVISED: "1"}
+    return {**kept, SUPERVISED: str(os.getpid())}
 
 
 @dataclass(slots=True)

@@ -50,6 +50,28 @@ def test_stop_flag(number: int) -> None:
         assert process.wait(30) == 0
 
 
+def test_child_whose_parent_died_before_it_could_ask_ends() -> None:
+    """kill -9 of a supervisor while its children load their modules: what lived on held the locks of the next."""
+    child = (
+        "import os, sys\nfrom dicomnode.lifeline import die_with_parent\nsys.stdin.readline()\n"
+        "die_with_parent()\nprint('lives on', flush=True)"
+    )
+    parent = (
+        "import os, subprocess, sys\nfrom dicomnode.supervisor import _child_environment\n"
+        f"subprocess.Popen([sys.executable, '-c', {child!r}], env=_child_environment())\nos._exit(0)"
+    )
+    read, write = os.pipe()
+    inner, outer = os.pipe()
+    process = subprocess.Popen([sys.executable, "-c", parent], stdout=write, stdin=inner)
+    os.close(write)
+    os.close(inner)
+    assert process.wait(30) == 0
+    os.write(outer, b"go\n")
+    with os.fdopen(read, "rb") as pipe:
+        assert pipe.read() == b""
+    os.close(outer)
+
+
 def test_child_dies_with_its_parent() -> None:
     child = (
         "import sys\nfrom dicomnode.lifeline import die_with_parent\ndie_with_parent()\n"

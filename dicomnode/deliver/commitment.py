@@ -106,6 +106,7 @@ class Asker:
         try:
             self._ask_all(assoc, peer, ask)
             if assoc.usable():
+                assoc._is_paused = True  # pynetdicom took it back when it served a report, and waits for it
                 assoc.release()
         finally:
             assoc.end()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pynetdicom import _config as pynetdicom_config
@@ -21,7 +21,7 @@ from pynetdicom.dimse_primitives import C_CANCEL, N_EVENT_REPORT
 from pynetdicom.dul import DULServiceProvider
 from pynetdicom.transport import AssociationSocket
 
-from dicomnode.dimse.lane import Lane, OpenSink, message_parts
+from dicomnode.dimse.lane import Lane, OpenSink
 from dicomnode.dimse.wire import P_DATA_TF, Silence, Wire, abort_pdu
 
 ESTABLISHED = "Sta6"
@@ -212,10 +212,10 @@ class NodeAssociation(Association):  # type: ignore[misc]
         while self.usable() and self.wire.waiting():
             self.dul.pump(self.wire.limits.pdu_seconds)
 
-    def say(self, context_id: int, command: bytes, data_set: bytes = b"") -> None:
-        """Send a message that is encoded already; a peer that is gone shows in :meth:`usable`."""
+    def say(self, parts: Sequence[bytes]) -> None:
+        """Send PDUs that are encoded already; a peer that is gone shows in :meth:`usable`."""
         try:
-            self.wire.send(message_parts(context_id, command, data_set, self.dimse.maximum_pdu_size))
+            self.wire.send(parts)
         except OSError:
             self.dul.lost()
 

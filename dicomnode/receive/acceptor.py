@@ -6,7 +6,6 @@ to one of them.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
 import socket
@@ -63,12 +62,17 @@ class Acceptor:
         return self._thread.is_alive()
 
     def stop(self) -> None:
-        """Accept no more; connections that are open go on."""
+        """Accept no more and close the doors; connections that are open go on."""
+        if self._stopped:
+            return
         self._stopped = True
-        with contextlib.suppress(OSError):
-            os.write(self._wake_write, b"x")
+        os.write(self._wake_write, b"x")
         if self._thread.is_alive():
             self._thread.join()
+        for door in self._doors.values():
+            door.listening.close()
+        os.close(self._wake_read)
+        os.close(self._wake_write)
 
     def wait_quiet(self, seconds: float) -> bool:
         """Wait until no connection runs; False when the time was not enough."""

@@ -13,6 +13,7 @@ from typing import Any
 from pynetdicom.dimse_primitives import C_FIND, C_GET, C_MOVE
 
 from dicomnode.dimse.command import C_FIND_RSP, C_GET_RSP, C_MOVE_RSP, SubOperations, encode_query_reply
+from dicomnode.dimse.lane import message_parts
 from dicomnode.serve.identifier import encode_identifier
 
 SUCCESS = 0x0000
@@ -29,6 +30,9 @@ LIMIT_REACHED = 0xB001
 UNABLE_TO_PROCESS = 0xC000
 """Status codes of PS3.4 tables C.4-1 to C.4-3."""
 
+
+HELD_BYTES = 8192
+"""Answers of a query that are sent with one system call."""
 
 _REPLIES = {C_FIND: C_FIND_RSP, C_GET: C_GET_RSP, C_MOVE: C_MOVE_RSP}
 
@@ -70,6 +74,8 @@ class Exchange:
         self.sop_class_uid = str(context.abstract_syntax)
         self.transfer_syntax_uid = str(context.transfer_syntax[0])
         self.message_id = int(request.MessageID)
+        self._held: list[bytes] = []
+        self._held_bytes = 0
 
     @property
     def identifier(self) -> bytes:
@@ -83,8 +89,13 @@ class Exchange:
     def gone(self) -> bool:
         return not self.assoc.usable()
 
-    def respond(self, status: int, identifier: bytes | None = None, counts: Counts | None = None) -> None:
-        """Send one response. Nothing is sent to a peer that is gone."""
+    def respond(
+        self, status: int, identifier: bytes | None = None, counts: Counts | None = None, *, more: bool = False
+    ) -> None:
+        """Send one response; with ``more`` it may wait a moment for the next, to go out with it.
+
+        Nothing is sent to a peer that is gone.
+        """
         if self.gone():
             return
         suboperations = None
@@ -99,7 +110,12 @@ class Exchange:
             has_data_set=bool(identifier),
             counts=suboperations,
         )
-        self.assoc.say(self.context_id, command, identifier or b"")
+        parts = message_parts(self.context_id, command, identifier or b"", self.assoc.dimse.maximum_pdu_size)
+        self._held += parts
+        self._held_bytes += sum(len(part) for part in parts)
+        if not more or self._held_bytes >= HELD_BYTES:
+            held, self._held, self._held_bytes = self._held, [], 0
+            self.assoc.say(held)
 
     def respond_final(self, status: int, counts: Counts) -> None:
         """The end of a retrieve, with the list of what failed."""

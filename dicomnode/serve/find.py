@@ -48,7 +48,7 @@ def find(
         for answer in answers(plan, found.rows, settings.node.ae_title, exchange.transfer_syntax_uid):
             if exchange.cancelled():
                 break
-            exchange.respond(status, answer)
+            exchange.respond(status, answer, more=True)
             sent += 1
     final = {Ended.complete: SUCCESS, Ended.limit: LIMIT_REACHED, Ended.deadline: OUT_OF_RESOURCES}.get(
         found.ended, CANCELLED

@@ -28,7 +28,7 @@ from tests.e2e.harness import Node, python_environment, rule
 from tests.peers import Process, SlowLink, StoreScp
 
 KILLS_PER_ROUND = 25
-SETTLE_SECONDS = 180.0
+SETTLE_SECONDS = 60.0
 WEIGHTS = {
     "serve": 1,
     "receiver": 2,

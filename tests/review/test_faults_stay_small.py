@@ -195,7 +195,7 @@ def test_an_association_whose_end_could_not_be_recorded_is_recorded_later(db: Da
         raise StorageError("commit to the index", "no space left")
 
     wire = SimpleNamespace(violation="")
-    assoc: Any = SimpleNamespace(node_id="a", node_peer=object(), node_closed=False, wire=wire)
+    assoc: Any = SimpleNamespace(node_id="a", node_peer=object(), node_closed=False, wire=wire, settle=lambda: None)
     listener.catalogue.association_closed = full  # type: ignore[method-assign]
     with pytest.raises(StorageError):
         listener._on_released(SimpleNamespace(assoc=assoc))
