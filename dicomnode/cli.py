@@ -18,6 +18,7 @@ from dicomnode.cli_common import index as _index
 from dicomnode.cli_common import output as _print
 from dicomnode.cli_common import settings_of as _settings
 from dicomnode.cli_common import table as _table
+from dicomnode.cli_conformance import conformance
 from dicomnode.cli_delivery import commitments_app, deliveries_app
 from dicomnode.errors import NodeError, OperatorError
 from dicomnode.settings import Settings
@@ -35,6 +36,7 @@ app.add_typer(jobs_app, name="jobs")
 app.add_typer(deliveries_app, name="deliveries")
 app.add_typer(commitments_app, name="commitments")
 app.add_typer(models_app, name="models")
+app.command()(conformance)
 
 
 def main() -> None:

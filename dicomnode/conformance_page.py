@@ -71,7 +71,7 @@ def as_data(document: Document) -> dict[str, Any]:
     """The same for programs: tables as lists of objects."""
     return {
         "title": document.title,
-        "cover": dict(document.cover.rows),
+        "cover": {item: value for item, value in document.cover.rows},
         "sections": [_section_data(s) for s in document.sections],
     }
 

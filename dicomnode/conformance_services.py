@@ -5,17 +5,20 @@ Every table here is made by calling what an association calls.
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from pydicom._uid_dict import UID_dictionary
 from pydicom.datadict import dictionary_description, tag_for_keyword
 from pydicom.uid import UID
+from pynetdicom import sop_class
 from pynetdicom._globals import ALL_TRANSFER_SYNTAXES
 from pynetdicom.sop_class import InstanceAvailabilityNotification, Verification
 
@@ -49,16 +52,24 @@ class SopClass:
 
     @property
     def name(self) -> str:
-        return UID(self.uid).name
+        return name_of(self.uid)
 
-    @property
-    def retired(self) -> bool:
-        return bool(UID_dictionary.get(self.uid, ("",) * 4)[3])
+
+_NEWER = {str(uid): keyword for keyword, uid in vars(sop_class).items() if isinstance(uid, UID)}
+"""Keywords of SOP classes; pynetdicom knows some that are newer than pydicom's dictionary."""
+
+
+def name_of(uid: str) -> str:
+    """PS3.6 table A-1; a keyword as words where only that is known."""
+    if uid not in UID_dictionary:
+        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", _NEWER.get(uid, uid))
+    name, _, _, retired, _ = UID_dictionary[uid]
+    return f"{name} (Retired)" if retired else str(name)
 
 
 def names_of(uids: Iterable[str]) -> dict[str, str]:
     """UID -> name, in the order of names."""
-    return dict(sorted(((uid, UID(uid).name) for uid in uids), key=lambda pair: (pair[1], pair[0])))
+    return dict(sorted(((uid, name_of(uid)) for uid in uids), key=lambda pair: (pair[1], pair[0])))
 
 
 INITIATED: frozenset[str] = STORAGE_CLASSES | {
@@ -179,8 +190,8 @@ def cipher_suites(tls: Tls) -> list[tuple[str, str]]:
     return [(version, name) for version, name in suites if version >= oldest]
 
 
-def settings_rows(settings: Settings, shown: frozenset[str]) -> Iterator[tuple[str, str, str, str]]:
-    """Key, default, value at this site and description; values of the keys not in ``shown`` are kept back."""
+def settings_rows(settings: Settings) -> Iterator[tuple[str, str, str, str]]:
+    """Key, default, value at this site and description. Addresses and paths of the site are kept back."""
     for section in Settings.model_fields:
         value: Any = getattr(settings, section)
         fields = getattr(type(value), "model_fields", None)
@@ -189,8 +200,14 @@ def settings_rows(settings: Settings, shown: frozenset[str]) -> Iterator[tuple[s
         for name, field in fields.items():
             default, current = field.get_default(call_default_factory=True), getattr(value, name)
             key = f"{section}.{name}"
-            text = "default" if current == default else _value(current) if key in shown else "set by the site"
-            yield key, _value(default), text, field.description or ""
+            told = _value(current) if _public(key, current, field.annotation) else "set by the site"
+            yield key, _value(default), "default" if current == default else told, field.description or ""
+
+
+def _public(key: str, value: object, annotation: object) -> bool:
+    """Whether a value may be handed to whoever reads a conformance statement."""
+    plain = isinstance(value, bool | int | float | Enum) or get_origin(annotation) is Literal
+    return plain or key in ("node.ae_title", "node.more_ae_titles")
 
 
 def _value(value: object) -> str:

@@ -128,7 +128,10 @@ PROCEDURE_STEP: tuple[Status, ...] = (
     Status(procedure_step.NO_SUCH_INSTANCE, "N-SET, N-GET", "No Such SOP Instance", "there is no step with this UID"),
     Status(procedure_step.INVALID_INSTANCE, "N-CREATE", "Invalid SOP Instance", "the SOP Instance UID is not a UID"),
     Status(
-        procedure_step.NO_SUCH_CLASS, "N-CREATE", "No Such SOP Class", "the command names another class than its context"
+        procedure_step.NO_SUCH_CLASS,
+        "N-CREATE",
+        "No Such SOP Class",
+        "the command names another class than its context",
     ),
     Status(
         procedure_step.CLASS_INSTANCE_CONFLICT,
@@ -161,7 +164,9 @@ PROCEDURE_STEP: tuple[Status, ...] = (
 
 _BOTH = "N-ACTION, N-EVENT-REPORT"
 COMMITMENT: tuple[Status, ...] = (
-    Status(commitment.SUCCESS, _BOTH, "Success", "the request is recorded and will be reported on; the report is taken"),
+    Status(
+        commitment.SUCCESS, _BOTH, "Success", "the request is recorded and will be reported on; the report is taken"
+    ),
     Status(
         commitment.PROCESSING_FAILURE,
         _BOTH,
@@ -178,9 +183,7 @@ COMMITMENT: tuple[Status, ...] = (
     ),
     Status(commitment.NO_SUCH_CLASS, _BOTH, "No Such SOP Class", "the command names another class than its context"),
     Status(commitment.NO_SUCH_ACTION, "N-ACTION", "No Such Action Type", "another action type than 1"),
-    Status(
-        commitment.NOT_AUTHORIZED, "N-ACTION", "Not Authorized", "the peer has no 'commit' in allow"
-    ),
+    Status(commitment.NOT_AUTHORIZED, "N-ACTION", "Not Authorized", "the peer has no 'commit' in allow"),
     Status(commitment.UNRECOGNIZED_OPERATION, "others", "Unrecognized Operation", "the class has no such operation"),
     Status(
         commitment.RESOURCE_LIMITATION,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import select
 import socket
+import threading
 from pathlib import Path
 
 SLOW_BEAT_SECONDS = 1.0
@@ -52,12 +53,14 @@ class Doorbell:
 
 
 _ringer: socket.socket | None = None
+_ringer_lock = threading.Lock()
 
 
 def ring(data_dir: Path, stage: str) -> None:
     """Wake a stage; silently nothing when it is not there or its queue is full."""
     global _ringer  # noqa: PLW0603 one unconnected socket per process, datagrams are atomic
-    if _ringer is None:
-        _ringer = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    with _ringer_lock:
+        if _ringer is None:
+            _ringer = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     with contextlib.suppress(OSError):
         _ringer.sendto(b"!", _address(data_dir, stage))

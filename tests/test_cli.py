@@ -18,8 +18,10 @@ from typer.testing import CliRunner
 
 from dicomnode import __version__
 from dicomnode.cli import app
+from dicomnode.commitment import Reference, Request
 from dicomnode.index.database import Database
 from dicomnode.index.outbox import Outbox
+from dicomnode.index.promises import Promises
 from tests.index.rows import finished_job
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -150,6 +152,7 @@ def config(tmp_path: Path) -> Path:
         (["jobs", "retry", "1", "--config", "{made}"], 78, "there is no job 1"),
         (["jobs", "show", "7", "--config", "{made}"], 78, "there is no job 7"),
         (["deliveries", "retry", "1", "--config", "{made}"], 78, "there is no delivery 1"),
+        (["commitments", "retry", "1", "--config", "{made}"], 78, "there is no commitment 1"),
         (["echo", "nobody", "--config", "{config}"], 78, "there is no peer 'nobody'"),
         (["echo", "pacs", "--config", "{config}"], 1, "does not answer"),
         (["send", "pacs", "/no/such", "--config", "{config}"], 78, "does not exist"),
@@ -186,11 +189,22 @@ def test_damaged_index_is_one_line(tmp_path: Path, config: Path) -> None:
 
 @pytest.mark.parametrize(
     "verb",
-    ["check-config", "status", "events", "jobs list", "jobs show 1", "deliveries list", "models list", "version"],
+    [
+        "check-config",
+        "status",
+        "events",
+        "jobs list",
+        "jobs show 1",
+        "deliveries list",
+        "commitments list",
+        "models list",
+        "version",
+    ],
 )
 def test_json_parses_and_text_is_for_people(tmp_path: Path, config: Path, verb: str) -> None:
     db = Database(tmp_path / "data")
     finished_job(db)
+    Promises(db).receive("pacs", Request("1.2.77", (Reference("1.2.1", "1.2.88"),)), "r", 60)
     db.close()
     runner = CliRunner()
     options = [] if verb == "version" else ["--config", str(config)]

@@ -9,7 +9,12 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "dicomnode"
 STAGES = frozenset(["receive", "select", "infer", "encode", "deliver", "serve", "sync", "custody", "admin"])
-COMPOSITION = frozenset(["app", "cli", "cli_common", "cli_delivery", "__main__", "sidecar", "doctor", "demo"])
+COMPOSITION = frozenset(
+    [
+        *("app", "cli", "cli_common", "cli_conformance", "cli_delivery", "__main__", "sidecar", "doctor", "demo"),
+        *("conformance", "conformance_sections", "conformance_services", "conformance_statuses"),
+    ]
+)
 """Only these put stages together."""
 
 EXCEPTIONS: dict[tuple[str, str], str] = {}

@@ -31,6 +31,7 @@ from dicomnode.index.operation import Events
 from dicomnode.index.reports import IncomingReports
 from dicomnode.index.states import backoff_seconds
 from dicomnode.settings import Peer, Settings
+from dicomnode.tls import Transport
 
 SYNTAXES = ("1.2.840.10008.1.2.1", "1.2.840.10008.1.2")
 TOLD_AFTER = 3
@@ -50,6 +51,7 @@ class Asker:
         self._settings = settings
         self._db = db
         self._owner = owner
+        self._transport = Transport(settings.tls)
         self._crew = crew or Crew(0)
         self._asks = Asks(db)
         self._reports = IncomingReports(settings, db)
@@ -91,6 +93,7 @@ class Asker:
         if peer is None or not peer.reachable:
             self._away(ask, f"peer '{destination}' is not in [[peers]] or lacks host and port")
             return True
+        heard: list[str] = []
         try:
             assoc = associate(
                 self._settings.node.ae_title,
@@ -98,13 +101,14 @@ class Asker:
                 [build_context(SOP_CLASS, list(SYNTAXES))],
                 patience(self._settings.delivery),
                 operation="N-ACTION",
-                handlers=[(evt.EVT_N_EVENT_REPORT, self._on_report, [peer.name])],
+                handlers=[(evt.EVT_N_EVENT_REPORT, self._on_report, [peer.name, heard])],
+                transport=self._transport,
             )
         except PeerError as error:
             self._away(ask, error.cause)
             return True
         try:
-            self._ask_all(assoc, peer, ask)
+            self._ask_all(assoc, peer, ask, heard)
             if assoc.usable():
                 assoc._is_paused = True  # pynetdicom took it back when it served a report, and waits for it
                 assoc.release()
@@ -118,17 +122,21 @@ class Asker:
         found = self._asks.lease(destination, self._owner, seconds, 1)
         return found[0] if found else None
 
-    def _ask_all(self, assoc: NodeAssociation, peer: Peer, first: Ask) -> None:
+    def _ask_all(self, assoc: NodeAssociation, peer: Peer, first: Ask, heard: Sequence[str]) -> None:
+        """One after the other, each with its report while reports come on this association.
+
+        Many an SCP cannot take a request while it waits for the answer to its own report.
+        """
         ask: Ask | None = first
         number = 0
-        taken: list[int] = []
+        reports_here = True
         while ask is not None:
             number += 1
-            if self._ask(assoc, peer, ask, number):
-                taken.append(ask.id)
+            if self._ask(assoc, peer, ask, number) and reports_here:
+                before = len(heard)
+                self._wait(assoc, ask.id)
+                reports_here = len(heard) > before
             ask = self._next(peer.name) if number < MOST_ON_ONE and assoc.usable() else None
-        if taken:
-            self._wait(assoc, taken)
 
     def _ask(self, assoc: NodeAssociation, peer: Peer, ask: Ask, message_id: int) -> bool:
         """One N-ACTION; True when the peer took it."""
@@ -189,20 +197,21 @@ class Asker:
             "error", "commitment-refused", ask.peer, f"commitment {ask.id} of {count} result(s): {cause}; tried on"
         )
 
-    def _wait(self, assoc: NodeAssociation, ask_ids: Sequence[int]) -> None:
-        """Keep the association open for reports; one that comes by another way ends the wait too."""
+    def _wait(self, assoc: NodeAssociation, ask_id: int) -> None:
+        """Keep the association open for the report; one that comes by another way ends the wait too."""
         deadline = time.monotonic() + self._settings.delivery.commitment_wait_seconds
         while (
             (remaining := deadline - time.monotonic()) > 0
             and assoc.usable()
             and not self._crew.stopping.is_set()
-            and self._asks.open(ask_ids)
+            and self._asks.waits(ask_id)
         ):
             before = assoc.wire.received
             assoc.wait(min(remaining, _LOOK_SECONDS), lambda: assoc.wire.received > before)  # noqa: B023
 
-    def _on_report(self, event: Any, peer: str) -> tuple[int, None]:
+    def _on_report(self, event: Any, peer: str, heard: list[str]) -> tuple[int, None]:
         """In the thread of the association; success is answered after the commit."""
+        heard.append(peer)
         request = event.request
         data = request.EventInformation.getvalue() if request.EventInformation is not None else b""
         status, _ = self._reports.take(peer, int(request.EventTypeID), data, str(event.context.transfer_syntax))

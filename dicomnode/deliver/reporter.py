@@ -27,6 +27,7 @@ from dicomnode.index.promises import Promise, Promises
 from dicomnode.index.reports import LEASE_SECONDS, OwedReports
 from dicomnode.index.states import backoff_seconds
 from dicomnode.settings import Peer, Settings
+from dicomnode.tls import Transport
 
 FORGET_SECONDS = 3600.0
 
@@ -38,6 +39,7 @@ class Reporter:
         self._settings = settings
         self._db = db
         self._owner = owner
+        self._transport = Transport(settings.tls)
         self._crew = crew or Crew(0)
         self._promises = Promises(db)
         self._owed = OwedReports(settings, db, owner)
@@ -103,6 +105,7 @@ class Reporter:
             patience(self._settings.delivery),
             operation="N-EVENT-REPORT",
             roles={SOP_CLASS: (False, True)},
+            transport=self._transport,
         )
         answer = assoc.acceptor.role_selection.get(SOP_CLASS)
         if answer is not None and not answer.scp_role:

@@ -27,6 +27,8 @@ from dicomnode.dimse.wire import P_DATA_TF, Silence, Wire, abort_pdu
 ESTABLISHED = "Sta6"
 CLOSED = "Sta1"
 MOST_CANCELS = 10
+MOST_WAITING = 64
+"""Messages that wait while one is answered; without an operations window a peer has one outstanding (PS3.7 D.3.3.3)."""
 LINGER_SECONDS = 2.0
 
 
@@ -165,11 +167,11 @@ class Messages(DIMSEServiceProvider):  # type: ignore[misc]
         """Collect a message; a complete one is queued, but for cancels, which are set aside."""
         if self.message is None:
             self.message = DIMSEMessage()
-        if not self.message.decode_msg(primitive, self.assoc):
-            return
-        message, self.message = self.message, None
-        evt.trigger(self.assoc, evt.EVT_DIMSE_RECV, {"message": message})
         try:
+            if not self.message.decode_msg(primitive, self.assoc):
+                return
+            message, self.message = self.message, None
+            evt.trigger(self.assoc, evt.EVT_DIMSE_RECV, {"message": message})
             request = message.message_to_primitive()
         except Exception:  # noqa: BLE001 whatever a peer's bytes raise in pynetdicom's decoder
             self.dul.event_queue.put("Evt19")
@@ -179,6 +181,8 @@ class Messages(DIMSEServiceProvider):  # type: ignore[misc]
                 self.cancel_req[request.MessageIDBeingRespondedTo] = request
         elif self.assoc.is_requestor and isinstance(request, N_EVENT_REPORT) and request.is_valid_request:
             self.assoc._serve_request(request, message.context_id)
+        elif self.msg_queue.qsize() >= MOST_WAITING:
+            self.assoc.wire.refuse("too many messages that wait for their answer")
         else:
             self.msg_queue.put((message.context_id, request))
 
@@ -246,7 +250,10 @@ class NodeAssociation(Association):  # type: ignore[misc]
 
     def _serve_request(self, msg: Any, context_id: int) -> None:
         self.settle()
-        super()._serve_request(msg, context_id)
+        try:
+            super()._serve_request(msg, context_id)
+        finally:
+            self._is_paused = True  # it was taken back, and the next request of ours would wait for it for ever
 
     def _run_reactor(self) -> None:
         """Serve until release, abort or silence; in the thread that reads."""

@@ -36,6 +36,9 @@ _PDU_PDV = struct.Struct(">BxIIBB")
 PDV_OVERHEAD = 6
 """Bytes of a PDU's length that are not data: item length, context ID and control header."""
 
+MOST_REPLIES = 16
+"""Answers that nobody waits for; a peer that goes on sending them would fill the memory."""
+
 
 @dataclass(frozen=True, slots=True)
 class Reply:
@@ -155,6 +158,8 @@ class Lane:
             found = elements(data)
             field = command_field(found)
             if field == C_STORE_RSP:
+                if len(self.replies) >= MOST_REPLIES:
+                    self._wire.refuse("answers to requests that were not made")
                 self.replies.append(store_reply(found))
                 return
             context = self._assoc._accepted_cx.get(self._context_id)

@@ -70,14 +70,23 @@ def associate(
         idle_seconds=patience.response_seconds,
     )
     wire = Wire(sock, limits)
+    try:
+        there, here = sock.getpeername(), sock.getsockname()
+    except OSError:  # it was reset since
+        wire.close()
+        raise PeerAway(
+            operation,
+            f"peer '{peer.name}' at {peer.host}:{peer.port} ended the connection at once",
+            "Check that a DICOM service listens there, and that it lists this node's address",
+        ) from None
     ae = AE(ae_title=local)
     ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = patience.response_seconds
     ae.implementation_class_uid = IMPLEMENTATION_CLASS_UID
     assoc = NodeAssociation(ae, MODE_REQUESTOR, wire, sock, open_sink)
     assoc.acceptor.ae_title = peer.ae_title
-    assoc.acceptor.address_info = AddressInformation.from_tuple(sock.getpeername())
+    assoc.acceptor.address_info = AddressInformation.from_tuple(there)
     user = assoc.requestor
-    user.address_info = AddressInformation.from_tuple(sock.getsockname())
+    user.address_info = AddressInformation.from_tuple(here)
     user.ae_title = local
     user.maximum_length = MAX_PDU_BYTES
     user.implementation_class_uid = ae.implementation_class_uid

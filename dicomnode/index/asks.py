@@ -246,11 +246,9 @@ class Asks:
                 self._abandon(row, event, "no report came in time" if waited else "the sender died", 0.0)
         return late
 
-    def open(self, ask_ids: Sequence[int]) -> bool:
-        """Whether a report is still owed for one of these."""
-        marks = ", ".join("?" * len(ask_ids))
-        sql = f"SELECT 1 FROM commitments WHERE id IN ({marks}) AND state = 'waiting'"
-        return self.db.row(sql, list(ask_ids)) is not None
+    def waits(self, ask_id: int) -> bool:
+        """Whether the peer still owes its report."""
+        return self.db.row("SELECT 1 FROM commitments WHERE id = ? AND state = 'waiting'", (ask_id,)) is not None
 
     def take(self, peer: str, report: Report, *, first: float, longest: float) -> Taken | None:
         """Commit what a peer reports, before it is answered; None for what it was not asked.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Literal
 
@@ -101,6 +101,13 @@ class _Adding:
     associations: Counter[str] = field(default_factory=Counter)
 
 
+def _storable(new: NewInstance) -> NewInstance:
+    """Lone surrogates, which a sender's character set can make, are no text for SQLite: U+003F for them."""
+    odd = {key: text for key, text in new.attributes.items() if not text.isascii()}
+    clean = {key: text.encode("utf-8", "replace").decode() for key, text in odd.items()}
+    return new if clean == odd else replace(new, attributes={**new.attributes, **clean})
+
+
 class _Stale(Exception):
     """A remembered series is not there any more."""
 
@@ -145,6 +152,7 @@ class Catalogue:
         return _Adding(self.db.clock.ticks(), iso(self.db.clock.wall()), remembered)
 
     def _add(self, new: NewInstance, adding: _Adding) -> Stored:
+        new = _storable(new)
         attributes = new.attributes
         series = self._series(new, adding)
         value = attributes.get

@@ -17,8 +17,8 @@ from dicomnode.commitment import Reference, Verdict, contradictory, storable, ve
 from dicomnode.durable import ObjectStore
 from dicomnode.index.database import Database, Row
 
-LATE_SECONDS = 1.0
-"""An object is acknowledged a moment before its row is there; then it was just sent."""
+LATE_SECONDS = 3.0
+"""An object is acknowledged a moment before its row is there, in a burst of small ones a second."""
 
 LOOK_SECONDS = 0.05
 _IN_ONE_QUERY = 500

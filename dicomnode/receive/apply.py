@@ -48,6 +48,7 @@ class Applier:
         self._waiting: list[Acknowledged] = []
         self._bytes = 0
         self._closing = False
+        self._last: Acknowledged | None = None
         self._thread = threading.Thread(target=self._run, name="apply", daemon=True)
 
     def start(self) -> None:
@@ -55,6 +56,7 @@ class Applier:
 
     def put(self, item: Acknowledged) -> None:
         with self._changed:
+            self._last = item
             self._waiting.append(item)
             self._bytes += item.buffer.size
             self._changed.notify_all()
@@ -63,6 +65,16 @@ class Applier:
         """Call before an object is acknowledged."""
         with self._changed:
             self._changed.wait_for(lambda: self._bytes <= MOST_BYTES)
+
+    def catch_up(self) -> None:
+        """Return when all that was put has its row: what takes another way must not overtake it."""
+        last = self._last
+        if last is not None:
+            last.applied.wait()
+
+    def refuse(self, entry: Entry) -> None:
+        """A record that was reserved will not be acknowledged; without this the ring would end before it."""
+        self._retirer.settled(entry, "")
 
     def close(self) -> None:
         """Apply what waits, and stop."""
@@ -73,6 +85,12 @@ class Applier:
             self._thread.join()
 
     def _run(self) -> None:
+        try:
+            self._apply_all()
+        except Exception as error:  # noqa: BLE001 whatever it is, the objects are acknowledged
+            durable.die(error)
+
+    def _apply_all(self) -> None:
         with self._catalogue.db.session():
             while True:
                 with self._changed:
@@ -80,10 +98,7 @@ class Applier:
                     batch, self._waiting = self._waiting[:MAX_BATCH], self._waiting[MAX_BATCH:]
                 if not batch:
                     return
-                try:
-                    self._apply(batch)
-                except Exception as error:  # noqa: BLE001 whatever it is, the objects are acknowledged
-                    durable.die(error)
+                self._apply(batch)
                 with self._changed:
                     self._bytes -= sum(item.buffer.size for item in batch)
                     self._changed.notify_all()

@@ -291,7 +291,11 @@ class Incoming:
             name = self._ingest.store.new_name(self._attributes["SeriesInstanceUID"])
             self._ingest.store.stage(name, [self._meta, buffer.data_set])
             return self._commit(name)
-        safe.journal.write(entry, buffer, self._fields(), self._hash.copy())
+        try:
+            safe.journal.write(entry, buffer, self._fields(), self._hash.copy())
+        except BaseException:
+            safe.applier.refuse(entry)
+            raise
         self._entry = entry
         return StoreAnswer(SUCCESS)
 
@@ -340,6 +344,8 @@ class Incoming:
 
     def _commit(self, name: str) -> StoreAnswer:
         store, committer = self._ingest.store, self._ingest.committer
+        if self._ingest.safe is not None:
+            self._ingest.safe.applier.catch_up()  # an older object of this UID may wait there: the newest serves
         try:
             outcome = committer.commit(self._instance(name))
         except NodeError:

@@ -22,6 +22,7 @@ import mmap
 import os
 import struct
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,8 @@ _FIRST = struct.Struct("<8s16sQ")
 
 _ZERO_BYTES = 1024 * 1024
 SUFFIX = ".journal"
+LOCK_SECONDS = 0.02
+"""Pause between attempts at a journal that another process has."""
 
 
 class Buffer:
@@ -109,9 +112,9 @@ class Found:
 class Journal:
     """The ring of one process; thread-safe. Raises StorageError when another process has it."""
 
-    def __init__(self, path: Path, size: int) -> None:
+    def __init__(self, path: Path, size: int, *, wait_seconds: float = 0.0) -> None:
         self.path = path
-        self._fd, self._mark, self.size = _open(path, -(-size // BLOCK) * BLOCK)
+        self._fd, self._mark, self.size = _open(path, -(-size // BLOCK) * BLOCK, time.monotonic() + wait_seconds)
         self._lock = threading.Lock()
         self._number = 0
         self._next = BLOCK
@@ -216,14 +219,14 @@ def _record(ring: mmap.mmap, begin: int) -> Found | None:
     return Found(number, json.loads(text), data) if check.digest() == digest else None
 
 
-def _open(path: Path, size: int) -> tuple[int, bytes, int]:
+def _open(path: Path, size: int, deadline: float) -> tuple[int, bytes, int]:
     """Descriptor (locked), mark and size of a journal, made and filled with zeros if need be."""
     durable.make_directory(path.parent)
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
     try:
         fd = durable.steps.open(path, flags, 0o600)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(fd, deadline)
             first = os.pread(fd, _FIRST.size, 0)
             known = _FIRST.unpack(first) if len(first) == _FIRST.size else (b"", b"", 0)
             if known[0] != _MAGIC or known[2] != os.fstat(fd).st_size:
@@ -244,6 +247,18 @@ def _open(path: Path, size: int) -> tuple[int, bytes, int]:
     except OSError as error:
         raise durable.storage_error("open journal", error) from error
     return fd, known[1], known[2]
+
+
+def _lock(fd: int, deadline: float) -> None:
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(LOCK_SECONDS)
+        else:
+            return
 
 
 def _fill(fd: int, size: int) -> None:

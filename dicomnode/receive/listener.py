@@ -54,6 +54,8 @@ from dicomnode.tls_context import SecureSocket
 SHUTDOWN_SECONDS = 3.0
 CUT_SECONDS = 2.0
 RING_SECONDS = 0.2
+JOURNAL_SECONDS = 60.0
+"""Another receiver that starts at the same time may hold this one's journal while it looks what is in it."""
 
 
 class Listener:
@@ -109,7 +111,7 @@ class Listener:
         """This process's journal, after everything that journals still hold was stored again."""
         folder = self.settings.node.data_dir / "journal"
         path = folder / f"{self.name}{SUFFIX}"
-        journal = Journal(path, self.settings.dimse.journal_mb * 1024 * 1024)
+        journal = Journal(path, self.settings.dimse.journal_mb * 1024 * 1024, wait_seconds=JOURNAL_SECONDS)
         count = recover(journal, self.catalogue, store, wanted)
         count += recover_others(folder, path, self.catalogue, store, wanted)
         if count:
@@ -289,11 +291,15 @@ class Listener:
             self._event("error", "store-refused", peer.name, f"{status} {answer.cause}. {answer.hint}".strip())
 
     def _event(self, severity: Severity, kind: str, subject: str, text: str) -> None:
-        """Events are rows: on a full disk the log line alone has to do."""
+        """Events are rows: on a full disk, or without a descriptor, the log line alone has to do."""
         try:
             self.events.add(severity, kind, subject, text)
-        except NodeError as error:
-            self.log.warning("event not recorded", kind=kind, error=str(error))
+        except Exception as error:  # noqa: BLE001 the thread that accepts must not end with it
+            self.log.warning(
+                "event not recorded",
+                kind=kind,
+                error=str(error) if isinstance(error, NodeError) else type(error).__name__,
+            )
 
     def _on_released(self, event: Any) -> None:
         self._closed(event.assoc, "released")

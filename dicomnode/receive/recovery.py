@@ -5,6 +5,7 @@ After a mere crash of the process everything is there already; then this only ma
 
 from __future__ import annotations
 
+import uuid
 from pathlib import Path
 
 from dicomnode import durable, logs
@@ -40,7 +41,10 @@ def recover(journal: Journal, catalogue: Catalogue, store: ObjectStore, wanted: 
     count = 0
     for found in journal.records(after=retired):
         highest = max(highest, found.number)
-        count += _store_again(found, catalogue, store, wanted)
+        try:
+            count += _store_again(found, catalogue, store, wanted)
+        except (MalformedDataSet, LookupError, TypeError, ValueError) as error:
+            _put_aside(found, store, type(error).__name__)
     if highest > retired:
         journals.retire(journal.mark, highest)
     journal.begin_after(highest)
@@ -65,22 +69,14 @@ def recover_others(folder: Path, own: Path, catalogue: Catalogue, store: ObjectS
 
 
 def _store_again(found: Found, catalogue: Catalogue, store: ObjectStore, wanted: Wanted) -> int:
-    """Durable file, then durable row; 0 when the object was refused at the time."""
+    """Durable file, then durable row. Raises MalformedDataSet for what this version would refuse."""
     fields = found.fields
-    meta = file_meta(
-        sop_class_uid=fields["class"],
-        sop_instance_uid=fields["instance"],
-        transfer_syntax_uid=fields["syntax"],
-        source_ae=fields["ae"],
-    )
-    try:
-        attributes = read_header(found.data_set, fields["syntax"], wanted)
-    except MalformedDataSet:
-        return 0
+    meta = _meta(found)
+    attributes = read_header(found.data_set, fields["syntax"], wanted)
     if (attributes.get("SOPInstanceUID"), attributes.get("SOPClassUID")) != (fields["instance"], fields["class"]):
-        return 0
+        raise MalformedDataSet("recover", "UIDs differ between command and data set")
     if not attributes.get("StudyInstanceUID") or not attributes.get("SeriesInstanceUID"):
-        return 0
+        raise MalformedDataSet("recover", "a UID is missing")
     data_hash = durable.hash_object(found.data_set, meta)
     held = catalogue.holds(fields["instance"], data_hash.whole)
     name = store.new_name(attributes["SeriesInstanceUID"])
@@ -103,6 +99,25 @@ def _store_again(found: Found, catalogue: Catalogue, store: ObjectStore, wanted:
         _mend_copy(new, path, catalogue, store)
     logs.get().info("object stored again from the journal", instance=logs.uid_hash(fields["instance"]))
     return 1
+
+
+def _meta(found: Found) -> bytes:
+    fields = found.fields
+    return file_meta(
+        sop_class_uid=fields["class"],
+        sop_instance_uid=fields["instance"],
+        transfer_syntax_uid=fields["syntax"],
+        source_ae=fields["ae"],
+    )
+
+
+def _put_aside(found: Found, store: ObjectStore, cause: str) -> None:
+    """It was acknowledged, by other settings or another version; one object must neither be lost nor stop a start."""
+    path = store.root.parent / "strays" / f"{uuid.uuid4().hex}.dcm"
+    durable.write_durable(path, _meta(found) + found.data_set)
+    logs.get().error(
+        "object of the journal put aside into strays", instance=logs.uid_hash(found.fields["instance"]), cause=cause
+    )
 
 
 def _mend_copy(new: NewInstance, path: Path, catalogue: Catalogue, store: ObjectStore) -> None:

@@ -90,8 +90,9 @@ class Retirer:
                 self._retire(batch)
             except SyncFailed as error:
                 durable.die(error)
-            except NodeError as error:
-                self._log.error("journal not retired, trying again", error=str(error))
+            except Exception as error:  # noqa: BLE001 without this thread the ring would fill for good
+                text = str(error) if isinstance(error, NodeError) else type(error).__name__
+                self._log.error("journal not retired, trying again", error=text)
                 if self._closing:
                     return
                 self._give_back(batch)

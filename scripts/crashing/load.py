@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from tests.peers import Association, Cut, Item, Rejected, contexts_for
 
@@ -33,14 +33,15 @@ PAUSE_SECONDS = 0.05
 class Errand:
     """What one sender does: ``items`` on associations of ``batch`` objects.
 
-    With ``rough`` it also does what real networks do: drops a connection in the middle of an
-    object, sends objects again, and sends other bytes under the same UID. ``pause_seconds`` is
-    its rest after each association.
+    ``gap_seconds`` lie between two objects, ``pause_seconds`` between two associations. With
+    ``rough`` it also does what real networks do: drops a connection in the middle of an
+    object, sends objects again, and sends other bytes under the same UID.
     """
 
     items: Sequence[Item]
     batch: int
     rough: bool = False
+    gap_seconds: float = 0.0
     pause_seconds: float = 0.0
 
 
@@ -49,6 +50,12 @@ class Ledger:
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("a", encoding="ascii", buffering=1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
     def note(self, kind: str, item: Item, status: int = -1) -> None:
         self._file.write(f"{kind} {item.sop_instance_uid} {item.sha256} {status}\n")
@@ -121,13 +128,13 @@ class Modality:
             while waiting:
                 if time.monotonic() > deadline:
                     raise SystemExit("the node did not take everything in time")
-                waiting = self._association(waiting, errand.rough)
+                waiting = self._association(waiting, errand.gap_seconds, errand.rough)
             if errand.rough:
                 self._again(errand.items[begin : begin + errand.batch])
             time.sleep(errand.pause_seconds)
         self._ledger.done()
 
-    def _association(self, items: Sequence[Item], rough: bool) -> list[Item]:
+    def _association(self, items: Sequence[Item], gap_seconds: float, rough: bool) -> list[Item]:
         """One association; what is left to send."""
         left = list(items)
         try:
@@ -141,6 +148,7 @@ class Modality:
                     self._ledger.note("answer", item, status)
                     if status == 0:
                         left.remove(item)
+                    time.sleep(gap_seconds)
         except (Cut, Rejected, AssertionError):
             self._ledger.note("cut", items[0])
             time.sleep(PAUSE_SECONDS)
@@ -162,7 +170,7 @@ class Modality:
         waiting = [i if self._chance.random() < 0.5 else padded(i, self._chance.randrange(2, 200, 2)) for i in chosen]
         deadline = time.monotonic() + GIVE_UP_SECONDS
         while waiting and time.monotonic() < deadline:
-            waiting = self._association(waiting, rough=False)
+            waiting = self._association(waiting, 0.0, rough=False)
 
 
 class Asker:
@@ -238,7 +246,8 @@ def main(argv: Sequence[str]) -> None:
     """``send ERRAND LEDGER PORT SEED`` or ``ask SERIES LOG PORT HTTP_PORT SEED``."""
     if argv[0] == "send":
         errand: Errand = pickle.loads(Path(argv[1]).read_bytes())
-        Modality(int(argv[3]), Ledger(Path(argv[2])), int(argv[4])).run(errand)
+        with Ledger(Path(argv[2])) as ledger:
+            Modality(int(argv[3]), ledger, int(argv[4])).run(errand)
     else:
         Asker(int(argv[3]), int(argv[4]), Path(argv[2]), int(argv[5])).run(Path(argv[1]))
 

@@ -151,7 +151,7 @@ def _delivered(
         if hashlib.sha256(data_set_of(path.read_bytes())).hexdigest() != hashes.get(uid):
             yield "the PACS has other bytes than the node"
     if there.keys() != wanted:
-        yield f"{len(wanted - there.keys())} results are not at the PACS, {len(there.keys() - wanted)} are there that are none"
+        yield f"{len(wanted - there.keys())} results are not at the PACS, {len(there.keys() - wanted)} there are none"
     if any(count > 1 for count in there.values()):
         yield "the PACS has a result twice"
 

@@ -15,11 +15,13 @@ from aiohttp.test_utils import TestServer
 
 from dicomnode import metrics
 from dicomnode.admin.application import make_app
+from dicomnode.commitment import Reference, Request
 from dicomnode.index.database import Database
 from dicomnode.index.jobs import Jobs
 from dicomnode.index.notices import make_notices
 from dicomnode.index.operation import Events, Models, Processes
 from dicomnode.index.outbox import Outbox
+from dicomnode.index.promises import Promises
 from dicomnode.settings import Settings
 from tests.sync.index_case import CANARY, FakeClock, add_job, add_results, make_settings, states
 
@@ -78,7 +80,7 @@ def populate(db: Database, tmp_path: Path) -> int:
 
 ALL_PAGES = [
     "/", "/?lang=zh", "/health", "/ready", "/metrics", "/api/v1/status", "/api/v1/jobs", "/api/v1/jobs/1",
-    "/api/v1/deliveries", "/api/v1/notifications", "/api/v1/sync",
+    "/api/v1/deliveries", "/api/v1/commitments", "/api/v1/notifications", "/api/v1/sync",
     "/static/style.css", "/static/app.js", "/nothing", "/api/v1/jobs/99",
 ]  # fmt: skip
 
@@ -225,6 +227,38 @@ def test_retry_of_jobs_and_deliveries(db: Database, tmp_path: Path) -> None:
         assert await post("/api/v1/deliveries/99/retry") == 404
         assert await post("/api/v1/sync/1/retry") == 202
         assert await post("/api/v1/status") == 405
+
+    drive(db, node(tmp_path), body)
+
+
+def test_commitments_are_shown_and_retried(db: Database, tmp_path: Path) -> None:
+    promise = Promises(db).receive("ct1", Request("1.2.77", (Reference("1.2.1", "1.2.88"),)), "r", 60)
+    assert promise is not None
+    Promises(db).reject(promise.id, "r", XSS)
+
+    async def body(client: ClientSession) -> None:
+        async with client.get("/api/v1/commitments?state=rejected") as answer:
+            text = await answer.text()
+            (row,) = json.loads(text)["commitments"]
+            assert (row["role"], row["peer"], row["TransactionUID"], row["instances"]) == ("scp", "ct1", "1.2.77", 1)
+            assert "1.2.88" not in text and "lease_owner" not in row
+        async with client.get("/api/v1/commitments?state=oops") as answer:
+            assert answer.status == 400
+        for language, words in (("en", ("Commitment", "by ct1")), ("zh", ("存储确认", "来自 ct1"))):
+            async with client.get(f"/?lang={language}") as answer:
+                page = await answer.text()
+                assert all(w in page for w in words) and f"/api/v1/commitments/{row['id']}/retry" in page
+                assert XSS not in page
+        async with client.get("/metrics") as answer:
+            found = await answer.text()
+            assert 'dicomnode_queue_commitments{peer="ct1",role="scp",state="rejected"} 1.0' in found
+            assert 'dicomnode_queue_oldest_commitment_seconds{peer="ct1",role="scp"} 0.0' in found
+        async with client.post(f"/api/v1/commitments/{row['id']}/retry", headers=CHANGE) as answer:
+            assert (answer.status, (await answer.json())["state"]) == (202, "pending")
+        async with client.post("/api/v1/commitments/99/retry", headers=CHANGE) as answer:
+            assert answer.status == 404
+        async with client.get("/api/v1/status") as answer:
+            assert (await answer.json())["commitments"]["scp"]["pending"] == 1
 
     drive(db, node(tmp_path), body)
 

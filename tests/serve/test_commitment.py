@@ -20,6 +20,7 @@ from dicomnode.commitment import SOP_CLASS, SOP_INSTANCE
 from dicomnode.deliver.reporter import Reporter
 from dicomnode.durable import ObjectStore
 from dicomnode.errors import StorageError
+from dicomnode.index import durability
 from dicomnode.index.database import Database
 from dicomnode.index.reports import LEASE_SECONDS
 from dicomnode.serve import Commitment
@@ -31,6 +32,12 @@ from tests.peers import free_port
 
 SEG = "1.2.840.10008.5.1.4.1.1.66.4"
 ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _short_wait_for_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not held is looked for again for a while; these tests know that it will not come."""
+    monkeypatch.setattr(durability, "LATE_SECONDS", 0.5)
 
 
 @pytest.fixture
@@ -309,8 +316,9 @@ from dicomnode.index.database import Database
 from dicomnode.serve import Commitment
 from dicomnode.settings import Settings
 from tests.serve.test_commitment import Line, action, serve
-db = Database(Path(sys.argv[1]))
-serve(Commitment(Settings(node={"data_dir": Path(sys.argv[1])}), db), Line("mod1", lambda message: os._exit(9)), action())
+folder = Path(sys.argv[1])
+service = Commitment(Settings(node={"data_dir": folder}), Database(folder))
+serve(service, Line("mod1", lambda message: os._exit(9)), action())
 """
 
 
