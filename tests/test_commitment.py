@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.filereader import read_dataset
 
@@ -81,7 +80,6 @@ def test_pydicom_reads_our_report(syntax: str) -> None:
 def test_pydicom_reads_our_request() -> None:
     ds = decoded(encode_request(Request("1.2.3", (Reference(CT_IMAGE, "1.5.1"),)), EXPLICIT_LITTLE), EXPLICIT_LITTLE)
     assert ds == asked(["1.5.1"], "1.2.3")
-    assert dcmread  # read_dataset is pydicom's own
 
 
 @pytest.mark.parametrize(
@@ -194,3 +192,15 @@ def test_storage_classes_are_those_that_the_receiver_takes() -> None:
 )
 def test_answers_to_a_report(status: int | None, wanted: Told) -> None:
     assert classify_report_status(status)[0] is wanted
+
+
+def test_a_peer_that_can_only_hear_of_it_on_its_own_association_is_named() -> None:
+    from dicomnode.config_summary import summary
+    from dicomnode.settings import Settings
+
+    peers = [
+        {"name": "ct1", "ae_title": "CT1", "allow": ["store", "commit"]},
+        {"name": "ct2", "ae_title": "CT2", "allow": ["store", "commit"], "host": "10.0.0.5", "port": 104},
+    ]
+    notes = [line for line in summary(Settings(peers=peers), []) if "commitment" in line]
+    assert len(notes) == 1 and "ct1" in notes[0]

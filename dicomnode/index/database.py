@@ -179,9 +179,16 @@ class Database:
             fcntl.flock(self._turn_fd, fcntl.LOCK_UN)
 
     def checkpoint(self) -> None:
-        """Move what the log holds into the database, as far as readers allow."""
-        with contextlib.suppress(apsw.BusyError, apsw.LockedError):
+        """Move what the log holds into the database, as far as readers and room allow.
+
+        Ends the process when SQLite reports an I/O error: fsync is never retried.
+        """
+        try:
             self._connection().execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+        except (apsw.BusyError, apsw.LockedError, apsw.FullError):
+            return  # the log keeps it; the next one moves it
+        except (apsw.IOError, apsw.CorruptError, apsw.NotADBError) as error:
+            durable.die(error)
 
     def backup_check(self) -> str:
         """``ok`` or what ``PRAGMA integrity_check`` found."""

@@ -240,12 +240,13 @@ class Runner:
             if killed is not None:
                 campaign.killed[killed] += 1
                 left -= 1
-            if not self.setup.node.running:
+            if killed is not None and killed[0] == "serve":
                 self._restart()
         self._settle(senders, series)
 
     def _restart(self) -> None:
         """The whole node is gone; a supervisor would start it again."""
+        self.setup.node.wait(lambda: not self.setup.node.running, 30, "the killed node is gone")
         self.setup.node.bury()
         self.setup.node.start(wait=False)
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from tests.peers import Association, Cut, Item, Rejected, contexts_for
+from tests.reactor import park
 
 GIVE_UP_SECONDS = 240.0
 PAUSE_SECONDS = 0.05
@@ -227,6 +228,7 @@ class Asker:
         keys.QueryRetrieveLevel = "IMAGE"
         keys.StudyInstanceUID, keys.SeriesInstanceUID, keys.SOPInstanceUID = study, series, ""
         try:
+            park(assoc)
             found = [i for s, i in assoc.send_c_find(keys, FindModel) if i is not None]
             self._counts["find"] += 1
             self._counts["matches"] += len(found)
@@ -235,6 +237,7 @@ class Asker:
                 move.QueryRetrieveLevel = "IMAGE"
                 move.StudyInstanceUID, move.SeriesInstanceUID = study, series
                 move.SOPInstanceUID = self._chance.choice(found).SOPInstanceUID
+                park(assoc)
                 for status, _ in assoc.send_c_move(move, "MOVER", MoveModel):
                     self._counts["moved"] += int("Status" in status and status.Status == 0x0000)
         finally:

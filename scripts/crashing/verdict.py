@@ -24,6 +24,7 @@ from scripts.crashing.load import Account
 from scripts.crashing.series import Made
 from tests.e2e.harness import Node
 from tests.peers import data_set_of
+from tests.reactor import park
 
 
 @dataclass(slots=True)
@@ -187,6 +188,7 @@ def _found_by_query(node: Node, series: Sequence[Made], account: Account) -> Ite
             keys: Any = Dataset()
             keys.QueryRetrieveLevel = "IMAGE"
             keys.StudyInstanceUID, keys.SeriesInstanceUID, keys.SOPInstanceUID = made.study_uid, made.series_uid, ""
+            park(assoc)
             found = {str(i.SOPInstanceUID) for _, i in assoc.send_c_find(keys, FindModel) if i is not None}
             missing = {i.sop_instance_uid for i in made.items} & account.acknowledged.keys() - found
             if missing:

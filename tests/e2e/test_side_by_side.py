@@ -17,11 +17,12 @@ def test_a_silent_pacs_holds_up_neither_the_others_nor_the_stop(tmp_path: Path) 
     node = Node(
         tmp_path / "node",
         peers=[
-            {"name": "silent", "ae_title": "SILENT", "host": here, "port": silent.getsockname()[1]}
+            # by name it comes first
+            {"name": "a-silent", "ae_title": "SILENT", "host": here, "port": silent.getsockname()[1]}
             | {"commitment": True},
             {"name": "good", "ae_title": "PACS", "host": here, "port": good.port},
         ],
-        rules=[rule("both", {"SeriesDescription": "both"}, to=["silent", "good"])],
+        rules=[rule("both", {"SeriesDescription": "both"}, to=["a-silent", "good"])],
         completeness={"quiet_seconds": 1},
         delivery={"response_seconds": 300, "connect_seconds": 300},
     ).start()
@@ -32,7 +33,7 @@ def test_a_silent_pacs_holds_up_neither_the_others_nor_the_stop(tmp_path: Path) 
         return {d["state"] for d in node.deliveries(series.series_uid) if d["destination"] == name}
 
     node.wait(lambda: states("good") == {"stored"}, 60, "the good one has its results")
-    assert states("silent") == {"sending"} and len(good.stored) == 2
+    assert states("a-silent") == {"sending"} and len(good.stored) == 2
     begin = time.monotonic()
     assert node.stop(60) == 0
     assert time.monotonic() - begin < 45, "it does not wait for a peer's 300 seconds"

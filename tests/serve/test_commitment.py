@@ -70,10 +70,10 @@ def test_what_is_durable_is_committed_to_on_the_same_association(site: Site) -> 
     with Requester().open(site.port) as modality:
         assert modality.ask(asked(uids, "1.9")).Status == 0x0000
         ((event_type, transaction, committed, failed),) = modality.heard.wait()
+        site.wait_state("reported")
     assert (event_type, transaction, committed, failed) == (1, "1.9", set(uids), {})
     ds = modality.heard.data[0]
     assert ds.RetrieveAETitle == "DICOMNODE" and "StorageMediaFileSetUID" not in ds
-    site.wait_state("reported")
 
 
 def test_each_failure_has_its_reason(site: Site) -> None:
@@ -107,6 +107,7 @@ def test_the_same_request_again_is_answered_again(site: Site) -> None:
         for _ in range(2):
             assert modality.ask(asked([*uids, "1.2.99"], "1.9")).Status == 0x0000
             modality.heard.wait(1)
+            site.wait_state("reported")
         reports = modality.heard.wait(2)
     assert reports[0] == reports[1] and len(site.rows()) == 1
 
@@ -235,7 +236,7 @@ def test_requests_that_are_refused(site: Site) -> None:
         assert status.Status == 0x0110, "this peer is not asked"
         assert modality.ask(asked(["1.2.99"])).Status == 0x0000
         assert modality.heard.wait()[0][3] == {"1.2.99": 0x0112}
-    assert site.states() == ["reported"]
+        site.wait_state("reported")
 
 
 def test_who_may_not_ask_is_refused(site: Site) -> None:
