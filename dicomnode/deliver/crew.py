@@ -46,8 +46,14 @@ class Crew:
             if self._idle >= len(self._waiting):
                 self._changed.notify()
             else:
+                try:
+                    threading.Thread(target=self._run, name=f"crew-{self._threads + 1}", daemon=True).start()
+                except RuntimeError:  # the system gives no more threads
+                    self._waiting.pop()
+                    self._keys.discard(key)
+                    return False
                 self._threads += 1
-                threading.Thread(target=self._run, name=f"crew-{self._threads}", daemon=True).start()
+                self._idle += 1
         return True
 
     def close(self, seconds: float) -> bool:
@@ -60,8 +66,6 @@ class Crew:
         return ended
 
     def _run(self) -> None:
-        with self._changed:
-            self._idle += 1
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: bool(self._waiting) or self.stopping.is_set())
