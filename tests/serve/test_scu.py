@@ -319,7 +319,8 @@ def final_status(assoc: Association) -> int:
 
 def test_a_cancel_right_behind_its_request_is_not_lost(site: Site) -> None:
     """Both are on the wire before the receiver looks; the cancel is not for the next request of that number."""
-    query = b"\x08\x00\x52\x00CS\x06\x00STUDY " + b"\x20\x00\x0d\x00UI\x00\x00"
+    # One patient's studies: what other tests have stored here must not bring the answers to their limit.
+    query = b"\x08\x00\x52\x00CS\x06\x00STUDY " + b"\x10\x00\x20\x00LO\x02\x00P1" + b"\x20\x00\x0d\x00UI\x00\x00"
     with Association(site.node.port, calling="ASKER", contexts=[(STUDY_FIND, [EXPLICIT_LITTLE])]) as assoc:
         context = assoc.accepted[STUDY_FIND, EXPLICIT_LITTLE]
         cancel = [(0x0100, b"\xff\x0f"), (0x0120, struct.pack("<H", 3)), (0x0800, b"\x01\x01")]
