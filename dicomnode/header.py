@@ -149,6 +149,18 @@ def read_header(data: bytes | bytearray | memoryview, transfer_syntax_uid: str, 
         return _Reader(view, transfer_syntax_uid).read(wanted)
 
 
+def read_begun_header(data: memoryview, transfer_syntax_uid: str, wanted: Wanted) -> dict[str, str] | None:
+    """As :func:`read_header`, of the first bytes of a data set; None when they do not reach to Pixel Data."""
+    if transfer_syntax_uid in DEFLATED:
+        return None
+    reader = _Reader(data, transfer_syntax_uid)
+    try:
+        found = reader.read(wanted)
+    except MalformedDataSet:
+        return None  # it may only be cut off
+    return found if reader.stop < len(data) else None
+
+
 def _inflate(data: bytes | bytearray | memoryview) -> bytes:
     """First bytes of a deflated data set (PS3.5 A.5); the limit makes a bomb harmless."""
     try:
@@ -190,13 +202,15 @@ class _Reader:
         self.walk = self._explicit if self.explicit else self._implicit
         self.elements = 0
         self.items = 0
+        self.stop = 0
+        """Where the walk ended."""
         self.kept: dict[str, list[_Found]] = {}
         """Items of wanted sequences, by keyword."""
 
     def read(self, wanted: Wanted) -> dict[str, str]:
         found: _Found = []
-        stop = self.walk(found, wanted.slots, 0, len(self.data), wanted.last, delimited=False)
-        head = str(self.data[: min(stop, MAX_HEAD)], "latin-1")
+        self.stop = self.walk(found, wanted.slots, 0, len(self.data), wanted.last, delimited=False)
+        head = str(self.data[: min(self.stop, MAX_HEAD)], "latin-1")
         encodings = self._encodings(found, PLAIN)
         values = self._decode(found, head, encodings)
         for keyword, items in self.kept.items():

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from time import perf_counter
 from typing import Any, Literal
 
@@ -165,12 +166,24 @@ def prepare(process: str) -> None:
             counter.labels(*((value,) if isinstance(value, str) else value))
 
 
+@cache
+def _stored_well() -> Any:
+    return STORE_TOTAL.labels("0x0000")
+
+
+@cache
+def _stage(stage: Stage) -> Any:
+    return STAGE_SECONDS.labels(stage)
+
+
 def stored(status: int, seconds: float, size: int) -> None:
     """Count one answered C-STORE; ``size`` is the data set in bytes."""
-    STORE_TOTAL.labels(f"0x{status:04X}").inc()
-    STORE_SECONDS.observe(seconds)
     if status == 0:
+        _stored_well().inc()
         STORE_BYTES.inc(size)
+    else:
+        STORE_TOTAL.labels(f"0x{status:04X}").inc()
+    STORE_SECONDS.observe(seconds)
 
 
 def queried(service: str, status: int, seconds: float, answers: int = 0) -> None:
@@ -192,7 +205,7 @@ def association(outcome: AssociationOutcome) -> None:
 
 def observe(stage: Stage, seconds: float) -> None:
     """Record how long a stage took."""
-    STAGE_SECONDS.labels(stage).observe(max(0.0, seconds))
+    _stage(stage).observe(max(0.0, seconds))
 
 
 @contextmanager

@@ -96,6 +96,9 @@ class Provider(DULServiceProvider):  # type: ignore[misc]
             raise
         except OSError:
             found = None
+        self._handle(found)
+
+    def _handle(self, found: tuple[int, memoryview] | None) -> None:
         if found is None:
             self.lost()
             return
@@ -108,6 +111,31 @@ class Provider(DULServiceProvider):  # type: ignore[misc]
         except OSError:
             self.event_queue.put("Evt17")
         self._act()
+
+    def stream(self, seconds: float, midway_seconds: float) -> None:
+        """Read as :meth:`pump` does, and go on while nothing but C-STORE comes."""
+        assoc, sock, machine = self.assoc, self.socket, self.state_machine
+        lane, events, messages = assoc.lane, self.event_queue.queue, assoc.dimse.msg_queue.queue
+        while True:
+            if sock is None or sock.socket is None or machine.current_state != ESTABLISHED:
+                self.pump(midway_seconds if lane.midway else seconds)
+                return
+            try:
+                found = sock.wire.read(midway_seconds if lane.midway else seconds)
+            except Silence:
+                raise
+            except OSError:
+                found = None
+            if found is None or found[0] != P_DATA_TF:
+                self._handle(found)
+                return
+            try:
+                lane.receive(found[1])
+            except OSError:
+                events.append("Evt17")
+            if events or messages:
+                self._act()
+                return
 
     def lost(self) -> None:
         """The connection is gone (PS3.8 9.2, event 17)."""
@@ -246,7 +274,7 @@ class NodeAssociation(Association):  # type: ignore[misc]
         self.wire.close()
 
     def settle(self) -> None:
-        """Called before anything but a C-STORE is answered: finish what stored objects still need."""
+        """Called before a request other than C-STORE is served: finish what it may have to see."""
 
     def _serve_request(self, msg: Any, context_id: int) -> None:
         self.settle()
@@ -262,18 +290,17 @@ class NodeAssociation(Association):  # type: ignore[misc]
             if message is not None:
                 self._serve_request(message, context_id)
             elif not self._look_for_end():
-                limits, midway = self.wire.limits, self.lane.midway
+                limits = self.wire.limits
                 try:
-                    self.dul.pump(limits.pdu_seconds if midway else limits.idle_seconds)
+                    self.dul.stream(limits.idle_seconds, limits.pdu_seconds)
                 except Silence:
                     self.wire.violation = (
-                        "a message that stopped midway" if midway else "an association without traffic"
+                        "a message that stopped midway" if self.lane.midway else "an association without traffic"
                     )
                     self.abort()
 
     def _look_for_end(self) -> bool:
         if self.is_established and self.acse.is_release_requested():
-            self.settle()
             self.acse.send_release(is_response=True)
             self.is_released = True
             self.is_established = False
@@ -281,7 +308,6 @@ class NodeAssociation(Association):  # type: ignore[misc]
             self.kill()
             return True
         if self.acse.is_aborted():
-            self.settle()
             self.dul.receive_pdu()
             self.is_aborted = True
             self.is_established = False

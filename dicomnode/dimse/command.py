@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from typing import NamedTuple
 
 C_STORE_RQ = 0x0001
 C_STORE_RSP = 0x8001
@@ -31,8 +32,7 @@ class BadCommand(ValueError):
     """The bytes are no command set."""
 
 
-@dataclass(frozen=True, slots=True)
-class StoreCommand:
+class StoreCommand(NamedTuple):
     """C-STORE-RQ (PS3.7 table 9.3-1)."""
 
     message_id: int
@@ -41,8 +41,7 @@ class StoreCommand:
     has_data_set: bool
 
 
-@dataclass(frozen=True, slots=True)
-class StoreReply:
+class StoreReply(NamedTuple):
     """C-STORE-RSP (PS3.7 table 9.3-2)."""
 
     message_id: int
@@ -52,17 +51,18 @@ class StoreReply:
 def elements(data: bytes | bytearray | memoryview) -> dict[int, bytes]:
     """Element number -> value. Raises BadCommand; anything outside group 0000 is one."""
     found: dict[int, bytes] = {}
-    view = memoryview(data)
-    position, end = 0, len(view)
+    plain, unpack = bytes(data), _ELEMENT.unpack_from
+    position, end = 0, len(plain)
     while position < end:
         if position + 8 > end:
             raise BadCommand("it ends inside an element")
-        group, element, length = _ELEMENT.unpack_from(view, position)
+        group, element, length = unpack(plain, position)
         position += 8
-        if group != 0 or length > end - position:
+        stop = position + length
+        if group != 0 or stop > end:
             raise BadCommand("an element is not of group 0000, or longer than what follows")
-        found[element] = bytes(view[position : position + length])
-        position += length
+        found[element] = plain[position:stop]
+        position = stop
     return found
 
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from pynetdicom.pdu_primitives import P_DATA
 
@@ -40,8 +39,7 @@ MOST_REPLIES = 16
 """Answers that nobody waits for; a peer that goes on sending them would fill the memory."""
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
+class Reply(NamedTuple):
     """What a C-STORE is answered with; ``comment`` is free of patient data."""
 
     status: int
@@ -58,7 +56,7 @@ class Sink(Protocol):
     def finish(self) -> Reply: ...
 
     def settle(self) -> None:
-        """The reply was sent, or could not be: do what may come after it."""
+        """The reply was sent, or could not be: what may come after it, such as counting."""
 
     def discard(self) -> None:
         """The association ended inside the object."""

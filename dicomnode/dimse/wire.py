@@ -36,6 +36,7 @@ INVALID_PARAMETER = 6
 HEADER_BYTES = 6
 _FIRST_BUFFER = 32 * 1024
 _HEADER = struct.Struct(">BxL")
+_TIMEVAL = struct.Struct("ll")
 _MOST_PARTS = 512
 
 
@@ -75,6 +76,7 @@ class Wire:
         self._sock = sock
         self._tls = isinstance(sock, ssl.SSLSocket)
         self._buffer = bytearray(_FIRST_BUFFER)
+        self._view = memoryview(self._buffer)
         self._start = self._end = 0
         self._timeout: float | None = -1.0
         self._sending = threading.Lock()
@@ -91,11 +93,10 @@ class Wire:
         """
         if self._end == self._start:
             self._start = self._end = 0
-            if not self._fill(1, time.monotonic() + wait_seconds, Silence("the peer is silent")):
+            if not self._fill(1, time.monotonic() + wait_seconds, begun=False):
                 return None
         deadline = time.monotonic() + self.limits.pdu_seconds
-        late = Violation("a PDU was not complete within its deadline")
-        if not self._fill(HEADER_BYTES, deadline, late):
+        if self._end - self._start < HEADER_BYTES and not self._fill(HEADER_BYTES, deadline):
             return None
         kind, length = _HEADER.unpack_from(self._buffer, self._start)
         limit = self.limits.max_pdu if kind == P_DATA_TF else CONTROL_PDU_LIMITS.get(kind)
@@ -103,11 +104,12 @@ class Wire:
             self.refuse("a PDU of unknown type", UNRECOGNIZED_PDU)
         if length > limit:
             self.refuse(f"PDU type 0x{kind:02X} of {length} bytes, {limit} are allowed")
-        if not self._fill(HEADER_BYTES + length, deadline, late):
+        length += HEADER_BYTES
+        if self._end - self._start < length and not self._fill(length, deadline):
             return None
         begin = self._start
-        self._start += HEADER_BYTES + length
-        return kind, memoryview(self._buffer)[begin : self._start]
+        self._start = begin + length
+        return kind, self._view[begin : begin + length]
 
     def waiting(self, seconds: float = 0.0) -> bool:
         """Whether something can be read, waiting at most ``seconds``."""
@@ -118,33 +120,34 @@ class Wire:
         except (OSError, ValueError):
             return True  # reading tells what is wrong
 
-    def _fill(self, count: int, deadline: float, late: OSError) -> bool:
+    def _fill(self, count: int, deadline: float, *, begun: bool = True) -> bool:
         """Have ``count`` bytes from the start on; False when the peer closed before."""
-        if self._end - self._start >= count:
-            return True
         self._make_room(count)
+        sock, most = self._sock, self.limits.pdu_seconds
         while self._end - self._start < count:
             remaining = deadline - time.monotonic()
             if remaining <= 0:
-                self._too_late(late)
-            self._set_timeout(remaining)
+                self._too_late(begun=begun)
+            self._set_timeout(min(remaining, most))
             try:
-                size = self._sock.recv_into(memoryview(self._buffer)[self._end :])
-            except TimeoutError:
-                self._too_late(late)
+                size = sock.recv_into(self._view[self._end :])
+            except (TimeoutError, BlockingIOError):
+                continue  # a long wait is made of short ones, so that the timeout seldom changes
             if size == 0:
                 return False
             self._end += size
             self.received += size
             if not self._tls:
-                with contextlib.suppress(OSError):
-                    self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+                try:
+                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+                except OSError:
+                    continue
         return True
 
-    def _too_late(self, late: OSError) -> None:
-        if isinstance(late, Violation):
-            self.refuse(str(late))
-        raise late
+    def _too_late(self, *, begun: bool) -> None:
+        if begun:
+            self.refuse("a PDU was not complete within its deadline")
+        raise Silence("the peer is silent")
 
     def _make_room(self, count: int) -> None:
         if self._start + count <= len(self._buffer):
@@ -152,18 +155,28 @@ class Wire:
         if count > len(self._buffer):
             # Two whole PDUs fit, so that one read often brings the next one's beginning.
             grown = bytearray(max(count, 2 * min(self.limits.max_pdu, 131072) + 2 * HEADER_BYTES))
-            grown[: self._end - self._start] = memoryview(self._buffer)[self._start : self._end]
-            self._buffer = grown
+            grown[: self._end - self._start] = self._view[self._start : self._end]
+            self._buffer, self._view = grown, memoryview(grown)
         else:
             self._buffer[: self._end - self._start] = self._buffer[self._start : self._end]
         self._end -= self._start
         self._start = 0
 
     def _set_timeout(self, seconds: float) -> None:
-        """A recv may overstay its deadline by an eighth; each change costs a system call."""
+        """A recv may overstay its deadline by an eighth; each change costs a system call.
+
+        A plain socket blocks in the kernel, with the kernel's timeout: Python's own would poll before each call.
+        """
         known = self._timeout
         if known is None or not seconds * 0.875 <= known <= seconds * 1.125:
-            self._sock.settimeout(seconds)
+            if self._tls:
+                self._sock.settimeout(seconds)
+            else:
+                whole = int(seconds)
+                limit = _TIMEVAL.pack(whole, max(int((seconds - whole) * 1e6), 1))
+                self._sock.settimeout(None)
+                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
             self._timeout = seconds
 
     def send(self, parts: Sequence[bytes | bytearray | memoryview]) -> None:
@@ -211,6 +224,7 @@ class Wire:
         deadline = time.monotonic() + seconds
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_WR)
+            self._timeout = None
             while (remaining := deadline - time.monotonic()) > 0:
                 self._sock.settimeout(remaining)
                 if not self._sock.recv_into(self._buffer):

@@ -34,7 +34,8 @@ class NewInstance:
     ``attributes`` maps DICOM keywords to decoded text. ``file`` is the store's relative
     name, ``dataset_sha256`` is over the data set as received, ``sha256`` over it and
     then the file meta information (:func:`dicomnode.durable.sha256_object`).
-    ``origin`` is ``received`` or ``result``.
+    ``origin`` is ``received`` or ``result``. ``received_at`` is node time in seconds, now where
+    it is not given.
     """
 
     attributes: Mapping[str, str]
@@ -45,6 +46,7 @@ class NewInstance:
     dataset_sha256: str
     association_id: str = ""
     origin: str = "received"
+    received_at: float | None = None
 
 
 class Stored(StrEnum):
@@ -53,6 +55,7 @@ class Stored(StrEnum):
     added = "added"
     duplicate = "duplicate"  # identical bytes were here already; the new file is not needed
     replaced = "replaced"  # same UID, other bytes: the newest serves, the former file is kept
+    superseded = "superseded"  # same UID, other bytes, but what serves came later: kept as a former one
 
 
 MAX_KNOWN = 4096
@@ -166,46 +169,51 @@ class Catalogue:
             new.sha256,
             new.dataset_sha256,
             new.association_id,
-            adding.now,
+            adding.now if new.received_at is None else new.received_at,
             adding.moment,
         )
-        added = self.db.execute(_INSERT, row) == 1
-        if not added and not self._replace(new, row, adding):
-            return Stored.duplicate
-        if new.origin == "received":
+        outcome = Stored.added if self.db.execute(_INSERT, row) == 1 else self._replace(new, row, adding)
+        if outcome is Stored.duplicate:
+            return outcome
+        if new.origin == "received" and outcome is not Stored.superseded:
             adding.received[series.id, attributes["SeriesInstanceUID"]] += 1
         if new.association_id:
             adding.associations[new.association_id] += 1
-        return Stored.added if added else Stored.replaced
+        return outcome
 
-    def _replace(self, new: NewInstance, row: Sequence[Any], adding: _Adding) -> bool:
-        """Put other bytes in the place of a known instance; False when they are the same."""
+    def _replace(self, new: NewInstance, row: Sequence[Any], adding: _Adding) -> Stored:
+        """Put other bytes in the place of a known instance, unless they are the same or came before it."""
         db, uid = self.db, new.attributes["SOPInstanceUID"]
         known = db.row(
-            "SELECT id, series_id, file, sha256, dataset_sha256, TransferSyntaxUID, association_id FROM instances"
-            " WHERE SOPInstanceUID = ?",
+            "SELECT id, series_id, file, sha256, dataset_sha256, TransferSyntaxUID, association_id, received_at"
+            " FROM instances WHERE SOPInstanceUID = ?",
             (uid,),
         )
         if known is None:
             raise _Stale
         if (known["dataset_sha256"], known["TransferSyntaxUID"]) == (new.dataset_sha256, new.transfer_syntax_uid):
-            return False
-        db.insert(
-            "former_instances",
-            {
-                "SOPInstanceUID": uid,
-                "TransferSyntaxUID": known["TransferSyntaxUID"],
-                "file": known["file"],
-                "sha256": known["sha256"],
-                "replaced_by_sha256": new.sha256,
-                "association_id": known["association_id"],
-                "replaced_time": adding.moment,
-            },
-        )
+            return Stored.duplicate
+        if new.received_at is not None and new.received_at < float(known["received_at"]):
+            mine = {"TransferSyntaxUID": new.transfer_syntax_uid, "file": new.file, "sha256": new.sha256}
+            self._keep_former({**mine, "association_id": new.association_id}, uid, known["sha256"], adding)
+            return Stored.superseded
+        self._keep_former(known, uid, new.sha256, adding)
         db.execute(_REPLACE, (*row, known["id"]))
         if known["series_id"] != row[0]:  # it moved: its former series has changed too
             db.execute("UPDATE series SET generation = generation + 1 WHERE id = ?", (known["series_id"],))
-        return True
+        return Stored.replaced
+
+    def _keep_former(self, former: Mapping[str, Any], uid: str, replaced_by: str, adding: _Adding) -> None:
+        names = ("TransferSyntaxUID", "file", "sha256", "association_id")
+        self.db.insert(
+            "former_instances",
+            {
+                "SOPInstanceUID": uid,
+                **{name: former[name] for name in names},
+                "replaced_by_sha256": replaced_by,
+                "replaced_time": adding.moment,
+            },
+        )
 
     def _settle(self, adding: _Adding) -> None:
         """Count what came, by series and association. Raises _Stale when a remembered series is gone."""

@@ -55,6 +55,10 @@ class Committer:
             raise StorageError("commit to the index", "the commit ended without an outcome")
         return ticket.outcome
 
+    def now(self) -> float:
+        """Node time, seconds."""
+        return self._catalogue.db.clock.ticks()
+
     def file_of(self, sop_instance_uid: str) -> str:
         return self._catalogue.file_of(sop_instance_uid)
 

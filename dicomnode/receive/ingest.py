@@ -1,9 +1,9 @@
 """C-STORE: bytes as received -> durable file -> committed row -> status.
 
 An object is answered with 0x0000 when it survives a power cut. One that fits into memory is
-written to the intake journal (:mod:`dicomnode.receive.journal`) and answered; while its sender
-prepares the next one it gets its file and row (:mod:`dicomnode.receive.apply`), whose own
-barriers come later. A long object goes to its file as its fragments
+written to the intake journal (:mod:`dicomnode.receive.journal`), while it comes if it is of some
+length, and answered; it gets its file and row when there is time (:mod:`dicomnode.receive.apply`),
+and their own barriers still later. A long object goes to its file as its fragments
 come, so it costs no memory: fsync file, name in place, fsync directory, row committed with
 synchronous FULL, answer. So does any object while the journal is full.
 """
@@ -17,17 +17,17 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from dicomnode import durable
 from dicomnode.durable import ObjectStore, StagedFile, SyncFailed
 from dicomnode.errors import DiskFull, MalformedDataSet, NodeError, StorageError
-from dicomnode.header import DEFLATED, MAX_INFLATED, Wanted, read_header
+from dicomnode.header import DEFLATED, MAX_INFLATED, Wanted, read_begun_header, read_header
 from dicomnode.index.catalogue import NewInstance, Stored
 from dicomnode.receive.apply import Acknowledged, Applier
 from dicomnode.receive.commit import Committer
-from dicomnode.receive.journal import Buffer, BufferPool, Entry, Journal
-from dicomnode.receive.part10 import file_meta
-from dicomnode.receive.recovery import fields_of
+from dicomnode.receive.journal import BLOCK, Buffer, BufferPool, Journal, Place, checksum
+from dicomnode.receive.record import IDENTITY, fields_of, meta_of
 
 SUCCESS = 0x0000
 OUT_OF_RESOURCES = 0xA700
@@ -41,14 +41,16 @@ PROCESSING_FAILURE = 0x0110
 SPILL_BYTES = 1024 * 1024
 """Longer objects go to their file while they come in, in pieces of about this size."""
 
+STREAM_BYTES = 128 * 1024
+"""Of an object that is longer, what has come is on its way to the journal while the rest comes."""
+
 FLUSH_BYTES = 64 * 1024 * 1024
 """A long object is brought to the disk this often."""
 
 _UID = re.compile(r"[0-9.]{1,64}")
 
 
-@dataclass(frozen=True, slots=True)
-class StoreRequest:
+class StoreRequest(NamedTuple):
     """One C-STORE-RQ: command fields, negotiated transfer syntax and whom it is from.
 
     ``peer`` is the caller's name in the settings.
@@ -62,8 +64,7 @@ class StoreRequest:
     peer: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class StoreAnswer:
+class StoreAnswer(NamedTuple):
     """Status to answer with; ``cause`` is for the log and free of patient data."""
 
     status: int
@@ -83,7 +84,7 @@ def check_header(request: StoreRequest, attributes: dict[str, str]) -> StoreAnsw
 
     The UIDs of command and data set must agree (PS3.4 B.2.3: A9xx when they do not).
     """
-    for keyword in ("SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "SOPClassUID"):
+    for keyword in IDENTITY:
         value = attributes.get(keyword, "")
         if not value:
             return StoreAnswer(DATA_SET_MISMATCH, f"{keyword} is missing or empty", "Mend the object at its sender")
@@ -147,9 +148,13 @@ class Ingest:
         self.committer = committer
         self.wanted = wanted
         self.safe = safe
+        self.identity = Wanted(IDENTITY)
+        """What an answer depends on; the rest of the header is read afterwards."""
         self.unfinished = Unfinished(most_unfinished_bytes)
-        self.buffers = BufferPool(SPILL_BYTES)
+        self.buffers = BufferPool(SPILL_BYTES, safe.journal.path if safe is not None else None)
         self._reserve = reserve_bytes
+        self.clock: Callable[[], float] = committer.now
+        """Node time, seconds."""
 
     def begin(self, request: StoreRequest) -> Incoming:
         """Take in one object; its fragments go to the answer's ``write``."""
@@ -169,11 +174,15 @@ class Incoming:
         self._request = request
         self._answer = check_request(request)
         self._buffer: Buffer | None = ingest.buffers.take()
+        self._checksum = checksum()
+        self._place: Place | None = None
+        self._streams = ingest.safe is not None
+        self._streamed = 0
+        self._checked = False
         self._staged: StagedFile | None = None
         self._meta = b""
         self._hash = hashlib.sha256()
         self._attributes: dict[str, str] = {}
-        self._entry: Entry | None = None
         self._taken = 0
         self._flushed = 0
         self.size = 0
@@ -183,45 +192,29 @@ class Incoming:
         self.size += len(fragment)
         if self._answer is not None:
             return
-        assert self._buffer is not None
-        self._hash.update(fragment)
-        while len(fragment):
-            part = fragment[: self._buffer.capacity - self._buffer.size]
-            self._buffer.add(part)
-            fragment = fragment[len(part) :]
-            if len(fragment) and self._answer is None:
-                self._answer = self._guarded(self._spill)
-            if self._answer is not None:
-                self.discard()
-                return
+        buffer = self._buffer
+        assert buffer is not None
+        if buffer.add(fragment):
+            self._checksum.update(fragment)
+            if self._streams and buffer.size - self._streamed >= STREAM_BYTES:
+                self._answer = self._guarded(self._stream)
+        else:
+            self._answer = self._guarded(lambda: self._write_long(buffer, fragment))
+        if self._answer is not None:
+            self.discard()
 
     def finish(self) -> StoreAnswer:
-        """Store it; the answer is success only when the object survives a power cut.
-
-        Send the answer, then call :meth:`settle`.
-        """
+        """Store it; the answer is success only when the object survives a power cut."""
         answer = self._answer if self._answer is not None else self._guarded(self._store)
-        if self._entry is None:
-            self.discard()
+        self.discard()
         return answer if answer is not None else StoreAnswer(PROCESSING_FAILURE, "no answer was found", "Report this")
 
-    def settle(self) -> Acknowledged | None:
-        """Hand an acknowledged object of the journal on; None when nothing is left to do for it."""
-        entry, buffer, safe = self._entry, self._buffer, self._ingest.safe
-        if entry is None or buffer is None or safe is None:
-            return None
-        self._entry = self._buffer = None
-        name = self._ingest.store.new_name(self._attributes["SeriesInstanceUID"])
-        buffers = self._ingest.buffers
-        item = Acknowledged(entry, buffer, self._meta, self._instance(name), lambda: buffers.give_back(buffer))
-        safe.applier.put(item)
-        return item
-
     def discard(self) -> None:
-        """Leave nothing of an object that is not stored; harmless after :meth:`settle`."""
+        """Leave nothing of an object that is not stored; harmless after :meth:`finish`."""
         if self._buffer is not None:
             self._ingest.buffers.give_back(self._buffer)
             self._buffer = None
+        self._leave_journal()
         if self._staged is not None:
             self._staged.abandon()
             self._staged = None
@@ -239,6 +232,42 @@ class Incoming:
         except StorageError as error:
             return StoreAnswer(OUT_OF_RESOURCES, f"{error.operation}: {error.cause}", error.hint)
 
+    def _stream(self) -> StoreAnswer | None:
+        """Have what has come written to the journal, in the background, and look at the header meanwhile."""
+        safe, buffer = self._ingest.safe, self._buffer
+        assert safe is not None and buffer is not None
+        if self._place is None:
+            safe.applier.wait_for_room()
+            self._place = safe.journal.reserve(SPILL_BYTES)
+            if self._place is None:
+                self._streams = False
+                return None
+        end = buffer.size // BLOCK * BLOCK
+        safe.journal.stream(self._place, buffer, self._streamed, end)
+        first, self._streamed = not self._streamed, end
+        if first:
+            found = read_begun_header(buffer.data_set, self._request.transfer_syntax_uid, self._ingest.identity)
+            self._checked = found is not None and check_header(self._request, found) is None
+        return None
+
+    def _leave_journal(self) -> None:
+        if self._place is not None:
+            assert self._ingest.safe is not None
+            self._ingest.safe.journal.release(self._place)
+            self._place = None
+        self._streams = False
+
+    def _write_long(self, buffer: Buffer, fragment: memoryview) -> StoreAnswer | None:
+        """The object does not fit into the buffer: it goes to its file."""
+        self._leave_journal()
+        while len(fragment):
+            part = fragment[: buffer.capacity - buffer.size]
+            buffer.add(part)
+            fragment = fragment[len(part) :]
+            if len(fragment) and (answer := self._spill()) is not None:
+                return answer
+        return None
+
     def _spill(self) -> StoreAnswer | None:
         """Move what has come to the file; an answer when it may not grow."""
         ingest, buffer = self._ingest, self._buffer
@@ -252,9 +281,10 @@ class Incoming:
         self._taken += buffer.size
         ingest.check_room(buffer.size)
         if self._staged is None:
-            self._meta = self._file_meta()
+            self._meta = meta_of(self._fields())
             self._staged = ingest.store.begin()
             self._staged.write([self._meta])
+        self._hash.update(buffer.data_set)
         self._staged.write([buffer.data_set])
         self._flushed += buffer.size
         buffer.size = 0
@@ -263,41 +293,54 @@ class Incoming:
             self._staged.flush()
         return None
 
-    def _file_meta(self) -> bytes:
-        request = self._request
-        return file_meta(
-            sop_class_uid=request.sop_class_uid,
-            sop_instance_uid=request.sop_instance_uid,
-            transfer_syntax_uid=request.transfer_syntax_uid,
-            source_ae=request.calling_ae,
-        )
-
     def _store(self) -> StoreAnswer | None:
         if self._staged is not None:
             return self._spill() or self._store_staged(self._staged)
-        buffer = self._buffer
-        assert buffer is not None
         self._ingest.check_room(self.size)
-        self._meta = self._file_meta()
-        self._attributes = read_header(buffer.data_set, self._request.transfer_syntax_uid, self._ingest.wanted)
-        wrong = check_header(self._request, self._attributes)
+        safe, buffer = self._ingest.safe, self._buffer
+        assert buffer is not None
+        if safe is None:
+            return self._store_at_once(buffer)
+        if self._place is None:
+            safe.applier.wait_for_room()
+            self._place = safe.journal.reserve(buffer.size)
+        return self._store_at_once(buffer) if self._place is None else self._journal(safe, buffer, self._place)
+
+    def _journal(self, safe: Safe, buffer: Buffer, place: Place) -> StoreAnswer:
+        """Into the journal; its header is looked at while the disk writes."""
+        fields = self._fields()
+        entry = safe.journal.finish(place, buffer, self._streamed, fields, self._checksum)
+        self._place = None  # from here on the number holds it
+        acknowledged = False
+        try:
+            wrong = None if self._checked else self._wrong(buffer)
+            if wrong is not None:
+                return wrong
+            safe.journal.sync(buffer)
+            acknowledged = True
+        finally:
+            if not acknowledged:
+                safe.journal.void(entry, buffer)
+                safe.applier.refuse(entry)
+        safe.applier.put(Acknowledged(entry, fields))
+        return StoreAnswer(SUCCESS)
+
+    def _wrong(self, buffer: Buffer) -> StoreAnswer | None:
+        found = read_header(buffer.data_set, self._request.transfer_syntax_uid, self._ingest.identity)
+        return check_header(self._request, found)
+
+    def _store_at_once(self, buffer: Buffer) -> StoreAnswer:
+        """File and row with barriers of their own, where there is no journal or no room in it."""
+        request = self._request
+        self._attributes = read_header(buffer.data_set, request.transfer_syntax_uid, self._ingest.wanted)
+        wrong = check_header(request, self._attributes)
         if wrong is not None:
             return wrong
-        safe = self._ingest.safe
-        if safe is not None:
-            safe.applier.wait_for_room()
-        entry = safe.journal.reserve(buffer.size) if safe is not None else None
-        if safe is None or entry is None:
-            name = self._ingest.store.new_name(self._attributes["SeriesInstanceUID"])
-            self._ingest.store.stage(name, [self._meta, buffer.data_set])
-            return self._commit(name)
-        try:
-            safe.journal.write(entry, buffer, self._fields(), self._hash.copy())
-        except BaseException:
-            safe.applier.refuse(entry)
-            raise
-        self._entry = entry
-        return StoreAnswer(SUCCESS)
+        self._meta = meta_of(self._fields())
+        self._hash.update(buffer.data_set)
+        name = self._ingest.store.new_name(self._attributes["SeriesInstanceUID"])
+        self._ingest.store.stage(name, [self._meta, buffer.data_set])
+        return self._commit(name)
 
     def _fields(self) -> dict[str, str]:
         request = self._request
@@ -307,6 +350,7 @@ class Incoming:
             transfer_syntax_uid=request.transfer_syntax_uid,
             calling_ae=request.calling_ae,
             association_id=request.association_id,
+            received_at=self._ingest.clock(),
         )
 
     def _store_staged(self, staged: StagedFile) -> StoreAnswer:

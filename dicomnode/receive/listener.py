@@ -27,7 +27,7 @@ from dicomnode.index.journals import Journals
 from dicomnode.index.keys import HEADER_KEYS
 from dicomnode.index.operation import Events, Severity
 from dicomnode.receive.acceptor import Acceptor, Door
-from dicomnode.receive.apply import Acknowledged, Applier
+from dicomnode.receive.apply import Applier
 from dicomnode.receive.commit import Committer
 from dicomnode.receive.guard import ConnectionCounter, Throttle
 from dicomnode.receive.ingest import (
@@ -44,6 +44,8 @@ from dicomnode.receive.journal import SUFFIX, Journal
 from dicomnode.receive.negotiation import Services, accepted_contexts, proposed_roles
 from dicomnode.receive.part10 import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 from dicomnode.receive.policy import Rejection, decide_association
+from dicomnode.receive.progress import SUFFIX as PROGRESS_SUFFIX
+from dicomnode.receive.progress import Progress, wait_until_visible
 from dicomnode.receive.recovery import recover, recover_others
 from dicomnode.receive.retire import Retirer
 from dicomnode.reloading import Change, log_change
@@ -105,6 +107,7 @@ class Listener:
         self._connections = ConnectionCounter(dimse.max_connections, dimse.max_connections_per_address)
         self._open: set[NodeAssociation] = set()
         self._open_lock = threading.Lock()
+        self._unclosed: dict[str, str] = {}
         self._acceptor = Acceptor(doors, self._connections, self._serve_connection, self._too_many)
 
     def _open_journal(self, store: ObjectStore, wanted: Wanted) -> Safe:
@@ -119,7 +122,8 @@ class Listener:
             doorbell.ring(self.settings.node.data_dir, "worker")
         retirer = Retirer(journal, Journals(self.catalogue.db), store)
         retirer.start(journal.next_number)
-        applier = Applier(store, self.catalogue, retirer, self._ring_now_and_then)
+        progress = Progress(path.with_suffix(PROGRESS_SUFFIX), own=True)
+        applier = Applier(journal, store, self.catalogue, retirer, progress, wanted, self._ring_now_and_then)
         applier.start()
         self._retirer = retirer
         return Safe(journal, applier)
@@ -151,6 +155,7 @@ class Listener:
             self._acceptor.wait_quiet(CUT_SECONDS)
         self._safe.applier.close()
         self._retirer.close()
+        self.ingest.buffers.close()
         self._safe.journal.close()
         for service in dict.fromkeys(self.services.values()):
             service.close()
@@ -310,7 +315,6 @@ class Listener:
     def _finished(self, assoc: _Accepted, address: str) -> None:
         """The association is over, however it ended."""
         violation, peer = assoc.wire.violation, assoc.node_peer
-        assoc.settle()
         if violation and self._throttle.passes((address, violation)):
             self.log.warning("connection cut", address=address, peer=peer.name if peer else "", cause=violation)
             self._event("warning", "limit", peer.name if peer else address, violation)
@@ -324,14 +328,33 @@ class Listener:
             self._event("warning", "limit", address, "too many connections from this address or in total")
 
     def _closed(self, assoc: Any, state: str) -> None:
+        """Its end is evidence for completeness, so it may not be seen before its objects are."""
         if assoc.node_closed:
             return
-        if assoc.node_id:
-            self.catalogue.association_closed(assoc.node_id, state)  # when it fails, _finished() tries again
         assoc.node_closed = True
         if assoc.node_id:
-            doorbell.ring(self.settings.node.data_dir, "worker")
+            self._safe.applier.then(lambda: self._close_rows(assoc.node_id, state))
         metrics.association("released" if state == "released" else "aborted" if state == "aborted" else "lost")
+
+    def _close_rows(self, association_id: str, state: str) -> None:
+        """What fails is tried again with the next one, or when the receiver starts again."""
+        with self._open_lock:
+            self._unclosed[association_id] = state
+            unclosed = dict(self._unclosed)
+        for one, end in unclosed.items():
+            try:
+                self.catalogue.association_closed(one, end)
+            except NodeError as error:
+                self.log.warning("association could not be closed in the index", error=str(error))
+                return
+            with self._open_lock:
+                self._unclosed.pop(one, None)
+        doorbell.ring(self.settings.node.data_dir, "worker")
+
+    def wait_until_visible(self) -> None:
+        """Whatever was acknowledged by now, by any receiver, is in the index."""
+        if not wait_until_visible(self.settings.node.data_dir / "journal"):
+            self.log.warning("what was received last is not in the index yet, a query goes on without it")
 
 
 def _on_message(event: Any) -> None:
@@ -350,13 +373,10 @@ class _Accepted(NodeAssociation):
         self.node_peer: Any = None
         self.node_id = ""
         self.node_closed = False
-        self.node_last: Acknowledged | None = None
 
     def settle(self) -> None:
-        """What was acknowledged here has its files and rows when this returns."""
-        if self.node_last is not None:
-            self.node_last.applied.wait()
-            self.node_last = None
+        """What was acknowledged here or elsewhere has its files and rows when this returns."""
+        self._listener.wait_until_visible()
 
     def _open_sink(self, command: StoreCommand, context: Any) -> _StoreSink:
         return _StoreSink(self._listener, self, command, context)
@@ -380,6 +400,8 @@ class _StoreSink:
         self._peer: Peer = assoc.node_peer
         self._begin = time.perf_counter()
         self._size = 0
+        self._seconds = 0.0
+        self._answer: StoreAnswer | None = None
         self._failed: StoreAnswer | None = None
         self._incoming: Incoming | None = None
         try:
@@ -406,12 +428,12 @@ class _StoreSink:
                 answer = _failure(error)
                 self._incoming.discard()
         assert answer is not None
-        self._listener.report_store(answer, self._peer, time.perf_counter() - self._begin, self._size)
+        self._answer, self._seconds = answer, time.perf_counter() - self._begin
         return Reply(answer.status, answer.cause if answer.status != SUCCESS else "")
 
     def settle(self) -> None:
-        if self._incoming is not None:
-            self._assoc.node_last = self._incoming.settle() or self._assoc.node_last
+        assert self._answer is not None
+        self._listener.report_store(self._answer, self._peer, self._seconds, self._size)
 
     def discard(self) -> None:
         if self._incoming is not None:

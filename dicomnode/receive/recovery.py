@@ -6,29 +6,18 @@ After a mere crash of the process everything is there already; then this only ma
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 
 from dicomnode import durable, logs
 from dicomnode.durable import ObjectStore
 from dicomnode.errors import MalformedDataSet, StorageError
-from dicomnode.header import Wanted, read_header
+from dicomnode.header import Wanted
 from dicomnode.index.catalogue import Catalogue, NewInstance, Stored
 from dicomnode.index.journals import Journals
+from dicomnode.receive import progress
 from dicomnode.receive.journal import SUFFIX, Found, Journal
-from dicomnode.receive.part10 import file_meta
-
-
-def fields_of(
-    *, sop_class_uid: str, sop_instance_uid: str, transfer_syntax_uid: str, calling_ae: str, association_id: str
-) -> dict[str, str]:
-    """What a record has to say beside the data set."""
-    return {
-        "class": sop_class_uid,
-        "instance": sop_instance_uid,
-        "syntax": transfer_syntax_uid,
-        "ae": calling_ae,
-        "association": association_id,
-    }
+from dicomnode.receive.record import IDENTITY, Described, describe, meta_of
 
 
 def recover(journal: Journal, catalogue: Catalogue, store: ObjectStore, wanted: Wanted) -> int:
@@ -63,6 +52,7 @@ def recover_others(folder: Path, own: Path, catalogue: Catalogue, store: ObjectS
             continue  # its receiver runs
         try:
             count += recover(journal, catalogue, store, wanted)
+            durable.remove(path.with_suffix(progress.SUFFIX))
         finally:
             journal.close()
     return count
@@ -71,50 +61,45 @@ def recover_others(folder: Path, own: Path, catalogue: Catalogue, store: ObjectS
 def _store_again(found: Found, catalogue: Catalogue, store: ObjectStore, wanted: Wanted) -> int:
     """Durable file, then durable row. Raises MalformedDataSet for what this version would refuse."""
     fields = found.fields
-    meta = _meta(found)
-    attributes = read_header(found.data_set, fields["syntax"], wanted)
+    described = describe(fields, found.data_set, wanted)
+    attributes = described.attributes
     if (attributes.get("SOPInstanceUID"), attributes.get("SOPClassUID")) != (fields["instance"], fields["class"]):
         raise MalformedDataSet("recover", "UIDs differ between command and data set")
-    if not attributes.get("StudyInstanceUID") or not attributes.get("SeriesInstanceUID"):
+    if not all(attributes.get(keyword) for keyword in IDENTITY):
         raise MalformedDataSet("recover", "a UID is missing")
-    data_hash = durable.hash_object(found.data_set, meta)
-    held = catalogue.holds(fields["instance"], data_hash.whole)
-    name = store.new_name(attributes["SeriesInstanceUID"])
-    path = store.stage(name, [meta, found.data_set])
+    held = _held(fields, described, catalogue)
+    new = described.instance(fields, store.new_name(attributes["SeriesInstanceUID"]))
+    path = store.stage(new.file, [described.meta, found.data_set])
     if held:  # the row survived: its file may not have
         durable.rename_into_place(path, store.path(held))
         durable.sync_directory(store.path(held).parent)
         return 1
     durable.sync_directory(path.parent)
-    new = NewInstance(
-        attributes=attributes,
-        transfer_syntax_uid=fields["syntax"],
-        file=name,
-        size=len(meta) + len(found.data_set),
-        sha256=data_hash.whole,
-        dataset_sha256=data_hash.data_set,
-        association_id=fields["association"],
-    )
     if catalogue.commit([new]) == [Stored.duplicate]:
         _mend_copy(new, path, catalogue, store)
     logs.get().info("object stored again from the journal", instance=logs.uid_hash(fields["instance"]))
     return 1
 
 
-def _meta(found: Found) -> bytes:
-    fields = found.fields
-    return file_meta(
-        sop_class_uid=fields["class"],
-        sop_instance_uid=fields["instance"],
-        transfer_syntax_uid=fields["syntax"],
-        source_ae=fields["ae"],
-    )
+def _held(fields: Mapping[str, str], described: Described, catalogue: Catalogue) -> str:
+    """The file of the row that this very record has, if it has one.
+
+    The same bytes may have come before: A, then B, then A again. So a former instance counts only
+    where what serves now came later than this record.
+    """
+    uid, whole = fields["instance"], described.hashes.whole
+    serving = catalogue.instance(uid)
+    if serving is None:
+        return ""
+    if serving["sha256"] == whole:
+        return str(serving["file"])
+    return catalogue.holds(uid, whole) if float(serving["received_at"]) > float(fields["at"]) else ""
 
 
 def _put_aside(found: Found, store: ObjectStore, cause: str) -> None:
     """It was acknowledged, by other settings or another version; one object must neither be lost nor stop a start."""
     path = store.root.parent / "strays" / f"{uuid.uuid4().hex}.dcm"
-    durable.write_durable(path, _meta(found) + found.data_set)
+    durable.write_durable(path, meta_of(found.fields) + found.data_set)
     logs.get().error(
         "object of the journal put aside into strays", instance=logs.uid_hash(found.fields["instance"]), cause=cause
     )

@@ -132,7 +132,7 @@ class Retirer:
             durable.sync_directory(folder)
         self._journals.retire(self._journal.mark, batch[-1].entry.number)
         for settled in batch:
-            self._journal.release(settled.entry)
+            self._journal.release(settled.entry.place)
         self._journals.db.checkpoint()
 
     def _sync(self, files: list[str]) -> None:

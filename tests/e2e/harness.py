@@ -20,6 +20,7 @@ import pydicom
 from pydicom.uid import generate_uid
 
 from dicomnode.demo.phantom import EXAMPLE_TIME, Phantom, thorax, to_datasets
+from dicomnode.receive.progress import wait_until_visible
 from tests.peers import CT_IMAGE, EXPLICIT_LITTLE, Item, Process, free_port, wait_for
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -180,6 +181,8 @@ class Node:
     # Looking
 
     def rows(self, sql: str, parameters: Sequence[Any] = ()) -> list[dict[str, Any]]:
+        """As a query of a peer does, it sees what was acknowledged before it."""
+        wait_until_visible(self.data_dir / "journal")
         if self._db is None:
             if not (self.data_dir / "index.sqlite").exists():
                 return []

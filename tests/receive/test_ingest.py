@@ -87,9 +87,7 @@ class Lane:
         incoming = self.ingest.begin(sent.request)
         for begin in range(0, len(sent.data), fragment):
             incoming.write(memoryview(sent.data)[begin : begin + fragment])
-        answer = incoming.finish()
-        incoming.settle()
-        return answer
+        return incoming.finish()
 
     def files(self) -> set[str]:
         return {f"{p.parent.name}/{p.name}" for p in self.store_.root.rglob("*") if p.is_file()}

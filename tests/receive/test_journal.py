@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import os
+import struct
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,7 +27,8 @@ from dicomnode.receive import apply as apply_module
 from dicomnode.receive.apply import Applier
 from dicomnode.receive.commit import Committer
 from dicomnode.receive.ingest import Ingest, Safe
-from dicomnode.receive.journal import BLOCK, HEAD_BYTES, Buffer, Entry, Journal
+from dicomnode.receive.journal import BLOCK, Buffer, Entry, Journal, checksum, padded
+from dicomnode.receive.progress import Progress
 from dicomnode.receive.recovery import recover, recover_others
 from dicomnode.receive.retire import Retirer
 from tests.receive.test_ingest import Sent, data_set, store_request
@@ -35,11 +37,13 @@ SIZE = 64 * BLOCK
 
 
 def write(journal: Journal, data: bytes) -> Entry:
-    entry = journal.reserve(len(data))
-    assert entry is not None
-    buffer = Buffer(len(data))
+    place = journal.reserve(len(data))
+    assert place is not None
+    buffer = Buffer(len(data), journal.path)
     assert buffer.add(memoryview(data))
-    journal.write(entry, buffer, {"n": str(entry.number)}, hashlib.sha256(data))
+    entry = journal.finish(place, buffer, 0, {"n": "1"}, checksum(data))
+    journal.sync(buffer)
+    buffer.close()
     return entry
 
 
@@ -63,57 +67,76 @@ def test_records_come_back_whole_after_opening_again(journal: Journal) -> None:
     again.close()
 
 
-@given(st.lists(st.tuples(st.integers(0, 12 * BLOCK), st.integers(0, 6)), max_size=60))
-def test_what_is_held_is_never_overwritten(steps: list[tuple[int, int]]) -> None:
-    """Reserve records of any size and release the oldest ones: held ones do not overlap and stay readable."""
+STEP = st.tuples(st.integers(0, 12 * BLOCK), st.lists(st.integers(0, 40), max_size=4), st.integers(0, 8 * BLOCK))
+
+
+@given(st.lists(STEP, max_size=60))
+def test_what_is_held_is_never_overwritten(steps: list[tuple[int, list[int], int]]) -> None:
+    """Records of any size, released in any order, some reserved larger than they become: none lies on another."""
     path = Path(os.environ.get("TMPDIR", "/tmp")) / f"journal-{os.getpid()}" / "h.journal"
     durable.remove_tree(path.parent)
     journal = Journal(path, SIZE)
-    kept: dict[int, tuple[Entry, bytes]] = {}
+    kept: dict[int, tuple[Entry, bytes, int]] = {}
+    buffer = Buffer(SIZE, path)
     try:
-        for size, released in steps:
-            for number in sorted(kept)[:released]:
-                journal.release(kept.pop(number)[0])
-            entry = journal.reserve(size)
-            if entry is None:
+        for size, released, spare in steps:
+            for number in released:
+                if number in kept:
+                    journal.release(kept.pop(number)[0].place)
+            place = journal.reserve(size + spare)
+            if place is None:
                 assert kept, "an empty ring has room"
                 continue
             data = os.urandom(8).ljust(size, b"x")[:size]
-            buffer = Buffer(max(size, 1))
+            buffer.size = 0
             buffer.add(memoryview(data))
-            journal.write(entry, buffer, {}, hashlib.sha256(data))
-            kept[entry.number] = (entry, data)
-            places = sorted((e.begin, e.begin + e.length) for e, _ in kept.values())
+            streamed = size // 2 // BLOCK * BLOCK
+            if streamed:
+                journal.stream(place, buffer, 0, streamed)
+            entry = journal.finish(place, buffer, streamed, {}, checksum(data))
+            journal.sync(buffer)
+            kept[entry.number] = (entry, data, journal._lengths[place.begin])
+            places = sorted((e.place.begin, e.place.begin + length) for e, _, length in kept.values())
             assert all(a[1] <= b[0] for a, b in itertools.pairwise(places))
             assert places[0][0] >= BLOCK and places[-1][1] <= SIZE
         found = held(journal)
-        assert {n: found.get(n) for n in kept} == {n: data for n, (_, data) in kept.items()}
-        assert journal.used() == sum(e.length for e, _ in kept.values()) / (SIZE - BLOCK)
+        assert {n: found.get(n) for n in kept} == {n: data for n, (_, data, _) in kept.items()}
+        memory = memoryview(bytearray(SIZE))
+        assert all(journal.read(entry, memory) == data for entry, data, _ in kept.values())
+        assert journal.used() == sum(length for *_, length in kept.values()) / (SIZE - BLOCK)
     finally:
+        buffer.close()
         journal.close()
         durable.remove_tree(path.parent)
 
 
-@pytest.mark.parametrize("place", [3, 40, 200, HEAD_BYTES, HEAD_BYTES + 4999])
+def test_a_record_that_is_held_for_long_does_not_end_the_ring(journal: Journal) -> None:
+    """A sender that stands still in the middle of its object; others go on around it."""
+    stuck = journal.reserve(10 * BLOCK)
+    for _ in range(40):
+        journal.release(write(journal, b"x" * 5 * BLOCK).place)
+    assert stuck is not None and journal.used() == 11 * BLOCK / (SIZE - BLOCK)
+
+
+@pytest.mark.parametrize("place", [0, 4999, padded(5000) + 3, padded(5000) + 40, padded(5000) + 200])
 def test_a_torn_record_is_left_out(journal: Journal, place: int) -> None:
     write(journal, b"a" * 5000)
     torn = write(journal, b"b" * 5000)
     write(journal, b"c" * 5000)
     with journal.path.open("r+b") as file:
-        file.seek(torn.begin + place)
+        file.seek(torn.place.begin + place)
         byte = file.read(1)
-        file.seek(torn.begin + place)
+        file.seek(torn.place.begin + place)
         file.write(bytes([byte[0] ^ 1]))
-    assert set(held(journal)) == {1, 3} | ({2} if place == 200 else set())
+    assert set(held(journal)) == {1, 3} | ({2} if place == padded(5000) + 200 else set())
 
 
 def test_data_that_looks_like_a_record_is_none(journal: Journal) -> None:
     write(journal, b"x" * 100)
     with journal.path.open("rb") as file:
-        file.seek(BLOCK)
-        record = file.read(2 * BLOCK)
-    forged = bytes(record[:8]) + bytes(16) + bytes(record[24:])
-    write(journal, forged)
+        file.seek(2 * BLOCK)
+        tail = file.read(BLOCK)
+    write(journal, b"x" * BLOCK + tail[:8] + bytes(16) + tail[24:])
     assert set(held(journal)) == {1, 2}
 
 
@@ -145,7 +168,10 @@ class Node:
         self.recovered = recover(self.journal, self.catalogue, self.store, self.wanted)
         self.retirer = Retirer(self.journal, Journals(self.db), self.store)
         self.committer = Committer(self.store, self.catalogue, lambda: None)
-        self.applier = Applier(self.store, self.catalogue, self.retirer, lambda: None)
+        self.progress = Progress(folder / "journal" / "r.progress", own=True)
+        self.applier = Applier(
+            self.journal, self.store, self.catalogue, self.retirer, self.progress, self.wanted, lambda: None
+        )
         self.applies = False
         self.ingest = Ingest(
             self.store,
@@ -155,16 +181,26 @@ class Node:
             safe=Safe(self.journal, self.applier),
         )
 
-    def acknowledge(self, sent: Sent, *, settle: bool = True) -> int:
+    def receive(self, sent: Sent) -> int:
         incoming = self.ingest.begin(sent.request)
-        incoming.write(memoryview(sent.data))
-        status = incoming.finish().status
-        item = incoming.settle() if settle else None
-        if item is not None:
+        for begin in range(0, len(sent.data), 100_000):
+            incoming.write(memoryview(sent.data)[begin : begin + 100_000])
+        return incoming.finish().status
+
+    def acknowledge(self, sent: Sent, *, applies: bool = True) -> int:
+        """Receive, and have it in the index; without ``applies`` the process died right after the answer."""
+        put = self.applier.put
+        if not applies:
+            self.applier.put = lambda item: None  # type: ignore[method-assign]
+        try:
+            status = self.receive(sent)
+        finally:
+            self.applier.put = put  # type: ignore[method-assign]
+        if applies:
             if not self.applies:
                 self.applier.start()
                 self.applies = True
-            assert item.applied.wait(60)
+            self.applier.catch_up()
         return status
 
     def served(self) -> dict[str, bytes]:
@@ -213,7 +249,7 @@ def test_acknowledged_objects_survive_the_loss_of_files_and_rows(node: Node) -> 
 
 def test_acknowledged_before_file_and_row_were_made(node: Node) -> None:
     sent = store_request()
-    assert node.acknowledge(sent, settle=False) == 0
+    assert node.acknowledge(sent, applies=False) == 0
     assert node.served() == {}
     after = node.crash()
     assert after.served() == {sent.request.sop_instance_uid: sent.data}
@@ -302,7 +338,7 @@ def test_a_gap_is_not_passed(node: Node) -> None:
     """A record whose object has no row yet must be found again, so nothing after it is retired."""
     node.retirer.start(node.journal.next_number)
     node.acknowledge(store_request(sop="1.2.1"))
-    node.acknowledge(store_request(sop="1.2.2"), settle=False)
+    node.acknowledge(store_request(sop="1.2.2"), applies=False)
     node.acknowledge(store_request(sop="1.2.3"))
     node.retirer.close()
     assert Journals(node.db).retired(node.journal.mark) == 1
@@ -319,10 +355,7 @@ def test_an_error_after_the_acknowledgement_ends_the_process(node: Node, monkeyp
         raise StorageError("commit to the index", "no space left")
 
     sent = store_request()
-    incoming = node.ingest.begin(sent.request)
-    incoming.write(memoryview(sent.data))
-    assert incoming.finish().status == 0
-    assert incoming.settle() is not None
+    assert node.receive(sent) == 0
     monkeypatch.setattr(durable, "die", dies)
     with monkeypatch.context() as patch:
         patch.setattr(Catalogue, "commit", full)
@@ -333,27 +366,114 @@ def test_an_error_after_the_acknowledgement_ends_the_process(node: Node, monkeyp
     after.close()
 
 
-def test_acknowledged_bytes_that_wait_are_bounded(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The third object is acknowledged only when the first two have their rows."""
-    monkeypatch.setattr(apply_module, "MOST_BYTES", 10)
-    items = []
-    for n in range(1):
-        sent = store_request(sop=f"1.2.{n}")
-        incoming = node.ingest.begin(sent.request)
-        incoming.write(memoryview(sent.data))
-        assert incoming.finish().status == 0
-        items.append(incoming.settle())
-    third = store_request(sop="1.2.9")
-    incoming = node.ingest.begin(third.request)
-    incoming.write(memoryview(third.data))
+@pytest.mark.parametrize("limit", ["TOO_MUCH", "TOO_MANY"])
+def test_what_waits_is_bounded(node: Node, monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
+    """The second object is acknowledged only when the first has its row."""
+    monkeypatch.setattr(apply_module, limit, 0)
+    assert node.receive(store_request(sop="1.2.0")) == 0
     with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(incoming.finish)
-        assert not answer.done()
+        answer = pool.submit(node.receive, store_request(sop="1.2.9"))
+        with pytest.raises(TimeoutError):
+            answer.result(0.2)
         node.applier.start()
-        assert answer.result(60).status == 0
-        assert all(item is not None and item.applied.is_set() for item in items)
-    incoming.settle()
+        assert answer.result(60) == 0
+    assert "1.2.0" in node.served()
     node.close()
+
+
+def test_a_burst_is_applied_when_it_is_over(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While objects come the sender has the processor; whoever asks for them gets them at once."""
+    monkeypatch.setattr(apply_module, "QUIET_SECONDS", 30.0)
+    monkeypatch.setattr(apply_module, "LONGEST_SECONDS", 30.0)
+    node.applier.start()
+    assert [node.receive(store_request(sop=f"1.2.{n}")) for n in range(3)] == [0] * 3
+    assert node.served() == {}
+    order: list[int] = []
+    node.applier.then(lambda: order.append(len(node.served())))
+    assert order == []
+    node.applier.catch_up()
+    assert len(node.served()) == 3
+    node.applier.close()
+    assert order == [3]
+
+
+@pytest.mark.parametrize("limit", ["QUIET_SECONDS", "LONGEST_SECONDS", "MUCH", "MANY"])
+def test_what_ends_the_rest(node: Node, monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
+    for name in ("QUIET_SECONDS", "LONGEST_SECONDS"):
+        monkeypatch.setattr(apply_module, name, 3600.0)
+    monkeypatch.setattr(apply_module, limit, 0)
+    done = threading.Event()
+    assert node.receive(store_request()) == 0
+    node.applier.then(done.set)
+    node.applier.start()
+    assert done.wait(20)
+    assert set(node.served()) == {"1.2.3.4"}
+    node.close()
+
+
+def test_long_objects_are_in_the_journal_before_their_end(node: Node) -> None:
+    """And those that grow too long for it, or break off, leave no trace there."""
+    data = data_set(BitsAllocated=8, PixelData=b"x" * 700_000)
+    incoming = node.ingest.begin(store_request(data).request)
+    incoming.write(memoryview(data)[:400_000])
+    assert node.journal.used() > 0
+    with node.journal.path.open("rb") as file:
+        assert data[:390_000] in file.read()
+    incoming.discard()
+    assert node.journal.used() == 0
+    grown = data_set(BitsAllocated=8, PixelData=b"x" * 1_500_000)
+    assert node.acknowledge(store_request(grown)) == 0
+    assert node.journal.used() == 0
+    assert node.acknowledge(store_request(data.replace(b"1.2.3.4", b"1.2.3.5"), sop="1.2.3.5")) == 0
+    assert node.served() == {"1.2.3.4": grown, "1.2.3.5": data.replace(b"1.2.3.4", b"1.2.3.5")}
+    after = node.power_cut()
+    assert set(after.served()) == {"1.2.3.5"}, "the long one has a file and a row of its own"
+    after.close()
+
+
+def test_the_header_is_read_before_the_end_only_where_it_is_whole(node: Node) -> None:
+    """A private value that reaches over the first part must not pass for the end of the header."""
+    value = b"\x09\x00\x10\x10" + struct.pack("<I", 300_000) + bytes(300_000)
+    head = data_set(BitsAllocated=8, PixelData=b"x" * 200_000)
+    place = head.index(b"\x20\x00\x0d\x00")
+    data = head[:place] + value + head[place:]
+    assert node.acknowledge(store_request(data)) == 0
+    assert node.acknowledge(store_request(data[:-100_001])) == 0, "what follows Pixel Data's head is not looked at"
+    broken = head[:place] + value[:4] + b"\xff\xff\xff\x7f" + value[8:] + head[place:]
+    assert node.acknowledge(store_request(broken)) == 0xC000
+    node.close()
+
+
+@pytest.mark.parametrize("keep_index", [True, False])
+@pytest.mark.parametrize("applied", range(4))
+def test_the_same_bytes_again_after_others(node: Node, applied: int, keep_index: bool) -> None:
+    """A, B, A: the newest serves, however many of them had their rows when the power went."""
+    a, b = store_request(data_set()), store_request(data_set(PatientComments="other"))
+    for number, sent in enumerate((a, b, a)):
+        assert node.acknowledge(sent, applies=number < applied) == 0
+    after = node.crash() if keep_index else node.power_cut()
+    assert after.served() == {"1.2.3.4": a.data}
+    again = after.crash()
+    assert again.served() == {"1.2.3.4": a.data}
+    again.close()
+
+
+def test_what_another_receiver_took_later_serves(node: Node) -> None:
+    """Two receivers: the older object gets its row last."""
+    older, newer = store_request(), store_request(data_set(PatientComments="newer"))
+    assert node.receive(older) == 0
+    direct = Ingest(node.store, node.committer, node.wanted, reserve_bytes=1).begin(newer.request)
+    direct.write(memoryview(newer.data))
+    assert direct.finish().status == 0
+    node.applier.start()
+    node.applier.catch_up()
+    assert node.served() == {"1.2.3.4": newer.data}
+    (former,) = node.db.rows("SELECT * FROM former_instances")
+    assert durable.object_intact(node.store.path(former["file"]), former["sha256"])
+    after = node.crash()
+    assert after.served() == {"1.2.3.4": newer.data}
+    assert after.db.value("SELECT count(*) FROM former_instances") == 1
+    after.close()
 
 
 def test_failed_journal_write_is_no_acknowledgement(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -371,7 +491,7 @@ def test_failed_journal_write_is_no_acknowledgement(node: Node, monkeypatch: pyt
 
 
 def test_journals_of_receivers_that_are_gone_are_recovered(node: Node, tmp_path: Path) -> None:
-    node.acknowledge(store_request(), settle=False)
+    node.acknowledge(store_request(), applies=False)
     node.journal.close()
     own = Journal(tmp_path / "journal" / "other.journal", SIZE)
     folder = tmp_path / "journal"

@@ -155,7 +155,7 @@ def test_an_unexpected_fault_while_storing_is_answered_and_told(db: Database, tm
     def broken(_: Any) -> None:
         raise KeyError(CANARY)
 
-    listener.ingest = SimpleNamespace(begin=broken)  # type: ignore[assignment]
+    listener.ingest = SimpleNamespace(begin=broken, buffers=listener.ingest.buffers)  # type: ignore[assignment]
     listener.start()
     sender = AE(ae_title="CT1")
     sender.add_requested_context(CTImageStorage, ExplicitVRLittleEndian)
@@ -194,14 +194,16 @@ def test_an_association_whose_end_could_not_be_recorded_is_recorded_later(db: Da
     def full(*_: Any) -> None:
         raise StorageError("commit to the index", "no space left")
 
-    wire = SimpleNamespace(violation="")
-    assoc: Any = SimpleNamespace(node_id="a", node_peer=object(), node_closed=False, wire=wire, settle=lambda: None)
+    listener.catalogue.association_opened(association_id="b", receiver="r", peer="p", ae="A", address="x")
+    first, second = (SimpleNamespace(node_id=name, node_peer=object(), node_closed=False) for name in "ab")
     listener.catalogue.association_closed = full  # type: ignore[method-assign]
-    with pytest.raises(StorageError):
-        listener._on_released(SimpleNamespace(assoc=assoc))
+    listener._on_released(SimpleNamespace(assoc=first))
     listener.catalogue.association_closed = closed  # type: ignore[method-assign]
-    listener._finished(assoc, "x")
-    assert db.value("SELECT state FROM associations") == "lost"
+    listener._on_aborted(SimpleNamespace(assoc=second))
+    assert db.rows("SELECT id, state FROM associations ORDER BY id") == [
+        {"id": "a", "state": "released"},
+        {"id": "b", "state": "aborted"},
+    ]
     door.listening.close()
 
 

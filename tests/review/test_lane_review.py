@@ -5,8 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 import threading
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,6 +33,7 @@ from dicomnode.receive import recovery
 from dicomnode.receive.apply import Applier
 from dicomnode.receive.journal import BLOCK, Journal
 from dicomnode.receive.listener import Listener
+from dicomnode.receive.record import Described
 from dicomnode.settings import Peer, Settings
 from tests.receive.test_ingest import data_set, store_request
 from tests.receive.test_journal import Node
@@ -79,14 +79,14 @@ def test_one_object_that_cannot_be_recovered_does_not_stop_the_start(
 ) -> None:
     sent = [store_request(sop=f"1.2.{n}") for n in range(3)]
     assert [node.acknowledge(s) for s in sent] == [0] * 3
-    real = recovery.read_header
+    real = recovery.describe
 
-    def fussy(data: Any, syntax: str, wanted: Wanted) -> dict[str, str]:
-        if bytes(data) == sent[1].data:
+    def fussy(fields: Mapping[str, str], data: bytes, wanted: Wanted) -> Described:
+        if data == sent[1].data:
             raise UnicodeEncodeError("utf-8", "", 0, 1, "surrogates not allowed")
-        return real(data, syntax, wanted)
+        return real(fields, data, wanted)
 
-    monkeypatch.setattr(recovery, "read_header", fussy)
+    monkeypatch.setattr(recovery, "describe", fussy)
     after = node.power_cut()
     assert set(after.served()) == {"1.2.0", "1.2.2"}
     (aside,) = (after.folder / "strays").iterdir()
@@ -97,7 +97,7 @@ def test_one_object_that_cannot_be_recovered_does_not_stop_the_start(
 def test_a_record_that_was_not_written_gives_its_place_back(node: Node) -> None:
     node.retirer.start(node.journal.next_number)
     long = store_request()
-    long = long._replace(request=replace(long.request, association_id="x" * 2 * BLOCK))
+    long = long._replace(request=long.request._replace(association_id="x" * 2 * BLOCK))
     assert node.acknowledge(long) == 0xA700
     assert node.acknowledge(store_request(sop="1.2.9")) == 0
     node.applier.close()
@@ -119,20 +119,18 @@ def test_an_object_that_takes_the_long_way_does_not_overtake_one_in_the_journal(
         apply(self, batch)
 
     monkeypatch.setattr(Applier, "_apply", slowly)
-    incoming = node.ingest.begin(older.request)
-    incoming.write(memoryview(older.data))
-    assert incoming.finish().status == 0
-    incoming.settle()
+    assert node.receive(older) == 0
     node.applier.start()
+    node.applies = True
     assert begun.wait(20)
     monkeypatch.setattr(node.journal, "reserve", lambda size: None)
-    real = node.applier.catch_up if hasattr(node.applier, "catch_up") else lambda: None
+    real = node.applier.catch_up
 
     def catch_up() -> None:
         go_on.set()
         real()
 
-    monkeypatch.setattr(node.applier, "catch_up", catch_up, raising=False)
+    monkeypatch.setattr(node.applier, "catch_up", catch_up)
     assert node.acknowledge(newer) == 0
     go_on.set()
     node.applier.close()
@@ -145,12 +143,9 @@ def test_an_applier_that_fails_outside_a_batch_ends_the_process(node: Node, died
     def fails() -> None:
         raise OSError("no descriptor")
 
-    applier = Applier(node.store, node.catalogue, node.retirer, fails)
+    applier = Applier(node.journal, node.store, node.catalogue, node.retirer, node.progress, node.wanted, fails)
     node.ingest.safe = SimpleNamespace(journal=node.journal, applier=applier)  # type: ignore[assignment]
-    incoming = node.ingest.begin(store_request().request)
-    incoming.write(memoryview(store_request().data))
-    assert incoming.finish().status == 0
-    incoming.settle()
+    assert node.receive(store_request()) == 0
     applier._thread.run()  # in this thread, so that its end shows
     assert [str(e) for e in died] == ["no descriptor"]
 
