@@ -21,6 +21,7 @@ from dicomnode.durable import ObjectStore, sha256_file
 from dicomnode.index.database import Database
 from dicomnode.receive.acceptor import Door, listen
 from dicomnode.receive.listener import Listener
+from dicomnode.receive.progress import wait_until_visible
 from dicomnode.serve import Commitment
 from dicomnode.settings import Settings
 from tests.e2e.harness import item_from
@@ -306,6 +307,7 @@ class Site:
         """Objects as a modality stores them; their UIDs."""
         items = [item_from(dataset("1.2.20", "1.2.10", str(generate_uid()))) for _ in range(count)]
         assert set(send_items(self.port, items, calling=ae_title)) == {0x0000}
+        assert wait_until_visible(self.db.data_dir / "journal")
         return [item.sop_instance_uid for item in items]
 
     def rows(self) -> list[dict[str, Any]]:

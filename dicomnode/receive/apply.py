@@ -110,6 +110,11 @@ class Applier:
             self._rests = False
             self._changed.notify_all()
 
+    @property
+    def waiting_bytes(self) -> int:
+        """Room that the files of what is acknowledged will take."""
+        return self._bytes
+
     def wait_for_room(self) -> None:
         """Call before an object is acknowledged."""
         if self._bytes > TOO_MUCH * self._journal.size or len(self._waiting) > TOO_MANY:

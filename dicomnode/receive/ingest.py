@@ -161,7 +161,9 @@ class Ingest:
         return Incoming(self, request)
 
     def check_room(self, size: int) -> None:
-        """Raises DiskFull when ``size`` bytes would touch the reserve."""
+        """Raises DiskFull when ``size`` bytes, and the files still to be made, would touch the reserve."""
+        if self.safe is not None:
+            size += self.safe.applier.waiting_bytes
         if durable.free_bytes(self.store.root) - size < self._reserve:
             raise DiskFull("store object", "free space is at the reserve", "Free space on the volume of node.data_dir")
 

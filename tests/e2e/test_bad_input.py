@@ -293,6 +293,7 @@ def test_no_room_at_all_is_an_answer_and_no_acknowledgement(tmp_path: Path, smal
         "run", "receiver"
     )
     assert set(send_items(node.port, make_series("before").items)) == {SUCCESS}
+    assert node.rows("SELECT count(*) AS n FROM instances")[0]["n"] == 32  # all files are made
     free = os.statvfs(small_volume)
     ballast = small_volume / "ballast"
     ballast.write_bytes(bytes(free.f_bavail * free.f_frsize - (64 << 10)))

@@ -397,6 +397,15 @@ def test_a_burst_is_applied_when_it_is_over(node: Node, monkeypatch: pytest.Monk
     assert order == [3]
 
 
+def test_files_still_to_be_made_have_their_room(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reserve is not for them: what is acknowledged must not find the disk full."""
+    data = data_set(BitsAllocated=8, PixelData=b"x" * 500_000)
+    sent = [store_request(data.replace(b"1.2.3.4", b"1.2.3.%d" % n), sop=f"1.2.3.{n}") for n in range(3)]
+    monkeypatch.setattr(durable, "free_bytes", lambda path: 1_200_000)
+    assert [node.receive(s) for s in sent] == [0, 0, 0xA700]
+    node.close()
+
+
 @pytest.mark.parametrize("limit", ["QUIET_SECONDS", "LONGEST_SECONDS", "MUCH", "MANY"])
 def test_what_ends_the_rest(node: Node, monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
     for name in ("QUIET_SECONDS", "LONGEST_SECONDS"):
