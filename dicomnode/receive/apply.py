@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from dicomnode import durable
@@ -20,7 +20,7 @@ from dicomnode.header import Wanted
 from dicomnode.index.catalogue import Catalogue, NewInstance, Stored
 from dicomnode.receive.journal import Entry, Journal, padded
 from dicomnode.receive.progress import Progress
-from dicomnode.receive.record import describe
+from dicomnode.receive.record import Fields, describe
 from dicomnode.receive.retire import Retirer
 
 QUIET_SECONDS = 0.01
@@ -45,7 +45,7 @@ class Acknowledged(NamedTuple):
     """An object whose journal record is durable."""
 
     entry: Entry
-    fields: Mapping[str, str]
+    fields: Fields
 
 
 Work = Acknowledged | Callable[[], None]

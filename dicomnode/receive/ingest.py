@@ -14,6 +14,7 @@ import hashlib
 import mmap
 import re
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from dicomnode.index.catalogue import NewInstance, Stored
 from dicomnode.receive.apply import Acknowledged, Applier
 from dicomnode.receive.commit import Committer
 from dicomnode.receive.journal import BLOCK, Buffer, BufferPool, Journal, Place, checksum
-from dicomnode.receive.record import IDENTITY, fields_of, meta_of
+from dicomnode.receive.record import IDENTITY, Fields, meta_of
 
 SUCCESS = 0x0000
 OUT_OF_RESOURCES = 0xA700
@@ -47,13 +48,16 @@ STREAM_BYTES = 128 * 1024
 FLUSH_BYTES = 64 * 1024 * 1024
 """A long object is brought to the disk this often."""
 
+ROOM_SECONDS = 0.02
+"""How long a look at the free space counts: others write to the volume too."""
+
 _UID = re.compile(r"[0-9.]{1,64}")
 
 
 class StoreRequest(NamedTuple):
     """One C-STORE-RQ: command fields, negotiated transfer syntax and whom it is from.
 
-    ``peer`` is the caller's name in the settings.
+    ``peer`` is the caller's name in the settings. The first five are those of a journal record.
     """
 
     sop_class_uid: str
@@ -120,6 +124,30 @@ class Unfinished:
                 del self._bytes[peer]
 
 
+class Room:
+    """Free space on the volume, looked at now and then; what was taken meanwhile is counted.
+
+    ``owed``: bytes that are taken, though nothing on the volume shows it yet.
+    """
+
+    def __init__(self, store: ObjectStore, owed: Callable[[], int]) -> None:
+        self._store = store
+        self._owed = owed
+        self._free = 0
+        self._until = 0.0
+
+    def take(self, size: int, reserve: int) -> bool:
+        """Whether ``size`` bytes can be taken and ``reserve`` are left; they count as taken then."""
+        now = time.monotonic()
+        if now >= self._until or self._free - size < reserve:
+            self._free = durable.free_bytes(self._store.root) - self._owed()
+            self._until = now + ROOM_SECONDS
+        if self._free - size < reserve:
+            return False
+        self._free -= size
+        return True
+
+
 @dataclass(frozen=True, slots=True)
 class Safe:
     """The journal, and who makes files and rows of what is in it."""
@@ -152,6 +180,7 @@ class Ingest:
         """What an answer depends on; the rest of the header is read afterwards."""
         self.unfinished = Unfinished(most_unfinished_bytes)
         self.buffers = BufferPool(SPILL_BYTES, safe.journal.path if safe is not None else None)
+        self.room = Room(store, lambda: safe.applier.waiting_bytes if safe is not None else 0)
         self._reserve = reserve_bytes
         self.clock: Callable[[], float] = committer.now
         """Node time, seconds."""
@@ -162,9 +191,7 @@ class Ingest:
 
     def check_room(self, size: int) -> None:
         """Raises DiskFull when ``size`` bytes, and the files still to be made, would touch the reserve."""
-        if self.safe is not None:
-            size += self.safe.applier.waiting_bytes
-        if durable.free_bytes(self.store.root) - size < self._reserve:
+        if not self.room.take(size, self._reserve):
             raise DiskFull("store object", "free space is at the reserve", "Free space on the volume of node.data_dir")
 
 
@@ -311,7 +338,7 @@ class Incoming:
     def _journal(self, safe: Safe, buffer: Buffer, place: Place) -> StoreAnswer:
         """Into the journal; its header is looked at while the disk writes."""
         fields = self._fields()
-        entry = safe.journal.finish(place, buffer, self._streamed, fields, self._checksum)
+        entry = safe.journal.finish(place, buffer, self._streamed, fields.encode(), self._checksum)
         self._place = None  # from here on the number holds it
         acknowledged = False
         try:
@@ -344,16 +371,8 @@ class Incoming:
         self._ingest.store.stage(name, [self._meta, buffer.data_set])
         return self._commit(name)
 
-    def _fields(self) -> dict[str, str]:
-        request = self._request
-        return fields_of(
-            sop_class_uid=request.sop_class_uid,
-            sop_instance_uid=request.sop_instance_uid,
-            transfer_syntax_uid=request.transfer_syntax_uid,
-            calling_ae=request.calling_ae,
-            association_id=request.association_id,
-            received_at=self._ingest.clock(),
-        )
+    def _fields(self) -> Fields:
+        return Fields(*self._request[:5], self._ingest.clock())
 
     def _store_staged(self, staged: StagedFile) -> StoreAnswer:
         ingest, request = self._ingest, self._request

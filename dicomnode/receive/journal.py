@@ -9,7 +9,7 @@ last barrier is stored again (:mod:`dicomnode.receive.recovery`).
 
 One journal belongs to one receiver process. It is a ring of records, each aligned to 4096
 bytes: the data set, filled up to a whole block, then a block with the journal's own random mark,
-a running number, lengths, the checksum of data set and fields, and the fields as text. That
+a running number, lengths, the checksum of data set and fields, and the fields. That
 block comes last, so that a long data set can be written while it is still coming in. Numbers say
 in which order objects were complete; places are taken wherever the ring is free.
 """
@@ -19,14 +19,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
-import json
 import mmap
 import os
 import struct
 import threading
 import time
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -162,7 +161,7 @@ class Found:
     """A record read back: ``fields`` as written, the data set as received."""
 
     number: int
-    fields: Mapping[str, str]
+    fields: bytes
     data_set: bytes
 
 
@@ -236,23 +235,22 @@ class Journal:
             raise SyncFailed("write journal", error.strerror or str(error), "Check the disk") from error
         _start_writing(buffer.fd, place.begin + begin, end - begin)
 
-    def finish(self, place: Place, buffer: Buffer, streamed: int, fields: Mapping[str, str], digest: Any) -> Entry:
+    def finish(self, place: Place, buffer: Buffer, streamed: int, fields: bytes, digest: Any) -> Entry:
         """Write the rest of the record; it is durable after :meth:`sync`.
 
         ``digest`` is a :data:`checksum` of its own that has seen the data set; ``streamed`` bytes
         were written by :meth:`stream`. Raises SyncFailed: the caller must not acknowledge anything.
         """
-        text = json.dumps(dict(fields)).encode()
-        if _TAIL.size + len(text) > TAIL_BYTES:
+        if _TAIL.size + len(fields) > TAIL_BYTES:
             raise StorageError("write journal", "the fields do not fit into a record")
-        digest.update(text)
+        digest.update(fields)
         with self._lock:
             self._number += 1
             entry = Entry(self._number, place, buffer.size)
             if place.length > padded(buffer.size) + TAIL_BYTES and self._next == place.begin + place.length:
                 self._shorten(place, padded(buffer.size) + TAIL_BYTES)
         begin = padded(buffer.size)
-        tail = _TAIL.pack(_MAGIC, self._mark, entry.number, buffer.size, len(text), digest.digest()) + text
+        tail = _TAIL.pack(_MAGIC, self._mark, entry.number, buffer.size, len(fields), digest.digest()) + fields
         buffer.view[begin : begin + len(tail)] = tail
         self.stream(place, buffer, streamed, begin + TAIL_BYTES)
         return entry
@@ -328,7 +326,7 @@ def _record(ring: mmap.mmap, tail: int) -> Found | None:
     data = ring[begin : begin + size]
     check = checksum(data)
     check.update(text)
-    return Found(number, json.loads(text), data) if check.digest() == digest else None
+    return Found(number, text, data) if check.digest() == digest else None
 
 
 def _open(path: Path, size: int, deadline: float) -> tuple[int, bytes, int]:

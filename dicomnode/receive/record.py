@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from dicomnode import durable
 from dicomnode.header import Wanted, read_header
@@ -14,32 +14,36 @@ IDENTITY = ("SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "SOPClass
 """Without these an object cannot be indexed."""
 
 
-def fields_of(
-    *,
-    sop_class_uid: str,
-    sop_instance_uid: str,
-    transfer_syntax_uid: str,
-    calling_ae: str,
-    association_id: str,
-    received_at: float,
-) -> dict[str, str]:
+class Fields(NamedTuple):
     """What a record has to say beside the data set; ``received_at`` is node time in seconds."""
-    return {
-        "class": sop_class_uid,
-        "instance": sop_instance_uid,
-        "syntax": transfer_syntax_uid,
-        "ae": calling_ae,
-        "association": association_id,
-        "at": repr(received_at),
-    }
+
+    sop_class_uid: str
+    sop_instance_uid: str
+    transfer_syntax_uid: str
+    calling_ae: str
+    association_id: str
+    received_at: float
+
+    def encode(self) -> bytes:
+        return _SEPARATOR.join((*self[:5], repr(self.received_at))).encode()
 
 
-def meta_of(fields: Mapping[str, str]) -> bytes:
+_SEPARATOR = "\0"
+"""Neither a UID nor an AE title can have it."""
+
+
+def decode_fields(text: bytes) -> Fields:
+    """Raises ValueError when these are no fields."""
+    sop_class, sop_instance, syntax, ae, association, at = text.decode().split(_SEPARATOR)
+    return Fields(sop_class, sop_instance, syntax, ae, association, float(at))
+
+
+def meta_of(fields: Fields) -> bytes:
     return file_meta(
-        sop_class_uid=fields["class"],
-        sop_instance_uid=fields["instance"],
-        transfer_syntax_uid=fields["syntax"],
-        source_ae=fields["ae"],
+        sop_class_uid=fields.sop_class_uid,
+        sop_instance_uid=fields.sop_instance_uid,
+        transfer_syntax_uid=fields.transfer_syntax_uid,
+        source_ae=fields.calling_ae,
     )
 
 
@@ -52,24 +56,24 @@ class Described:
     hashes: durable.ObjectHash
     size: int
 
-    def instance(self, fields: Mapping[str, str], file: str) -> NewInstance:
+    def instance(self, fields: Fields, file: str) -> NewInstance:
         return NewInstance(
             attributes=self.attributes,
-            transfer_syntax_uid=fields["syntax"],
+            transfer_syntax_uid=fields.transfer_syntax_uid,
             file=file,
             size=self.size,
             sha256=self.hashes.whole,
             dataset_sha256=self.hashes.data_set,
-            association_id=fields["association"],
-            received_at=float(fields["at"]),
+            association_id=fields.association_id,
+            received_at=fields.received_at,
         )
 
 
-def describe(fields: Mapping[str, str], data_set: bytes | memoryview, wanted: Wanted) -> Described:
+def describe(fields: Fields, data_set: bytes | memoryview, wanted: Wanted) -> Described:
     """Raises MalformedDataSet when the data set cannot be read."""
     meta = meta_of(fields)
     return Described(
-        attributes=read_header(data_set, fields["syntax"], wanted),
+        attributes=read_header(data_set, fields.transfer_syntax_uid, wanted),
         meta=meta,
         hashes=durable.hash_object(data_set, meta),
         size=len(meta) + len(data_set),

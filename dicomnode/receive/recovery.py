@@ -6,7 +6,6 @@ After a mere crash of the process everything is there already; then this only ma
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
 from pathlib import Path
 
 from dicomnode import durable, logs
@@ -16,8 +15,8 @@ from dicomnode.header import Wanted
 from dicomnode.index.catalogue import Catalogue, NewInstance, Stored
 from dicomnode.index.journals import Journals
 from dicomnode.receive import progress
-from dicomnode.receive.journal import SUFFIX, Found, Journal
-from dicomnode.receive.record import IDENTITY, Described, describe, meta_of
+from dicomnode.receive.journal import SUFFIX, Journal
+from dicomnode.receive.record import IDENTITY, Described, Fields, decode_fields, describe, meta_of
 
 
 def recover(journal: Journal, catalogue: Catalogue, store: ObjectStore, wanted: Wanted) -> int:
@@ -30,10 +29,11 @@ def recover(journal: Journal, catalogue: Catalogue, store: ObjectStore, wanted: 
     count = 0
     for found in journal.records(after=retired):
         highest = max(highest, found.number)
+        fields = decode_fields(found.fields)
         try:
-            count += _store_again(found, catalogue, store, wanted)
+            count += _store_again(fields, found.data_set, catalogue, store, wanted)
         except (MalformedDataSet, LookupError, TypeError, ValueError) as error:
-            _put_aside(found, store, type(error).__name__)
+            _put_aside(fields, found.data_set, store, type(error).__name__)
     if highest > retired:
         journals.retire(journal.mark, highest)
     journal.begin_after(highest)
@@ -58,18 +58,18 @@ def recover_others(folder: Path, own: Path, catalogue: Catalogue, store: ObjectS
     return count
 
 
-def _store_again(found: Found, catalogue: Catalogue, store: ObjectStore, wanted: Wanted) -> int:
+def _store_again(fields: Fields, data_set: bytes, catalogue: Catalogue, store: ObjectStore, wanted: Wanted) -> int:
     """Durable file, then durable row. Raises MalformedDataSet for what this version would refuse."""
-    fields = found.fields
-    described = describe(fields, found.data_set, wanted)
+    described = describe(fields, data_set, wanted)
     attributes = described.attributes
-    if (attributes.get("SOPInstanceUID"), attributes.get("SOPClassUID")) != (fields["instance"], fields["class"]):
+    stated = fields.sop_instance_uid, fields.sop_class_uid
+    if (attributes.get("SOPInstanceUID"), attributes.get("SOPClassUID")) != stated:
         raise MalformedDataSet("recover", "UIDs differ between command and data set")
     if not all(attributes.get(keyword) for keyword in IDENTITY):
         raise MalformedDataSet("recover", "a UID is missing")
     held = _held(fields, described, catalogue)
     new = described.instance(fields, store.new_name(attributes["SeriesInstanceUID"]))
-    path = store.stage(new.file, [described.meta, found.data_set])
+    path = store.stage(new.file, [described.meta, data_set])
     if held:  # the row survived: its file may not have
         durable.rename_into_place(path, store.path(held))
         durable.sync_directory(store.path(held).parent)
@@ -77,31 +77,31 @@ def _store_again(found: Found, catalogue: Catalogue, store: ObjectStore, wanted:
     durable.sync_directory(path.parent)
     if catalogue.commit([new]) == [Stored.duplicate]:
         _mend_copy(new, path, catalogue, store)
-    logs.get().info("object stored again from the journal", instance=logs.uid_hash(fields["instance"]))
+    logs.get().info("object stored again from the journal", instance=logs.uid_hash(fields.sop_instance_uid))
     return 1
 
 
-def _held(fields: Mapping[str, str], described: Described, catalogue: Catalogue) -> str:
+def _held(fields: Fields, described: Described, catalogue: Catalogue) -> str:
     """The file of the row that this very record has, if it has one.
 
     The same bytes may have come before: A, then B, then A again. So a former instance counts only
     where what serves now came later than this record.
     """
-    uid, whole = fields["instance"], described.hashes.whole
+    uid, whole = fields.sop_instance_uid, described.hashes.whole
     serving = catalogue.instance(uid)
     if serving is None:
         return ""
     if serving["sha256"] == whole:
         return str(serving["file"])
-    return catalogue.holds(uid, whole) if float(serving["received_at"]) > float(fields["at"]) else ""
+    return catalogue.holds(uid, whole) if float(serving["received_at"]) > fields.received_at else ""
 
 
-def _put_aside(found: Found, store: ObjectStore, cause: str) -> None:
+def _put_aside(fields: Fields, data_set: bytes, store: ObjectStore, cause: str) -> None:
     """It was acknowledged, by other settings or another version; one object must neither be lost nor stop a start."""
     path = store.root.parent / "strays" / f"{uuid.uuid4().hex}.dcm"
-    durable.write_durable(path, meta_of(found.fields) + found.data_set)
+    durable.write_durable(path, meta_of(fields) + data_set)
     logs.get().error(
-        "object of the journal put aside into strays", instance=logs.uid_hash(found.fields["instance"]), cause=cause
+        "object of the journal put aside into strays", instance=logs.uid_hash(fields.sop_instance_uid), cause=cause
     )
 
 

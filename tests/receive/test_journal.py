@@ -41,7 +41,7 @@ def write(journal: Journal, data: bytes) -> Entry:
     assert place is not None
     buffer = Buffer(len(data), journal.path)
     assert buffer.add(memoryview(data))
-    entry = journal.finish(place, buffer, 0, {"n": "1"}, checksum(data))
+    entry = journal.finish(place, buffer, 0, b"fields", checksum(data))
     journal.sync(buffer)
     buffer.close()
     return entry
@@ -93,7 +93,7 @@ def test_what_is_held_is_never_overwritten(steps: list[tuple[int, list[int], int
             streamed = size // 2 // BLOCK * BLOCK
             if streamed:
                 journal.stream(place, buffer, 0, streamed)
-            entry = journal.finish(place, buffer, streamed, {}, checksum(data))
+            entry = journal.finish(place, buffer, streamed, b"", checksum(data))
             journal.sync(buffer)
             kept[entry.number] = (entry, data, journal._lengths[place.begin])
             places = sorted((e.place.begin, e.place.begin + length) for e, _, length in kept.values())

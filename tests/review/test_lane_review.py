@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,7 +33,7 @@ from dicomnode.receive import recovery
 from dicomnode.receive.apply import Applier
 from dicomnode.receive.journal import BLOCK, Journal
 from dicomnode.receive.listener import Listener
-from dicomnode.receive.record import Described
+from dicomnode.receive.record import Described, Fields
 from dicomnode.settings import Peer, Settings
 from tests.receive.test_ingest import data_set, store_request
 from tests.receive.test_journal import Node
@@ -81,7 +81,7 @@ def test_one_object_that_cannot_be_recovered_does_not_stop_the_start(
     assert [node.acknowledge(s) for s in sent] == [0] * 3
     real = recovery.describe
 
-    def fussy(fields: Mapping[str, str], data: bytes, wanted: Wanted) -> Described:
+    def fussy(fields: Fields, data: bytes, wanted: Wanted) -> Described:
         if data == sent[1].data:
             raise UnicodeEncodeError("utf-8", "", 0, 1, "surrogates not allowed")
         return real(fields, data, wanted)
