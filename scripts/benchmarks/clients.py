@@ -5,13 +5,25 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.data import ObjectSet
 from benchmarks.peers import Acceptor
-from benchmarks.tools import COMMAND_SECONDS, LOOPBACK, NO_DELAY, BenchError, closed_port, environment, program, timed
+from benchmarks.tools import (
+    COMMAND_SECONDS,
+    LOOPBACK,
+    NO_DELAY,
+    BenchError,
+    Samples,
+    closed_port,
+    environment,
+    program,
+    timed,
+)
 
+LOOK_SECONDS = 0.005
 Argv = Callable[[int], list[str]]
 """Command line for a port."""
 
@@ -46,11 +58,24 @@ def start_up(argv: Argv, *, times: int = 5) -> float:
         return min(timed(argv(port), NO_DELAY, fails=True) for _ in range(times))
 
 
-def send(objects: ObjectSet, acceptor: Acceptor, argv: Argv, *, no_delay: bool, what: str) -> float:
-    """Seconds of the client's process. Raises BenchError unless every object arrived."""
+def send(
+    objects: ObjectSet, acceptor: Acceptor, argv: Argv, *, no_delay: bool, what: str, held: Samples | None = None
+) -> float:
+    """Seconds of the client's process. Raises BenchError unless every object arrived.
+
+    ``held`` gets the seconds until the acceptor's own count has all of them: files of those that
+    keep none, rows of those with an index.
+    """
     objects.renew()
     before = acceptor.count()
+    begin = time.perf_counter()
     seconds = timed(argv(acceptor.port), NO_DELAY if no_delay else {})
+    while (
+        held is not None and acceptor.count() < before + len(objects) and time.perf_counter() - begin < COMMAND_SECONDS
+    ):
+        time.sleep(LOOK_SECONDS)
+    if held is not None:
+        held.add(time.perf_counter() - begin)
     acceptor.expect(before + len(objects), what)
     return seconds
 

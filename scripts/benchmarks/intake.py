@@ -30,22 +30,28 @@ def run(bench: Bench) -> Section:
     sets = (data.ct(bench), data.small(bench))
     idle = {s.name: clients.start_up(clients.dcmsend(s, "PACS")) for s in sets}
     found: dict[Cell, Samples] = {}
+    held: dict[Cell, Samples] = {}
     cpu: dict[Cell, float] = {}
     for turn in range(bench.repeat):
         for kind in KINDS:
             say.print(f"intake {turn + 1}/{bench.repeat}: {kind.name} …")
             try:
-                _measure(bench, kind, sets, found, cpu)
+                _measure(bench, kind, sets, found, held, cpu)
             except Skipped as reason:
                 bench.skip(str(reason))
         _limit(bench, sets, found)
     for s in sets:
         remove(s.folder)
-    return _section(sets, idle, found, cpu, bench.repeat)
+    return _section(sets, idle, found, held, cpu, bench.repeat)
 
 
 def _measure(
-    bench: Bench, kind: Kind, sets: tuple[ObjectSet, ...], found: dict[Cell, Samples], cpu: dict[Cell, float]
+    bench: Bench,
+    kind: Kind,
+    sets: tuple[ObjectSet, ...],
+    found: dict[Cell, Samples],
+    held: dict[Cell, Samples],
+    cpu: dict[Cell, float],
 ) -> None:
     folder = bench.folder("intake")
     with kind.start(folder) as acceptor:
@@ -57,7 +63,9 @@ def _measure(
                     continue
                 spent = acceptor.cpu()
                 argv = clients.dcmsend(objects, acceptor.called)
-                samples.add(clients.send(objects, acceptor, argv, no_delay=no_delay, what=" / ".join(cell)))
+                until = held.setdefault(cell, Samples())
+                what = " / ".join(cell)
+                samples.add(clients.send(objects, acceptor, argv, no_delay=no_delay, what=what, held=until))
                 cpu[cell] = min(cpu.get(cell, 1e9), acceptor.cpu() - spent)
     remove(folder)
 
@@ -86,6 +94,7 @@ def _section(
     sets: tuple[ObjectSet, ...],
     idle: dict[str, float],
     found: dict[Cell, Samples],
+    held: dict[Cell, Samples],
     cpu: dict[Cell, float],
     repeat: int,
 ) -> Section:
@@ -101,6 +110,9 @@ def _section(
                 if seconds is not None and ours and kind is not peers.DICOMNODE:
                     text += f" ({seconds / ours:.2f}x)"
                 row[f"{objects.name}, client {client}"] = text
+        for objects in sets:
+            until = held.get((kind.name, objects.name, "TCP_NODELAY"))
+            row[f"{objects.name}, until held"] = f"{until.less(idle[objects.name]):.2f}" if until else "-"
         spent = cpu.get((kind.name, "small", "TCP_NODELAY"), 0.0)
         row["CPU ms per small object"] = f"{1000 * spent / len(sets[1]):.2f}" if spent > 0 else "-"
         rows.append(row)
@@ -108,8 +120,9 @@ def _section(
     start = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in idle.items())
     note = (
         f"{sizes}. Best of {repeat} (what takes over {SLOW_SECONDS:.0f} s: once), seconds; in brackets the ratio to "
-        f"dicomnode, above 1: slower. dcmsend's start and reading of headers is taken off: {start}. The raw client has "
-        "none. CPU of --fork's children is not seen."
+        "dicomnode, above 1: slower. Until held (client TCP_NODELAY): until the acceptor's own index, or folder, has "
+        "all; what is acknowledged is durable before. dcmsend's start and reading of headers is taken off: "
+        f"{start}. The raw client has none. CPU of --fork's children is not seen."
     )
     section = Section([Figures("Intake, one association (dcmsend)", rows, note)], _goals(found, idle))
     section.samples = {
