@@ -30,10 +30,15 @@ class Door:
     tls: bool = False
 
 
+YIELDS, YIELD_SECONDS = 4, 0.001
+"""How often, and how long, a receiver lets a less busy one go first."""
+
+
 class Acceptor:
     """``serve(sock, address, door)`` runs in the connection's thread and owns the socket.
 
-    ``refuse(address)`` is told of a connection that the counter did not admit.
+    ``refuse(address)`` is told of a connection that the counter did not admit, ``changed`` how many
+    run; ``busier(running)`` says whether another process has fewer.
     """
 
     def __init__(
@@ -42,11 +47,16 @@ class Acceptor:
         counter: ConnectionCounter,
         serve: Callable[[socket.socket, Any, Door], None],
         refuse: Callable[[str], None],
+        *,
+        changed: Callable[[int], None] = lambda running: None,
+        busier: Callable[[int], bool] = lambda running: False,
     ) -> None:
         self._doors = {door.listening.fileno(): door for door in doors}
         self._counter = counter
         self._serve = serve
         self._refuse = refuse
+        self._changed = changed
+        self._busier = busier
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._stopped = False
         self._quiet = threading.Condition()
@@ -90,7 +100,21 @@ class Acceptor:
                 if door is not None:
                     self._accept(door)
 
+    def _leave_to_others(self, door: Door) -> bool:
+        """Whether another receiver, which serves fewer than this one, took the connection."""
+        waiting = select.poll()
+        waiting.register(door.listening, select.POLLIN)
+        for _ in range(YIELDS):
+            if not self._busier(self._running):
+                return False
+            time.sleep(YIELD_SECONDS)
+            if not waiting.poll(0):
+                return True
+        return False
+
     def _accept(self, door: Door) -> None:
+        if self._leave_to_others(door):
+            return
         try:
             sock, address = door.listening.accept()
         except (BlockingIOError, ConnectionAbortedError, InterruptedError):
@@ -104,6 +128,7 @@ class Acceptor:
             return
         with self._quiet:
             self._running += 1
+            self._changed(self._running)
         thread = threading.Thread(target=self._run, args=(sock, address, door), name="association", daemon=True)
         try:
             thread.start()
@@ -123,6 +148,7 @@ class Acceptor:
         self._counter.leave(str(address[0]))
         with self._quiet:
             self._running -= 1
+            self._changed(self._running)
             self._quiet.notify_all()
 
 

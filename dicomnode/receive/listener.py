@@ -45,7 +45,7 @@ from dicomnode.receive.negotiation import Services, accepted_contexts, proposed_
 from dicomnode.receive.part10 import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 from dicomnode.receive.policy import Rejection, decide_association
 from dicomnode.receive.progress import SUFFIX as PROGRESS_SUFFIX
-from dicomnode.receive.progress import Progress, wait_until_visible
+from dicomnode.receive.progress import Progress, least_open, wait_until_visible
 from dicomnode.receive.recovery import recover, recover_others
 from dicomnode.receive.retire import Retirer
 from dicomnode.reloading import Change, log_change
@@ -70,6 +70,7 @@ class Listener:
         dimse = settings.dimse
         self.settings = settings
         self.name = name
+        self._journals = settings.node.data_dir / "journal"
         self.services = {uid: service for service in services for uid in service.classes}
         self.log = logs.get()
         self.events = Events(db)
@@ -108,11 +109,18 @@ class Listener:
         self._open: set[NodeAssociation] = set()
         self._open_lock = threading.Lock()
         self._unclosed: dict[str, str] = {}
-        self._acceptor = Acceptor(doors, self._connections, self._serve_connection, self._too_many)
+        self._acceptor = Acceptor(
+            doors,
+            self._connections,
+            self._serve_connection,
+            self._too_many,
+            changed=self._tell_open,
+            busier=lambda running: running > least_open(self._journals),
+        )
 
     def _open_journal(self, store: ObjectStore, wanted: Wanted) -> Safe:
         """This process's journal, after everything that journals still hold was stored again."""
-        folder = self.settings.node.data_dir / "journal"
+        folder = self._journals
         path = folder / f"{self.name}{SUFFIX}"
         journal = Journal(path, self.settings.dimse.journal_mb * 1024 * 1024, wait_seconds=JOURNAL_SECONDS)
         count = recover(journal, self.catalogue, store, wanted)
@@ -122,11 +130,14 @@ class Listener:
             doorbell.ring(self.settings.node.data_dir, "worker")
         retirer = Retirer(journal, Journals(self.catalogue.db), store)
         retirer.start(journal.next_number)
-        progress = Progress(path.with_suffix(PROGRESS_SUFFIX), own=True)
+        self._progress = progress = Progress(path.with_suffix(PROGRESS_SUFFIX), own=True)
         applier = Applier(journal, store, self.catalogue, retirer, progress, wanted, self._ring_now_and_then)
         applier.start()
         self._retirer = retirer
         return Safe(journal, applier)
+
+    def _tell_open(self, running: int) -> None:
+        self._progress.open = running
 
     def _ring_now_and_then(self) -> None:
         """The end of an association rings in any case; until then the worker need not look at each object."""
@@ -353,7 +364,7 @@ class Listener:
 
     def wait_until_visible(self) -> None:
         """Whatever was acknowledged by now, by any receiver, is in the index."""
-        if not wait_until_visible(self.settings.node.data_dir / "journal"):
+        if not wait_until_visible(self._journals):
             self.log.warning("what was received last is not in the index yet, a query goes on without it")
 
 

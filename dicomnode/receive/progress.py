@@ -5,7 +5,8 @@ query must not miss it, whoever asks and wherever: before it looks, it waits unt
 was acknowledged by then is in the index (:func:`wait_until_visible`), and tells who makes files
 and rows to hurry.
 
-Each receiver has a file of four numbers beside its journal, mapped by whoever is interested.
+Each receiver has a file of five numbers beside its journal, mapped by whoever is interested;
+they also tell how many associations it serves, so that receivers share them evenly.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import mmap
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 SUFFIX = ".progress"
@@ -20,8 +22,8 @@ WAIT_SECONDS = 10.0
 """A query goes on after this time, with what is there."""
 
 POLL_SECONDS = 0.001
-_ACKNOWLEDGED, _APPLIED, _WANTED, _PID = range(4)
-_BYTES = 4 * 8
+_ACKNOWLEDGED, _APPLIED, _WANTED, _PID, _OPEN = range(5)
+_BYTES = 5 * 8
 
 
 class Progress:
@@ -38,7 +40,7 @@ class Progress:
             os.close(fd)
         self._numbers = memoryview(self._map).cast("Q")  # native words, so that no one reads half a number
         if own:
-            for place in (_ACKNOWLEDGED, _APPLIED, _WANTED):
+            for place in (_ACKNOWLEDGED, _APPLIED, _WANTED, _OPEN):
                 self._numbers[place] = 0
             self._numbers[_PID] = os.getpid()
 
@@ -67,6 +69,15 @@ class Progress:
     def wanted(self, number: int) -> None:
         self._numbers[_WANTED] = number
 
+    @property
+    def open(self) -> int:
+        """Connections that it serves now."""
+        return self._numbers[_OPEN]
+
+    @open.setter
+    def open(self, number: int) -> None:
+        self._numbers[_OPEN] = number
+
     def lives(self) -> bool:
         """Whether the receiver runs."""
         try:
@@ -89,17 +100,24 @@ def wait_until_visible(folder: Path, seconds: float = WAIT_SECONDS) -> bool:
     what is in its journal when it starts, before it takes anything else.
     """
     deadline = time.monotonic() + seconds
-    complete = True
+    return all([_wait(progress, deadline) for progress in _receivers(folder)])
+
+
+def least_open(folder: Path) -> int:
+    """How many connections the least busy receiver serves."""
+    return min((progress.open for progress in _receivers(folder) if progress.lives()), default=0)
+
+
+def _receivers(folder: Path) -> Iterator[Progress]:
     for path in sorted(folder.glob(f"*{SUFFIX}")):
         try:
             progress = Progress(path)
         except (OSError, ValueError):
             continue  # it begins just now
         try:
-            complete = _wait(progress, deadline) and complete
+            yield progress
         finally:
             progress.close()
-    return complete
 
 
 def _wait(progress: Progress, deadline: float) -> bool:
