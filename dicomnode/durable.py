@@ -17,6 +17,7 @@ import shutil
 import sys
 import uuid
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -342,11 +343,21 @@ class ObjectStore:
         rename_into_place(staged.path, final)
         return final
 
+    def sync(self, names: Iterable[str], pool: Executor) -> None:
+        """fsync these objects, side by side, then their folders. Raises SyncFailed.
+
+        fsync waits for the file system's journal; several that wait share one commit of it.
+        """
+        files = list(dict.fromkeys(names))
+        list(pool.map(lambda name: sync_file(self.path(name)), files))
+        for folder in {self.path(name).parent for name in files}:
+            sync_directory(folder)
+
     def stage(self, name: str, parts: Sequence[bytes | memoryview | bytearray], *, sync: bool = True) -> Path:
         """Write, fsync and name an object; the caller still has to sync its folder.
 
         Without ``sync`` the file is whole for all who look, but nothing of it survives a power
-        cut until :func:`sync_file` has run.
+        cut until :meth:`sync` has run.
         """
         final = self.path(name)
         temporary = final.with_suffix(TEMPORARY_SUFFIX)

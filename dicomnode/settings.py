@@ -69,7 +69,7 @@ class Dimse(Section):
     max_connections_per_address: int = Field(64, ge=1, description="connections from one address")
     max_object_mb: int = Field(4096, ge=1, description="largest object in MiB; a larger one is aborted")
     journal_mb: int = Field(
-        512, ge=4, le=65536, description="MiB of the intake journal, made once, of each receiver process"
+        1024, ge=4, le=65536, description="MiB of the intake journal, made once, of each receiver process"
     )
     max_unfinished_mb: int = Field(
         8192, ge=1, description="MiB of unfinished objects from one peer, each receiver process; beyond: 0xA700"

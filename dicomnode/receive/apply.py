@@ -29,10 +29,10 @@ QUIET_SECONDS = 0.01
 LONGEST_SECONDS = 2.0
 """Something waits for this long: it is done between the objects that come."""
 
-MUCH = 0.4
+MUCH = 0.45
 """Part of the ring whose objects may wait while more come in."""
 
-TOO_MUCH = 0.6
+TOO_MUCH = 0.7
 """... beyond which a sender waits for its answer."""
 
 MANY, TOO_MANY = 4096, 16384

@@ -5,7 +5,10 @@ After a mere crash of the process everything is there already; then this only ma
 
 from __future__ import annotations
 
+import itertools
 import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from dicomnode import durable, logs
@@ -15,8 +18,12 @@ from dicomnode.header import Wanted
 from dicomnode.index.catalogue import Catalogue, NewInstance, Stored
 from dicomnode.index.journals import Journals
 from dicomnode.receive import progress
-from dicomnode.receive.journal import SUFFIX, Journal
+from dicomnode.receive.journal import SUFFIX, Found, Journal
 from dicomnode.receive.record import IDENTITY, Described, Fields, decode_fields, describe, meta_of
+from dicomnode.receive.retire import SYNC_THREADS
+
+BATCH = 256
+"""Records whose barriers come together."""
 
 
 def recover(journal: Journal, catalogue: Catalogue, store: ObjectStore, wanted: Wanted) -> int:
@@ -25,19 +32,32 @@ def recover(journal: Journal, catalogue: Catalogue, store: ObjectStore, wanted: 
     Raises StorageError when the disk does not allow it: nothing may be accepted then.
     """
     journals = Journals(catalogue.db)
-    retired = highest = journals.retired(journal.mark)
+    highest = journals.retired(journal.mark)
     count = 0
-    for found in journal.records(after=retired):
-        highest = max(highest, found.number)
-        fields = decode_fields(found.fields)
-        try:
-            count += _store_again(fields, found.data_set, catalogue, store, wanted)
-        except (MalformedDataSet, LookupError, TypeError, ValueError) as error:
-            _put_aside(fields, found.data_set, store, type(error).__name__)
-    if highest > retired:
-        journals.retire(journal.mark, highest)
+    with ThreadPoolExecutor(SYNC_THREADS, thread_name_prefix="sync") as pool:
+        for batch in batched(journal.records(after=highest)):
+            files = [_recovered(found, catalogue, store, wanted) for found in batch]
+            store.sync([name for name in files if name], pool)
+            highest = batch[-1].number
+            journals.retire(journal.mark, highest)
+            count += sum(map(bool, files))
     journal.begin_after(highest)
     return count
+
+
+def batched(records: Iterator[Found]) -> Iterator[list[Found]]:
+    while batch := list(itertools.islice(records, BATCH)):
+        yield batch
+
+
+def _recovered(found: Found, catalogue: Catalogue, store: ObjectStore, wanted: Wanted) -> str:
+    """The file (relative name) that has to be durable; empty when the record was put aside."""
+    fields = decode_fields(found.fields)
+    try:
+        return _store_again(fields, found.data_set, catalogue, store, wanted)
+    except (MalformedDataSet, LookupError, TypeError, ValueError) as error:
+        _put_aside(fields, found.data_set, store, type(error).__name__)
+        return ""
 
 
 def recover_others(folder: Path, own: Path, catalogue: Catalogue, store: ObjectStore, wanted: Wanted) -> int:
@@ -58,8 +78,11 @@ def recover_others(folder: Path, own: Path, catalogue: Catalogue, store: ObjectS
     return count
 
 
-def _store_again(fields: Fields, data_set: bytes, catalogue: Catalogue, store: ObjectStore, wanted: Wanted) -> int:
-    """Durable file, then durable row. Raises MalformedDataSet for what this version would refuse."""
+def _store_again(fields: Fields, data_set: bytes, catalogue: Catalogue, store: ObjectStore, wanted: Wanted) -> str:
+    """File and row, without barriers; the name of the file that serves the record.
+
+    Raises MalformedDataSet for what this version would refuse.
+    """
     described = describe(fields, data_set, wanted)
     attributes = described.attributes
     stated = fields.sop_instance_uid, fields.sop_class_uid
@@ -69,16 +92,13 @@ def _store_again(fields: Fields, data_set: bytes, catalogue: Catalogue, store: O
         raise MalformedDataSet("recover", "a UID is missing")
     held = _held(fields, described, catalogue)
     new = described.instance(fields, store.new_name(attributes["SeriesInstanceUID"]))
-    path = store.stage(new.file, [described.meta, data_set])
+    path = store.stage(new.file, [described.meta, data_set], sync=False)
     if held:  # the row survived: its file may not have
         durable.rename_into_place(path, store.path(held))
-        durable.sync_directory(store.path(held).parent)
-        return 1
-    durable.sync_directory(path.parent)
-    if catalogue.commit([new]) == [Stored.duplicate]:
-        _mend_copy(new, path, catalogue, store)
+        return held
+    outcome = catalogue.commit([new], sync=False)
     logs.get().info("object stored again from the journal", instance=logs.uid_hash(fields.sop_instance_uid))
-    return 1
+    return _mended_copy(new, path, catalogue, store) if outcome == [Stored.duplicate] else new.file
 
 
 def _held(fields: Fields, described: Described, catalogue: Catalogue) -> str:
@@ -105,17 +125,16 @@ def _put_aside(fields: Fields, data_set: bytes, store: ObjectStore, cause: str) 
     )
 
 
-def _mend_copy(new: NewInstance, path: Path, catalogue: Catalogue, store: ObjectStore) -> None:
+def _mended_copy(new: NewInstance, path: Path, catalogue: Catalogue, store: ObjectStore) -> str:
     """Another sender's copy of the same data set has the row; it may never have become durable."""
     uid = new.attributes["SOPInstanceUID"]
-    serving = store.path(catalogue.file_of(uid))
+    name = catalogue.file_of(uid)
     try:
-        intact = durable.object_intact(serving, catalogue.hash_of(uid))
+        intact = durable.object_intact(store.path(name), catalogue.hash_of(uid))
     except OSError:
         intact = False
     if intact:
-        durable.sync_file(serving)
-        durable.sync_directory(serving.parent)
         durable.remove(path)
-    else:
-        catalogue.mend_file(uid, file=new.file, size=new.size, sha256=new.sha256)
+        return name
+    catalogue.mend_file(uid, file=new.file, size=new.size, sha256=new.sha256)
+    return new.file

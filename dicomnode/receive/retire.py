@@ -27,7 +27,7 @@ FULL_ENOUGH = 0.5
 """... or when this part of the ring is held."""
 
 SYNC_THREADS = 4
-"""fsync waits for the file system's journal; several that wait share one commit of it."""
+"""Objects that are made durable side by side."""
 
 RETRY_SECONDS = 5.0
 
@@ -125,16 +125,8 @@ class Retirer:
             self._oldest_at = self._newest_at = time.monotonic() + RETRY_SECONDS
 
     def _retire(self, batch: list[_Settled]) -> None:
-        files = list(dict.fromkeys(s.file for s in batch if s.file))
-        for done in [self._pool.submit(self._sync, files[n::SYNC_THREADS]) for n in range(SYNC_THREADS)]:
-            done.result()
-        for folder in {self._store.path(name).parent for name in files}:
-            durable.sync_directory(folder)
+        self._store.sync([s.file for s in batch if s.file], self._pool)
         self._journals.retire(self._journal.mark, batch[-1].entry.number)
         for settled in batch:
             self._journal.release(settled.entry.place)
         self._journals.db.checkpoint()
-
-    def _sync(self, files: list[str]) -> None:
-        for name in files:
-            durable.sync_file(self._store.path(name))

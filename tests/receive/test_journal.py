@@ -24,6 +24,7 @@ from dicomnode.index.database import Database
 from dicomnode.index.journals import Journals
 from dicomnode.index.keys import HEADER_KEYS
 from dicomnode.receive import apply as apply_module
+from dicomnode.receive import recovery
 from dicomnode.receive.apply import Applier
 from dicomnode.receive.commit import Committer
 from dicomnode.receive.ingest import Ingest, Safe
@@ -267,6 +268,32 @@ def test_recovery_twice_makes_nothing_twice(node: Node) -> None:
     assert again.db.value("SELECT count(*) FROM former_instances") == 1
     assert again.db.value("SELECT generation FROM series") == 2
     again.close()
+
+
+def test_recovery_of_many_is_durable_before_the_journal_is_empty(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = [store_request(sop=f"1.2.{n}") for n in range(5)]
+    assert [node.acknowledge(s, applies=False) for s in sent] == [0] * 5
+    monkeypatch.setattr(recovery, "BATCH", 2)
+    steps: list[str] = []
+    real_sync, real_folder, real_retire = durable.sync_file, durable.sync_directory, Journals.retire
+    monkeypatch.setattr(durable, "sync_file", lambda p: (steps.append("file"), real_sync(p))[1])
+
+    def folder(path: Path) -> None:
+        if path.parent.name == "objects":
+            steps.append("folder")
+        real_folder(path)
+
+    def retire(journals: Journals, mark: str, number: int) -> None:
+        steps.append(f"index {number}")
+        real_retire(journals, mark, number)
+
+    monkeypatch.setattr(durable, "sync_directory", folder)
+    monkeypatch.setattr(Journals, "retire", retire)
+    after = node.crash()
+    two = ["file", "file", "folder"]
+    assert steps == [*two, "index 2", *two, "index 4", "file", "folder", "index 5"]
+    assert len(after.served()) == 5
+    after.close()
 
 
 def test_a_torn_file_with_a_row_is_mended(node: Node) -> None:
