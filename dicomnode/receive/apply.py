@@ -72,10 +72,11 @@ class Applier:
         self._wanted = wanted
         self._on_commit = on_commit
         self._changed = threading.Condition()
-        self._waiting: deque[Work] = deque()
+        self._waiting: deque[tuple[float, Work]] = deque()
+        """With the time at which each came."""
         self._bytes = 0
         self._acknowledged = self._applied = 0
-        self._newest_at = self._oldest_at = 0.0
+        self._newest_at = 0.0
         self._hurry = 0
         self._rests = False
         self._closing = False
@@ -103,9 +104,7 @@ class Applier:
 
     def _add(self, work: Work) -> None:
         self._newest_at = time.monotonic()
-        if not self._waiting:
-            self._oldest_at = self._newest_at
-        self._waiting.append(work)
+        self._waiting.append((self._newest_at, work))
         if self._rests:
             self._rests = False
             self._changed.notify_all()
@@ -154,8 +153,7 @@ class Applier:
                 with self._changed:
                     while not self._due():
                         self._rest()
-                    batch = [self._waiting.popleft() for _ in range(min(MAX_BATCH, len(self._waiting)))]
-                    self._oldest_at = time.monotonic()
+                    batch = [self._waiting.popleft()[1] for _ in range(min(MAX_BATCH, len(self._waiting)))]
                 if not batch:
                     return
                 self._work(batch)
@@ -176,7 +174,7 @@ class Applier:
         now = time.monotonic()
         return (
             now - self._newest_at >= QUIET_SECONDS
-            or now - self._oldest_at >= LONGEST_SECONDS
+            or now - self._waiting[0][0] >= LONGEST_SECONDS
             or self._bytes > MUCH * self._journal.size
             or len(self._waiting) > MANY
             or max(self._hurry, self._progress.wanted) > self._applied

@@ -424,6 +424,24 @@ def test_a_burst_is_applied_when_it_is_over(node: Node, monkeypatch: pytest.Monk
     assert order == [3]
 
 
+def test_what_waits_for_long_is_not_put_off_by_what_comes(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sender that never rests: each object is in the index two seconds later, not only the first few."""
+    now = 100.0
+    monkeypatch.setattr(apply_module.time, "monotonic", lambda: now)
+    for n in range(3 * apply_module.MAX_BATCH):
+        assert node.receive(store_request(sop=f"1.2.{n}")) == 0
+        now += 0.001
+    assert not node.applier._due()
+    now = 102.09  # all but the last few have waited too long by now
+    rounds = 0
+    while node.applier._due():
+        node.applier._work([node.applier._waiting.popleft()[1] for _ in range(apply_module.MAX_BATCH // 2)])
+        node.applier._newest_at = now
+        rounds += 1
+    assert rounds == 6
+    node.close()
+
+
 def test_files_still_to_be_made_have_their_room(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reserve is not for them: what is acknowledged must not find the disk full."""
     data = data_set(BitsAllocated=8, PixelData=b"x" * 500_000)
