@@ -127,6 +127,7 @@ class Applier:
         with self._changed:
             target = self._acknowledged
             self._hurry = max(self._hurry, target)
+            self._changed.notify_all()
             self._changed.wait_for(lambda: self._applied >= target)
 
     def refuse(self, entry: Entry) -> None:
