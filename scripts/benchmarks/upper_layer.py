@@ -26,6 +26,7 @@ _C_ECHO_RQ, _C_FIND_RQ = 0x0030, 0x0020
 _NO_DATA_SET = 0x0101
 _PENDING = (0xFF00, 0xFF01)
 TIMEOUT_SECONDS = 20.0
+_RECEIVE_BYTES = 256 * 1024
 
 
 def _item(kind: int, payload: bytes) -> bytes:
@@ -54,6 +55,7 @@ class Association:
     def __init__(self, port: int, called: str, abstract: str, calling: str = "BENCH") -> None:
         self._abstract = abstract
         self._message = 0
+        self._buffer, self._at = b"", 0
         try:
             self._sock = socket.create_connection((LOOPBACK, port), timeout=TIMEOUT_SECONDS)
         except OSError as error:
@@ -77,13 +79,15 @@ class Association:
         return _pdu(0x01, body + _item(0x20, context) + _item(0x50, user))
 
     def _read(self, count: int) -> bytes:
-        data = bytearray()
-        while len(data) < count:
-            part = self._sock.recv(count - len(data))
+        """From what one receive brought, as long as it lasts: two calls for each PDU would be what is measured."""
+        while len(self._buffer) - self._at < count:
+            part = self._sock.recv(_RECEIVE_BYTES)
             if not part:
                 raise BenchError("the peer closed the connection")
-            data += part
-        return bytes(data)
+            self._buffer, self._at = self._buffer[self._at :] + part, 0
+        begin = self._at
+        self._at += count
+        return self._buffer[begin : self._at]
 
     def _read_pdu(self) -> tuple[int, bytes]:
         kind, _, length = struct.unpack(">BBL", self._read(6))
