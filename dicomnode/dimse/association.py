@@ -29,6 +29,8 @@ CLOSED = "Sta1"
 MOST_CANCELS = 10
 MOST_WAITING = 64
 """Messages that wait while one is answered; without an operations window a peer has one outstanding (PS3.7 D.3.3.3)."""
+LEAST_BYTES = 1024
+"""What a message must grow by within ``pdu_seconds``, unless it ends: by single bytes it could go on for weeks."""
 LINGER_SECONDS = 2.0
 
 
@@ -184,6 +186,10 @@ class Messages(DIMSEServiceProvider):  # type: ignore[misc]
         elif self.msg_queue.qsize() >= MOST_WAITING:
             self.assoc.wire.refuse("too many messages that wait for their answer")
         else:
+            request.node_bytes = message.data_set.getbuffer().nbytes if message.data_set is not None else 0
+            waiting = sum(getattr(other, "node_bytes", 0) for _, other in tuple(self.msg_queue.queue))
+            if waiting + request.node_bytes > self.assoc.wire.limits.max_message:
+                self.assoc.wire.refuse("too many bytes in messages that wait for their answer")
             self.msg_queue.put((message.context_id, request))
 
 
@@ -213,7 +219,7 @@ class NodeAssociation(Association):  # type: ignore[misc]
 
     def poll(self) -> None:
         """Read what has come, without waiting: a cancel or an abort shows."""
-        while self.usable() and self.wire.waiting():
+        while self.usable() and self.wire.arrived():
             self.dul.pump(self.wire.limits.pdu_seconds)
 
     def say(self, parts: Sequence[bytes]) -> None:
@@ -256,15 +262,28 @@ class NodeAssociation(Association):  # type: ignore[misc]
             self._is_paused = True  # it was taken back, and the next request of ours would wait for it for ever
 
     def _run_reactor(self) -> None:
-        """Serve until release, abort or silence; in the thread that reads."""
+        """Serve until release, abort or silence; in the thread that reads.
+
+        A PDU without data is legal and says nothing: it does not put the end of patience off.
+        """
+        mark, since = (False, -1), 0.0
         while not self._kill:
             context_id, message = self.dimse.get_msg()
             if message is not None:
                 self._serve_request(message, context_id)
+                mark = (False, -1)
             elif not self._look_for_end():
                 limits, midway = self.wire.limits, self.lane.midway
+                taken = self.lane.taken
+                progress = (midway, taken // LEAST_BYTES if midway else taken)
+                if progress != mark:
+                    mark, since = progress, time.monotonic()
+                patience = limits.pdu_seconds if midway else limits.idle_seconds
+                remaining = since + patience - time.monotonic()
                 try:
-                    self.dul.pump(limits.pdu_seconds if midway else limits.idle_seconds)
+                    if remaining <= 0:
+                        raise Silence("nothing but empty PDUs")  # noqa: TRY301
+                    self.dul.pump(remaining)
                 except Silence:
                     self.wire.violation = (
                         "a message that stopped midway" if midway else "an association without traffic"
