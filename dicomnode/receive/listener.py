@@ -256,6 +256,9 @@ class Listener:
 
     def _on_established(self, event: Any) -> None:
         metrics.association("accepted")
+        secure = event.assoc.secure
+        if secure is not None and secure.certificate is not None:
+            metrics.peer_certificate(event.assoc.node_peer.name, secure.certificate.not_after.timestamp())
         self.log.debug("association accepted", peer=event.assoc.node_peer.name)
 
     def store_request(self, assoc: _Accepted, command: StoreCommand, context: Any) -> StoreRequest:
