@@ -92,7 +92,7 @@ def render(view: View) -> str:
         element("p", w("disclaimer")),
         element("p", w("no_changes")) if not view.changes_allowed else None,
         element(
-            "p", f"dicomnode {view.report['node']['version']} · {w('updated')} {_time(view.report['node']['time'])}"
+            "p", f"dicomnode {view.report['node']['version']} · {w('updated')} ", _time(view.report["node"]["time"])
         ),
     )
     body = element("body", header, main, footer)
