@@ -179,8 +179,10 @@ class Messages(DIMSEServiceProvider):  # type: ignore[misc]
             self.dul.event_queue.put("Evt19")
             return
         if isinstance(request, C_CANCEL):
-            if len(self.cancel_req) < MOST_CANCELS:
-                self.cancel_req[request.MessageIDBeingRespondedTo] = request
+            # One that comes after the last answer stays until its number is used again.
+            if len(self.cancel_req) >= MOST_CANCELS:
+                self.cancel_req.pop(next(iter(self.cancel_req)))
+            self.cancel_req[request.MessageIDBeingRespondedTo] = request
         elif self.assoc.is_requestor and isinstance(request, N_EVENT_REPORT) and request.is_valid_request:
             self.assoc._serve_request(request, message.context_id)
         elif self.msg_queue.qsize() >= MOST_WAITING:

@@ -338,9 +338,9 @@ class Listener:
 
 
 def _on_message(event: Any) -> None:
-    """In the order of arrival: a cancel that came before this request was for an earlier one."""
+    """In the order of arrival: a cancel of this number that came before the request was for an earlier one."""
     if type(event.message).__name__ in ("C_FIND_RQ", "C_MOVE_RQ", "C_GET_RQ"):
-        event.assoc.dimse.cancel_req.clear()
+        event.assoc.dimse.cancel_req.pop(event.message.command_set.get("MessageID"), None)
 
 
 class _Accepted(NodeAssociation):

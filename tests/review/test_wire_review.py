@@ -14,13 +14,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from pynetdicom import evt
 from pynetdicom.dimse_messages import C_FIND_RQ
 from pynetdicom.dimse_primitives import C_FIND
 
+from dicomnode.dimse.association import MOST_CANCELS
 from dicomnode.dimse.command import elements
 from dicomnode.dimse.lane import message_parts, pdata_header
 from dicomnode.dimse.store import send_store
 from dicomnode.dimse.wire import Silence, Wire, abort_pdu
+from dicomnode.receive.listener import _on_message
 from tests.certificates import Authority
 from tests.review.test_lane_review import ECHO, LIMITS, Line
 
@@ -233,3 +236,44 @@ def test_traffic_keeps_an_association_open() -> None:
     line.peer.close()
     served.join(10)
     line.assoc.end()
+
+
+# Cancels
+
+
+def asks(line: Line, message_id: int) -> None:
+    pdus = query(2)
+    line.peer.sendall(
+        pdus.replace(struct.pack("<HHIH", 0, 0x0110, 2, 1), struct.pack("<HHIH", 0, 0x0110, 2, message_id))
+    )
+    line.assoc.dul.pump(5.0)
+    line.assoc.dul.pump(5.0)
+
+
+def cancels(line: Line, message_id: int) -> None:
+    line.send(
+        struct.pack("<HHIH", 0, 0x0100, 2, 0x0FFF)
+        + struct.pack("<HHIH", 0, 0x0120, 2, message_id)
+        + struct.pack("<HHIH", 0, 0x0800, 2, 0x0101)
+    )
+    line.assoc.dul.pump(5.0)
+
+
+def test_a_request_behind_a_cancel_does_not_undo_it(line: Line) -> None:
+    """Peers send C-CANCEL and the next query at once; the cancel was thrown away with it."""
+    line.assoc.bind(evt.EVT_DIMSE_RECV, _on_message)
+    asks(line, 1)
+    cancels(line, 1)
+    asks(line, 2)
+    assert list(line.assoc.dimse.cancel_req) == [1]
+    cancels(line, 2)
+    asks(line, 1)
+    assert list(line.assoc.dimse.cancel_req) == [2], "a number that is used again is another request"
+    assert line.assoc.dimse.msg_queue.qsize() == 3
+
+
+def test_cancels_that_came_too_late_do_not_shut_out_later_ones(line: Line) -> None:
+    for number in range(3 * MOST_CANCELS):
+        cancels(line, number)
+    assert len(line.assoc.dimse.cancel_req) == MOST_CANCELS
+    assert 3 * MOST_CANCELS - 1 in line.assoc.dimse.cancel_req
