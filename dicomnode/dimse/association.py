@@ -253,6 +253,17 @@ class NodeAssociation(Association):  # type: ignore[misc]
         self.wire.cut()
         self.wire.close()
 
+    def refuse_request(self, request: Any, context_id: int, status: int) -> None:
+        """Answer a request of any kind with a status that says no; abort where its number is not known."""
+        if request.MessageID is None:
+            self.wire.violation = "a request without Message ID"
+            self.abort()
+            return
+        response = type(request)()
+        response.MessageIDBeingRespondedTo = request.MessageID
+        response.Status = status
+        self.dimse.send_msg(response, context_id)
+
     def settle(self) -> None:
         """Called before anything but a C-STORE is answered: finish what stored objects still need."""
 

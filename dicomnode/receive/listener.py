@@ -51,6 +51,8 @@ from dicomnode.settings import Peer, Settings
 from dicomnode.tls import Transport
 from dicomnode.tls_context import SecureSocket
 
+MISTYPED_ARGUMENT = 0x0212
+"""To a request that lacks a mandatory element of its command set (PS3.7 C.4)."""
 SHUTDOWN_SECONDS = 3.0
 CUT_SECONDS = 2.0
 RING_SECONDS = 0.2
@@ -170,6 +172,7 @@ class Listener:
             assoc.run_reactor()
         except Exception as error:  # noqa: BLE001 one connection's failure must not end the others
             self.log.warning("connection failed", address=address[0], exc_type=type(error).__name__)
+            assoc.wire.abort()
         finally:
             with self._open_lock:
                 self._open.discard(assoc)
@@ -367,7 +370,10 @@ class _Accepted(NodeAssociation):
     def _serve_request(self, msg: Any, context_id: int) -> None:
         context = self._accepted_cx.get(context_id)
         service = self._listener.services.get(str(context.abstract_syntax)) if context is not None else None
-        if service is not None and msg.is_valid_request:
+        if not msg.is_valid_request and msg.MessageIDBeingRespondedTo is None:
+            # pynetdicom says nothing to it, and the peer would wait for its answer.
+            self.refuse_request(msg, context_id, MISTYPED_ARGUMENT)
+        elif service is not None and msg.is_valid_request:
             self.settle()
             service.serve(self, msg, context)
         else:

@@ -36,6 +36,8 @@ _MODELS: Mapping[str, tuple[Service, Root, Any]] = {
     str(StudyRootQueryRetrieveInformationModelGet): ("get", Root.STUDY, C_GET),
 }
 
+UNRECOGNIZED_OPERATION = 0x0211
+
 _FIND_FIELDS = 4
 """Relational queries, date-time matching, fuzzy names, timezone (PS3.4 table C.5-1)."""
 
@@ -80,6 +82,9 @@ class QueryRetrieve:
 
     def serve(self, assoc: Any, request: Any, context: Any) -> None:
         """Answer one request; every path ends with one final response."""
+        if not isinstance(request, C_FIND | C_GET | C_MOVE):
+            assoc.refuse_request(request, int(context.context_id), UNRECOGNIZED_OPERATION)
+            return
         exchange = Exchange(assoc, request, context)
         service, root, kind = _MODELS[exchange.sop_class_uid]
         fields = getattr(assoc, "node_extended", {}).get(exchange.sop_class_uid, b"")
