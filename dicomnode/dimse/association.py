@@ -32,6 +32,8 @@ MOST_WAITING = 64
 LEAST_BYTES = 1024
 """What a message must grow by within ``pdu_seconds``, unless it ends: by single bytes it could go on for weeks."""
 LINGER_SECONDS = 2.0
+MISTYPED_ARGUMENT = 0x0212
+"""To a request that lacks a mandatory element of its command set (PS3.7 C.5)."""
 
 
 def quiet_pynetdicom() -> None:

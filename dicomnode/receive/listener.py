@@ -14,7 +14,7 @@ from pynetdicom.association import MODE_ACCEPTOR
 from pynetdicom.transport import AddressInformation
 
 from dicomnode import doorbell, logs, metrics
-from dicomnode.dimse.association import NodeAssociation, quiet_pynetdicom
+from dicomnode.dimse.association import MISTYPED_ARGUMENT, NodeAssociation, quiet_pynetdicom
 from dicomnode.dimse.command import StoreCommand
 from dicomnode.dimse.lane import Reply
 from dicomnode.dimse.wire import Limits, Wire
@@ -51,8 +51,6 @@ from dicomnode.settings import Peer, Settings
 from dicomnode.tls import Transport
 from dicomnode.tls_context import SecureSocket
 
-MISTYPED_ARGUMENT = 0x0212
-"""To a request that lacks a mandatory element of its command set (PS3.7 C.4)."""
 SHUTDOWN_SECONDS = 3.0
 CUT_SECONDS = 2.0
 RING_SECONDS = 0.2

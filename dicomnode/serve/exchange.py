@@ -30,6 +30,10 @@ LIMIT_REACHED = 0xB001
 UNABLE_TO_PROCESS = 0xC000
 """Status codes of PS3.4 tables C.4-1 to C.4-3."""
 
+UNRECOGNIZED_OPERATION = 0x0211
+MISTYPED_ARGUMENT = 0x0212
+"""PS3.7 C.5: the context is not for this request; it lacks a mandatory element."""
+
 
 HELD_BYTES = 32 * 1024
 """Answers of a query that are sent with one system call."""

@@ -21,7 +21,14 @@ from dicomnode.errors import MalformedDataSet, NodeError
 from dicomnode.index.database import Database
 from dicomnode.index.matching import Options, Root
 from dicomnode.index.operation import Events
-from dicomnode.serve.exchange import CANCELLED, CANNOT_COUNT, OUT_OF_RESOURCES, UNABLE_TO_PROCESS, Exchange
+from dicomnode.serve.exchange import (
+    CANCELLED,
+    CANNOT_COUNT,
+    OUT_OF_RESOURCES,
+    UNABLE_TO_PROCESS,
+    UNRECOGNIZED_OPERATION,
+    Exchange,
+)
 from dicomnode.serve.find import Finding, find
 from dicomnode.serve.gate import QueryGate
 from dicomnode.serve.retrieve import Retriever
@@ -35,8 +42,6 @@ _MODELS: Mapping[str, tuple[Service, Root, Any]] = {
     str(PatientRootQueryRetrieveInformationModelGet): ("get", Root.PATIENT, C_GET),
     str(StudyRootQueryRetrieveInformationModelGet): ("get", Root.STUDY, C_GET),
 }
-
-UNRECOGNIZED_OPERATION = 0x0211
 
 _FIND_FIELDS = 4
 """Relational queries, date-time matching, fuzzy names, timezone (PS3.4 table C.5-1)."""
