@@ -15,7 +15,7 @@ from benchmarks.node import AE_TITLE, Node
 from benchmarks.peers import Acceptor, dicomnode
 from benchmarks.report import Figures, Goal, Row, Section
 from benchmarks.tools import Bench, Samples, Skipped, percentile, remove, say
-from benchmarks.upper_layer import STUDY_ROOT_FIND, Association
+from benchmarks.upper_layer import STUDY_ROOT_FIND, Association, encoded
 
 SLOWER = 1.10
 FIND_MS = 20.0
@@ -103,10 +103,12 @@ def _find(bench: Bench, section: Section, full: Path, count: int) -> None:
     with node.serving():
         keys = _some_keys(node, bench.amount(200, 20))
         with Association(node.port, AE_TITLE, STUDY_ROOT_FIND) as association:
-            association.find(_identifier("one study by StudyInstanceUID", keys[0]))  # opens what is opened once
+            association.find(
+                encoded(_identifier("one study by StudyInstanceUID", keys[0]))
+            )  # opens what is opened once
             for row in keys:
                 for query in QUERIES:
-                    identifier = _identifier(query, row)
+                    identifier = encoded(_identifier(query, row))
                     begin = time.perf_counter()
                     number = association.find(identifier)
                     times.setdefault(query, []).append(1000 * (time.perf_counter() - begin))

@@ -41,7 +41,8 @@ def _element(element: int, value: bytes) -> bytes:
     return struct.pack("<HHL", 0, element, len(value)) + value
 
 
-def _encoded(ds: Dataset) -> bytes:
+def encoded(ds: Dataset) -> bytes:
+    """In Implicit VR Little Endian."""
     stream = DicomIO(BytesIO())
     stream.is_little_endian, stream.is_implicit_VR = True, True
     write_dataset(stream, ds)
@@ -133,9 +134,12 @@ class Association:
         if status:
             raise BenchError(f"C-ECHO was answered with {status:#06x}")
 
-    def find(self, identifier: Dataset) -> int:
-        """Number of answers to a C-FIND. Raises BenchError unless it ends with success."""
-        self._send(_C_FIND_RQ, _encoded(identifier))
+    def find(self, identifier: bytes) -> int:
+        """Number of answers to a C-FIND. Raises BenchError unless it ends with success.
+
+        ``identifier`` is :func:`encoded`: pydicom takes 0.1 to 0.2 ms for it.
+        """
+        self._send(_C_FIND_RQ, identifier)
         status, answers = self._responses()
         if status:
             raise BenchError(f"C-FIND ended with {status:#06x}")
