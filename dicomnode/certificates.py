@@ -196,6 +196,24 @@ def load_authorities(path: Path, key: str = "tls.ca_file") -> tuple[x509.Certifi
     return _parse(path, key, x509.load_pem_x509_certificates, hint)
 
 
+def is_authority(certificate: x509.Certificate) -> bool:
+    """basicConstraints (RFC 5280 4.2.1.9); OpenSSL takes a self-signed one of version 1 for an authority, too."""
+    try:
+        return certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    except x509.ExtensionNotFound:
+        return certificate.version is x509.Version.v1
+
+
+def revocations_cover(authorities: Sequence[x509.Certificate], lists: Sequence[x509.CertificateRevocationList]) -> bool:
+    """Whether every authority that is trusted has a list, so that OpenSSL can look up the whole chain.
+
+    It then refuses a chain for which any list is missing; with lists of the issuing authorities
+    alone, which is what many sites have, it would refuse everybody.
+    """
+    told = {entry.issuer for entry in lists}
+    return all(one.subject in told for one in authorities if is_authority(one))
+
+
 def load_revocations(path: Path) -> tuple[x509.CertificateRevocationList, ...]:
     """Every revocation list of a PEM file, at least one."""
 

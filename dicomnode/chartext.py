@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import warnings
 from functools import lru_cache
@@ -63,13 +64,36 @@ def _extended(value: bytes, encodings: tuple[str, ...], delimiters: set[int]) ->
         return str(charset.decode_bytes(value, encodings, delimiters))
 
 
+_LATER_TERMS = {"ISO_IR 203": "iso8859_15", "ISO 2022 IR 203": "iso8859_15"}
+"""Latin-9, which the standard took up after pydicom's table was made."""
+_TERMS: dict[str, str] = {**charset.python_encoding, **_LATER_TERMS}
+_MISSPELT = {"UTF-8": "ISO_IR 192", "UTF8": "ISO_IR 192", "ISO-8859-1": "ISO_IR 100", "ISO8859-1": "ISO_IR 100"}
+_PARTS = re.compile(r"ISO[ _-]?(2022[ _-])?IR[ _-]?([0-9]{1,3})")
+_UNKNOWN = "ascii"
+
+
 @lru_cache(maxsize=1000)
 def charset_encodings(declared: bytes) -> tuple[str, ...]:
-    """Python encodings of a Specific Character Set value; unknown ones read as Latin-1."""
-    names = [v.strip(" \0\t\r\n") for v in declared.decode("ascii", "replace").split("\\")]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return tuple(charset.convert_encodings(names))
-        except (LookupError, ValueError):  # a NUL inside is a ValueError
-            return PLAIN
+    """Python encodings of a Specific Character Set value; never raises.
+
+    Only defined terms count (PS3.3 C.12.1.1.2), in any case and with the separators that are
+    often mistaken (ISO-IR 100), and the usual names of UTF-8 and Latin-1. Any other term stands
+    for the default repertoire, in which what is not ASCII becomes U+FFFD: guessing would show a
+    name that nobody has, and names that Python gives to its codecs (hex, idna, utf-7) are a
+    peer's way to run one.
+    """
+    names = [_term(v) for v in declared.decode("ascii", "replace").split("\\")]
+    first, *others = names
+    if first in charset.STAND_ALONE_ENCODINGS:
+        return (_TERMS[first],)
+    further = [n for n in others if n in _TERMS and n not in charset.STAND_ALONE_ENCODINGS]
+    return (_TERMS.get(first, _UNKNOWN), *(_TERMS[n] for n in further))
+
+
+def _term(value: str) -> str:
+    text = value.strip(" \0\t\r\n").upper()
+    text = _MISSPELT.get(text, text)
+    parts = _PARTS.fullmatch(text)
+    if parts is None:
+        return text
+    return f"ISO 2022 IR {parts[2]}" if parts[1] else f"ISO_IR {parts[2]}"

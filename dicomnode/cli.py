@@ -19,7 +19,7 @@ from dicomnode.cli_common import output as _print
 from dicomnode.cli_common import settings_of as _settings
 from dicomnode.cli_common import table as _table
 from dicomnode.cli_conformance import conformance
-from dicomnode.cli_delivery import commitments_app, deliveries_app
+from dicomnode.cli_delivery import commitments_app, deliveries_app, notifications_app
 from dicomnode.errors import NodeError, OperatorError
 from dicomnode.settings import Settings
 
@@ -35,6 +35,7 @@ models_app = typer.Typer(no_args_is_help=True, help="Model bundles: list, verify
 app.add_typer(jobs_app, name="jobs")
 app.add_typer(deliveries_app, name="deliveries")
 app.add_typer(commitments_app, name="commitments")
+app.add_typer(notifications_app, name="notifications")
 app.add_typer(models_app, name="models")
 app.command()(conformance)
 
@@ -132,10 +133,12 @@ def status(config: Config = None, as_json: Json = False) -> None:
             ("deliveries", data["deliveries"]),
             ("commitments asked by peers", data["commitments"]["scp"]),
             ("commitments asked of peers", data["commitments"]["scu"]),
+            ("notifications", data["notifications"]),
             ("cloud", data["sync_items"]),
         ):
             text = ", ".join(f"{n} {name}" for name, n in counts.items() if n) or "none"
             console.print(f"{title}: {text}")
+        console.print(f"TLS: {_tls_line(data['tls'])}")
         disk = data["disk"]
         console.print(f"disk: {disk['free_mb']} MiB free, {disk['reserve_mb']} MiB reserved")
         if data["events"]:
@@ -148,6 +151,22 @@ def status(config: Config = None, as_json: Json = False) -> None:
 
     with _index(settings) as db:
         _print(status_report(db, settings), as_json, show)
+
+
+def _tls_line(tls: dict[str, Any]) -> str:
+    own, parts = tls["certificate"], []
+    if tls["port"] is not None:
+        parts.append(f"port {tls['port']}")
+    if own:
+        parts.append(f"certificate '{own['subject']}' until {own['not_after'][:10]} ({own['days_left']} days)")
+    if tls["fault"]:
+        parts.append(tls["fault"])
+    parts += [
+        f"the certificate of {peer['peer']} ends {peer['not_after'][:10]}"
+        for peer in tls["peers"]
+        if peer["state"] != "valid"
+    ]
+    return ", ".join(parts) or "off"
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Verbs about what goes to DICOM peers: deliveries and storage commitment."""
+"""Verbs about what goes to DICOM peers: deliveries, storage commitment and notifications."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ deliveries_app = typer.Typer(no_args_is_help=True, help="Results on their way to
 commitments_app = typer.Typer(
     no_args_is_help=True, help="Storage commitment, asked of this node and of its peers: list, retry."
 )
+notifications_app = typer.Typer(no_args_is_help=True, help="Instance Availability Notifications: list, retry.")
 
 
 @deliveries_app.command("list")
@@ -81,3 +82,39 @@ def commitments_retry(
         doorbell.ring(settings.node.data_dir, "courier")
     data = {"commitment": commitment, "state": state}
     output(data, as_json, lambda _: console.print(f"commitment {commitment}: {state}"))
+
+
+@notifications_app.command("list")
+def notifications_list(
+    config: Config = None,
+    as_json: Json = False,
+    limit: Limit = 50,
+    state: Annotated[str | None, typer.Option(help="only this state")] = None,
+) -> None:
+    """Notifications, newest first: to whom, where the results are, state and last error."""
+    from dicomnode.index.notices import Notices
+
+    columns = {
+        "id": "notification", "job_id": "job", "destination": "to", "from": "results at", "state": "state",
+        "attempts": "tries", "created_time": "made", "finished_time": "taken", "last_error": "last error",
+    }  # fmt: skip
+    with index(settings_of(config)) as db:
+        rows = Notices(db).listing(limit, state)
+    shown = [{**row, "from": row["retrieve_from"] or "this node"} for row in rows]
+    output(rows, as_json, lambda _: table(shown, columns, "no notifications"))
+
+
+@notifications_app.command("retry")
+def notifications_retry(
+    notification: Annotated[int, typer.Argument()], config: Config = None, as_json: Json = False
+) -> None:
+    """Send a rejected notification again, or a waiting one at once."""
+    from dicomnode import doorbell
+    from dicomnode.index.notices import Notices
+
+    settings = settings_of(config)
+    with index(settings) as db:
+        state = Notices(db).requeue(notification)
+        doorbell.ring(settings.node.data_dir, "courier")
+    data = {"notification": notification, "state": state}
+    output(data, as_json, lambda _: console.print(f"notification {notification}: {state}"))

@@ -284,8 +284,9 @@ def _character_sets() -> Section:
         "Character sets",
         (
             "Received objects keep their Specific Character Set. For the index all sets of PS3.3 C.12.1.1.2 are"
-            " decoded, with code extensions. Query keys are taken in any of them. Responses and objects created are in"
-            " the default repertoire where that suffices, else in UTF-8 (ISO_IR 192).",
+            " decoded, with code extensions; under a term that is none of them, what is not ASCII is read as U+FFFD."
+            " Query keys are taken in any of them. Responses and objects created are in the default repertoire where"
+            " that suffices, else in UTF-8 (ISO_IR 192).",
         ),
     )
 

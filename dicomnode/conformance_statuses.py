@@ -50,6 +50,18 @@ QUERY_RETRIEVE: tuple[Status, ...] = (
     Status(exchange.SUCCESS, _ALL, "Success", "all matches were returned, or all sub-operations succeeded"),
     Status(exchange.PENDING, _ALL, "Pending", "a match with all keys supported, or sub-operations continue"),
     Status(exchange.PENDING_WARNING, "C-FIND", "Pending", "a match; one or more optional keys are not supported"),
+    Status(
+        exchange.UNRECOGNIZED_OPERATION,
+        _ALL,
+        "Unrecognized operation",
+        "the presentation context is not for this request",
+    ),
+    Status(
+        exchange.MISTYPED_ARGUMENT,
+        _ALL,
+        "Mistyped argument",
+        "the command set lacks a mandatory element, such as Move Destination",
+    ),
     Status(exchange.CANCELLED, _ALL, "Cancel", "the peer cancelled the request (C-CANCEL)"),
     Status(
         exchange.OUT_OF_RESOURCES,

@@ -7,6 +7,7 @@ import ctypes
 import fcntl
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import threading
@@ -34,6 +35,13 @@ def die_with_parent() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
+
+
+def limit_memory(size: int) -> None:
+    """The address space of this process: what a codec asks for beyond it fails here, not on the whole box."""
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    most = size if hard == resource.RLIM_INFINITY else min(size, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
 def hold_single_instance(data_dir: Path, name: str) -> int:

@@ -137,6 +137,13 @@ SCHEDULED_TIME = Gauge(
     ["task"],
     registry=REGISTRY,
 )
+TLS_PEER_EXPIRY = "dicomnode_tls_peer_certificate_expiry_timestamp_seconds"
+TLS_PEER_SECONDS = Gauge(
+    TLS_PEER_EXPIRY,
+    "End of the certificate that a configured peer last showed to this process, Unix time",
+    ["peer"],
+    registry=REGISTRY,
+)
 
 _FIRST_VALUES: Mapping[str, Iterable[tuple[Counter, Iterable[str | tuple[str, ...]]]]] = {
     "receiver": (
@@ -247,6 +254,11 @@ def committed(role: Literal["scp", "scu"], count: int, failed: int) -> None:
     """Count the instances of one report that arrived."""
     COMMITMENT_INSTANCES_TOTAL.labels(role, "committed").inc(count)
     COMMITMENT_INSTANCES_TOTAL.labels(role, "failed").inc(failed)
+
+
+def peer_certificate(peer: str, ends_at: float) -> None:
+    """``peer`` is a name of the configuration, ``ends_at`` Unix time."""
+    TLS_PEER_SECONDS.labels(peer).set(ends_at)
 
 
 def sync(outcome: SendOutcome) -> None:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from dicomnode import addresses
+from dicomnode import addresses, metrics
 from dicomnode.certificates import PeerCertificate, binding_fault, certificate_of, now
 from dicomnode.errors import OperatorError, PeerAway, PeerError
 from dicomnode.reloading import Change, Reloading, log_change
@@ -77,6 +77,8 @@ class Transport:
             shown = secure.certificate.shown() if secure.certificate else "none"
             hint = f"If this is its certificate, put it into certificate_name or certificate_sha256: {shown}"
             raise PeerAway(_OPERATION, f"peer '{peer.name}': {fault}", hint)
+        if secure.certificate is not None:
+            metrics.peer_certificate(peer.name, secure.certificate.not_after.timestamp())
         return secure
 
     def _shake(

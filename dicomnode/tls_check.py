@@ -19,11 +19,13 @@ from dicomnode.certificates import (
     SERVER_AUTH,
     Identity,
     facts_of,
+    is_authority,
     load_authorities,
     load_identity,
     load_revocations,
     now,
     plain,
+    revocations_cover,
 )
 from dicomnode.errors import OperatorError
 from dicomnode.findings import Finding, Level
@@ -59,7 +61,7 @@ def _files(settings: Settings, moment: datetime) -> Iterator[Finding]:
     if tls.ca_file is not None:
         yield from _authorities(settings, tls.ca_file, moment)
     if tls.crl_file is not None:
-        yield from _revocations(tls.crl_file, moment)
+        yield from _revocations(tls.crl_file, tls.ca_file, moment)
 
 
 def _own(settings: Settings, certificate_file: Path, key_file: Path, moment: datetime) -> Iterator[Finding]:
@@ -105,21 +107,21 @@ def _authorities(settings: Settings, path: Path, moment: datetime) -> Iterator[F
             yield _dated(f"trusted certificate '{name}'", "", facts.not_before, facts.not_after, moment, Level.warn)
     bound = {digest for peer in settings.peers for digest in peer.certificate_sha256}
     loose = [peer.name for peer in settings.peers if peer.tls and not peer.certificate_sha256]
-    if loose and any(facts.sha256 in bound and _is_authority(certificate) for certificate, facts in found):
+    if loose and any(facts.sha256 in bound and is_authority(certificate) for certificate, facts in found):
         text = f"a peer's own certificate in {path} may sign others; it could speak for {', '.join(loose)}"
         hint = "Bind every peer by certificate_sha256, or take an authority that is no peer"
         yield Finding(Level.warn, CHECK, text, hint)
 
 
-def _is_authority(certificate: x509.Certificate) -> bool:
-    """basicConstraints (RFC 5280 4.2.1.9); OpenSSL takes a self-signed one of version 1 for an authority, too."""
+def _readable(ca_file: Path) -> tuple[x509.Certificate, ...]:
+    """Its certificates; none when it is faulty, which is told elsewhere."""
     try:
-        return certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
-    except x509.ExtensionNotFound:
-        return certificate.version is x509.Version.v1
+        return load_authorities(ca_file)
+    except OperatorError:
+        return ()
 
 
-def _revocations(path: Path, moment: datetime) -> Iterator[Finding]:
+def _revocations(path: Path, ca_file: Path | None, moment: datetime) -> Iterator[Finding]:
     try:
         lists = load_revocations(path)
     except OperatorError as error:
@@ -133,6 +135,11 @@ def _revocations(path: Path, moment: datetime) -> Iterator[Finding]:
     else:
         until = f", good until {first:%Y-%m-%d %H:%M} UTC" if first else ""
         yield Finding(Level.ok, CHECK, f"{len(lists)} revocation lists in {path}{until}")
+    if ca_file is not None and not revocations_cover(_readable(ca_file), lists):
+        text = (
+            "intermediate authorities are not looked up in revocation lists: not every authority of tls.ca_file has one"
+        )
+        yield Finding(Level.note, CHECK, text, "Put the list of each of them into tls.crl_file")
 
 
 def _dated(

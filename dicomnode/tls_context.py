@@ -14,7 +14,13 @@ import ssl
 from dataclasses import dataclass
 from typing import Any
 
-from dicomnode.certificates import PeerCertificate, load_authorities, load_identity, load_revocations
+from dicomnode.certificates import (
+    PeerCertificate,
+    load_authorities,
+    load_identity,
+    load_revocations,
+    revocations_cover,
+)
 from dicomnode.errors import OperatorError
 from dicomnode.settings import Tls
 from dicomnode.tls_faults import explain
@@ -124,7 +130,10 @@ def _context(tls: Tls, side: int) -> ssl.SSLContext:
         context.load_verify_locations(cafile=str(tls.ca_file))
     if tls.crl_file is not None:
         context.load_verify_locations(cafile=str(tls.crl_file))
-        context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
+        covered = (
+            revocations_cover(load_authorities(tls.ca_file), load_revocations(tls.crl_file)) if tls.ca_file else False
+        )
+        context.verify_flags |= ssl.VERIFY_CRL_CHECK_CHAIN if covered else ssl.VERIFY_CRL_CHECK_LEAF
     if tls.certificate_file is not None and tls.key_file is not None:
         # Without a password here OpenSSL would ask for one on the terminal.
         context.load_cert_chain(str(tls.certificate_file), str(tls.key_file), password="")

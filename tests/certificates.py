@@ -56,9 +56,11 @@ class Issued:
 
 
 class Authority:
-    """A certificate authority; ``ca_file`` is what trusts it."""
+    """A certificate authority, a root or one ``under`` another; ``ca_file`` is its certificate."""
 
-    def __init__(self, folder: Path, name: str = "Test CA", *, kind: str = "ec") -> None:
+    def __init__(
+        self, folder: Path, name: str = "Test CA", *, kind: str = "ec", under: Authority | None = None
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
@@ -68,7 +70,7 @@ class Authority:
         self.certificate = (
             x509.CertificateBuilder()
             .subject_name(self.name)
-            .issuer_name(self.name)
+            .issuer_name(self.name if under is None else under.name)
             .public_key(public)
             .serial_number(x509.random_serial_number())
             .not_valid_before(now - timedelta(days=400))
@@ -76,7 +78,7 @@ class Authority:
             .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
             .add_extension(_authority_usage(), critical=True)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
-            .sign(self._key, hashes.SHA256())
+            .sign(self._key if under is None else under._key, hashes.SHA256())
         )
         self.ca_file = folder / f"{_slug(name)}.pem"
         self.ca_file.write_bytes(self.certificate.public_bytes(Encoding.PEM))
@@ -124,7 +126,7 @@ class Authority:
         write_key(issued.key_file, key)
         return issued
 
-    def revocations(self, *revoked: Issued, days: float = 30) -> Path:
+    def revocations(self, *revoked: Issued | Authority, days: float = 30) -> Path:
         """A revocation list; its file is replaced when called again."""
         now = datetime.now(UTC)
         builder = (

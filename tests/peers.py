@@ -239,7 +239,10 @@ class Association:
         source: str = "127.0.0.1",
         timeout: float = 20.0,
         secure: Callable[[socket.socket], socket.socket] | None = None,
+        max_pdu: int = 131072,
     ) -> None:
+        self.longest_pdu = 0
+        """Of the P-DATA that was read, bytes of its length field."""
         self.peer_max_pdu = 16384
         self._message = 0
         self.accepted: dict[tuple[str, str], int] = {}
@@ -251,7 +254,7 @@ class Association:
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if secure is not None:
                 self.sock = secure(self.sock)
-            self.send(associate_rq(called, calling, contexts, 131072))
+            self.send(associate_rq(called, calling, contexts, max_pdu))
             kind, payload = self.read_pdu()
             if kind == 0x03:
                 raise Rejected(payload[1], payload[2], payload[3])
@@ -304,6 +307,8 @@ class Association:
     def read_pdu(self) -> tuple[int, bytes]:
         kind, _, length = struct.unpack(">BBL", self._read(6))
         payload = self._read(length)
+        if kind == 0x04:
+            self.longest_pdu = max(self.longest_pdu, length)
         if kind == 0x07:
             raise Cut("A-ABORT", (payload[2], payload[3]))
         return kind, payload
@@ -338,6 +343,17 @@ class Association:
                 position += 4 + length
                 if header & 2:
                     return self._status(command)
+
+    def data_set(self) -> bytes:
+        """The data set that follows a response, whose fragments come in PDUs of their own."""
+        data = b""
+        while True:
+            kind, payload = self.read_pdu()
+            if kind != 0x04:
+                raise Cut(f"PDU type {kind} instead of a data set")
+            data += payload[6:]
+            if payload[5] & 2:
+                return data
 
     @staticmethod
     def _status(command: bytes) -> int:

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,15 @@ import pytest
 import typer.main
 from typer.testing import CliRunner
 
-from dicomnode import __version__
+from dicomnode import __version__, metrics
 from dicomnode.cli import app
 from dicomnode.commitment import Reference, Request
 from dicomnode.index.database import Database
+from dicomnode.index.notices import make_notices
+from dicomnode.index.operation import Processes
 from dicomnode.index.outbox import Outbox
 from dicomnode.index.promises import Promises
+from tests.certificates import Authority
 from tests.index.rows import finished_job
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -153,6 +157,7 @@ def config(tmp_path: Path) -> Path:
         (["jobs", "show", "7", "--config", "{made}"], 78, "there is no job 7"),
         (["deliveries", "retry", "1", "--config", "{made}"], 78, "there is no delivery 1"),
         (["commitments", "retry", "1", "--config", "{made}"], 78, "there is no commitment 1"),
+        (["notifications", "retry", "1", "--config", "{made}"], 78, "there is no notification 1"),
         (["echo", "nobody", "--config", "{config}"], 78, "there is no peer 'nobody'"),
         (["echo", "pacs", "--config", "{config}"], 1, "does not answer"),
         (["send", "pacs", "/no/such", "--config", "{config}"], 78, "does not exist"),
@@ -197,13 +202,17 @@ def test_damaged_index_is_one_line(tmp_path: Path, config: Path) -> None:
         "jobs show 1",
         "deliveries list",
         "commitments list",
+        "notifications list",
         "models list",
         "version",
     ],
 )
 def test_json_parses_and_text_is_for_people(tmp_path: Path, config: Path, verb: str) -> None:
     db = Database(tmp_path / "data")
-    finished_job(db)
+    job_id = finished_job(db)
+    study_id = db.rows("SELECT id FROM studies")[0]["id"]
+    with db.transaction():
+        make_notices(db, job_id=job_id, study_id=study_id, results={1: "1.2"}, notify=("ris",), destinations=("pacs",))
     Promises(db).receive("pacs", Request("1.2.77", (Reference("1.2.1", "1.2.88"),)), "r", 60)
     db.close()
     runner = CliRunner()
@@ -274,3 +283,44 @@ def test_wheel_is_complete_and_its_entry_point_runs(tmp_path: Path) -> None:
         check=False,
     )
     assert (done.returncode, done.stdout.strip()) == (0, __version__), done.stderr
+
+
+def test_a_notification_is_sent_again(tmp_path: Path, config: Path) -> None:
+    db = Database(tmp_path / "data")
+    job_id = finished_job(db)
+    study_id = db.rows("SELECT id FROM studies")[0]["id"]
+    with db.transaction():
+        make_notices(db, job_id=job_id, study_id=study_id, results={1: "1.2"}, notify=("ris",), destinations=())
+        db.execute("UPDATE notifications SET state = 'rejected', last_error = '0x0110'")
+    db.close()
+    runner, options = CliRunner(), ["--config", str(config)]
+    listed = runner.invoke(app, ["notifications", "list", "--state", "rejected", *options], catch_exceptions=False)
+    assert "ris" in listed.stdout and "0x0110" in listed.stdout and "this node" in listed.stdout
+    again = runner.invoke(app, ["notifications", "retry", "1", "--json", *options], catch_exceptions=False)
+    assert json.loads(again.stdout) == {"notification": 1, "state": "waiting"}
+    left = runner.invoke(app, ["notifications", "list", "--state", "rejected", *options], catch_exceptions=False)
+    assert "no notifications" in left.stdout
+
+
+def test_status_tells_of_tls(tmp_path: Path, config: Path) -> None:
+    authority = Authority(tmp_path / "ca")
+    own = authority.issue("node.hospital", days=10.5)
+    db = Database(tmp_path / "data")
+    metrics.peer_certificate("pacs", time.time() + 86400)
+    Processes(db).beat("courier", "ready", {}, metrics.snapshot())
+    metrics.TLS_PEER_SECONDS.clear()
+    db.close()
+    runner, options = CliRunner(), ["--config", str(config)]
+    assert "TLS: the certificate of pacs ends" in runner.invoke(app, ["status", *options]).stdout
+    with config.open("a") as file:
+        file.write(
+            f'[tls]\nport = 2762\ncertificate_file = "{own.certificate_file}"\nkey_file = "{own.key_file}"\n'
+            f'ca_file = "{authority.ca_file}"\n'
+        )
+    text = runner.invoke(app, ["status", *options], catch_exceptions=False).stdout
+    assert "TLS: port 2762, certificate 'node.hospital' until" in text and "(10 days)" in text
+    data = json.loads(runner.invoke(app, ["status", "--json", *options]).stdout)["tls"]
+    assert (data["certificate"]["state"], data["certificate"]["sha256"]) == ("expiring", own.sha256)
+    assert [(p["peer"], p["state"]) for p in data["peers"]] == [("pacs", "expiring")]
+    own.certificate_file.write_text("nothing")
+    assert "cannot be understood" in runner.invoke(app, ["status", *options], catch_exceptions=False).stdout

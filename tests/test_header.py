@@ -310,11 +310,11 @@ def test_overlong_value_is_cut() -> None:
     assert len(read_header(data, IMPLICIT, wanted)["ImageComments"]) == MAX_VALUE
 
 
-def test_unknown_character_set_is_read_as_latin_1() -> None:
+def test_unknown_character_set_is_the_default_repertoire() -> None:
     ds = Dataset()
     ds.add_new(0x00080005, "CS", "NO_SUCH_SET")
     data = encoded(ds, IMPLICIT) + struct.pack("<HHI", 0x0010, 0x0010, 4) + "Jörg".encode("latin-1")
-    assert read_header(data, IMPLICIT, WANTED)["PatientName"] == "Jörg"
+    assert read_header(data, IMPLICIT, WANTED)["PatientName"] == "J\ufffdrg"
 
 
 @pytest.mark.parametrize("syntax", ["1.2.840.10008.1.2.4.95", "1.2.840.10008.1.2.4.205"])

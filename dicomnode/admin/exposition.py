@@ -12,6 +12,8 @@ from prometheus_client.registry import Collector
 
 from dicomnode import __version__, durable, metrics
 from dicomnode.admin.status import MEBIBYTE, library_versions, serving_models
+from dicomnode.admin.tls_state import own_certificate
+from dicomnode.errors import OperatorError
 from dicomnode.index.catalogue import Catalogue
 from dicomnode.index.commitment import Commitments
 from dicomnode.index.database import Database, Row
@@ -46,6 +48,7 @@ class Facts:
     events: Mapping[str, int] = field(default_factory=dict)
     free_bytes: int = 0
     reserve_bytes: int = 0
+    certificate_ends_at: float | None = None
 
 
 def read_facts(db: Database, settings: Settings) -> Facts:
@@ -68,7 +71,17 @@ def read_facts(db: Database, settings: Settings) -> Facts:
         events=figures.recent_events(),
         free_bytes=durable.free_bytes(settings.node.data_dir),
         reserve_bytes=settings.node.reserve_mb * MEBIBYTE,
+        certificate_ends_at=_certificate_ends_at(settings),
     )
+
+
+def _certificate_ends_at(settings: Settings) -> float | None:
+    """None without a certificate; an unreadable one is as good as expired, so that its alert is raised."""
+    try:
+        own = own_certificate(settings.tls)
+    except OperatorError:
+        return 0.0
+    return own.not_after.timestamp() if own else None
 
 
 def exposition(db: Database, settings: Settings, own_process: str = "sidecar") -> bytes:
@@ -185,6 +198,12 @@ def gauges(facts: Facts) -> list[Metric]:
         _gauge("disk_free_bytes", "Free space on the volume of data_dir, bytes", (), [((), facts.free_bytes)]),
         _gauge(
             "disk_reserve_bytes", "Space kept free; below it C-STORE answers 0xA700", (), [((), facts.reserve_bytes)]
+        ),
+        _gauge(
+            "tls_certificate_expiry_timestamp_seconds",
+            "End of this node's own certificate, Unix time; 0 when its file cannot be read",
+            (),
+            [] if facts.certificate_ends_at is None else [((), facts.certificate_ends_at)],
         ),
         _gauge(
             "model_active_info",

@@ -14,9 +14,21 @@ from dicomnode.logs import uid_hash
 from dicomnode.settings import Settings
 
 REFRESH_SECONDS = 10
-_GOOD = {"done", "stored", "committed", "reported", "answered", "ready", "ok", "info", "activated", "superseded"}
-_BAD = {"failed", "rejected", "error", "silent_state", "problem"}
-_WARN = {"refused", "warning", "starting", "stopping", "retried"}
+_GOOD = {
+    "done",
+    "stored",
+    "committed",
+    "reported",
+    "answered",
+    "ready",
+    "ok",
+    "info",
+    "activated",
+    "superseded",
+    "valid",
+}
+_BAD = {"failed", "rejected", "error", "silent_state", "problem", "expired"}
+_WARN = {"refused", "warning", "starting", "stopping", "retried", "expiring"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +81,7 @@ def render(view: View) -> str:
         _notifications(view, w),
         _sync(view, w),
         _peers(view, w),
+        _tls(view, w),
         _models(view, w),
         _processes(view, w),
         _schedule(view, w),
@@ -79,7 +92,7 @@ def render(view: View) -> str:
         element("p", w("disclaimer")),
         element("p", w("no_changes")) if not view.changes_allowed else None,
         element(
-            "p", f"dicomnode {view.report['node']['version']} · {w('updated')} {_time(view.report['node']['time'])}"
+            "p", f"dicomnode {view.report['node']['version']} · {w('updated')} ", _time(view.report["node"]["time"])
         ),
     )
     body = element("body", header, main, footer)
@@ -226,6 +239,22 @@ def _peers(view: View, w: Words) -> Markup:
         for peer in view.settings.peers
     ]
     return _section(w("peers"), _table(["name", "ae_title", "address", "services", "commitment", "waiting"], rows, w))
+
+
+def _tls(view: View, w: Words) -> Markup:
+    tls = view.report["tls"]
+    own, peers = tls["certificate"], tls["peers"]
+    if tls["port"] is None and own is None and not peers:
+        return _section(w("tls"), element("p", w("tls_off"), class_="empty"))
+    port = w("tls_sending_only") if tls["port"] is None else w("tls_port").format(tls["port"])
+    certificates = [(element("b", w("this_node")), own["subject"], own)] if own else []
+    certificates += [(element("span", peer["peer"]), "", peer) for peer in peers]
+    rows = [
+        [name, subject, _pill(one["state"], w), _time(one["not_after"]), str(one["days_left"])]
+        for name, subject, one in certificates
+    ]
+    table = _table(["name", "subject_name", "state", "valid_until", "days_left"], rows, w)
+    return _section(w("tls"), join(element("p", port), element("p", _error(tls["fault"])), table))
 
 
 def _models(view: View, w: Words) -> Markup:

@@ -13,6 +13,7 @@ from importlib import metadata
 from typing import Any, Literal
 
 from dicomnode import __version__, durable
+from dicomnode.admin.tls_state import tls_report
 from dicomnode.clock import iso
 from dicomnode.index.catalogue import Catalogue
 from dicomnode.index.commitment import Commitments
@@ -60,6 +61,7 @@ def status_report(db: Database, settings: Settings) -> dict[str, Any]:
             "pulls": models.pulls(),
         },
         "disk": disk(settings),
+        "tls": tls_report(settings, processes),
         "scheduled": scheduled(processes),
         "rejections": figures.rejections(RECENT_EVENTS),
         "events": Events(db).listing(RECENT_EVENTS),

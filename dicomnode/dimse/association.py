@@ -29,7 +29,11 @@ CLOSED = "Sta1"
 MOST_CANCELS = 10
 MOST_WAITING = 64
 """Messages that wait while one is answered; without an operations window a peer has one outstanding (PS3.7 D.3.3.3)."""
+LEAST_BYTES = 1024
+"""What a message must grow by within ``pdu_seconds``, unless it ends: by single bytes it could go on for weeks."""
 LINGER_SECONDS = 2.0
+MISTYPED_ARGUMENT = 0x0212
+"""To a request that lacks a mandatory element of its command set (PS3.7 C.5)."""
 
 
 def quiet_pynetdicom() -> None:
@@ -59,6 +63,10 @@ class NodeSocket(AssociationSocket):  # type: ignore[misc]  # pynetdicom ships n
 
 class Provider(DULServiceProvider):  # type: ignore[misc]
     """DUL service provider that acts in the caller's thread."""
+
+    mark: tuple[bool, int] | None = None
+    """How far the association was when its patience began at ``since``; None begins it anew."""
+    since = 0.0
 
     def start(self) -> None:
         self.assoc._dul_ready.set()
@@ -112,16 +120,21 @@ class Provider(DULServiceProvider):  # type: ignore[misc]
             self.event_queue.put("Evt17")
         self._act()
 
-    def stream(self, seconds: float, midway_seconds: float) -> None:
-        """Read as :meth:`pump` does, and go on while nothing but C-STORE comes."""
+    def stream(self) -> None:
+        """Read as :meth:`pump` does, and go on while nothing but C-STORE comes.
+
+        Raises Silence after ``idle_seconds`` without a PDU, ``pdu_seconds`` inside a message. A PDU
+        without data is legal and says nothing: it does not put that off.
+        """
         assoc, sock, machine = self.assoc, self.socket, self.state_machine
         lane, events, messages = assoc.lane, self.event_queue.queue, assoc.dimse.msg_queue.queue
         while True:
+            remaining = self._patience(lane)
             if sock is None or sock.socket is None or machine.current_state != ESTABLISHED:
-                self.pump(midway_seconds if lane.midway else seconds)
+                self.pump(remaining)
                 return
             try:
-                found = sock.wire.read(midway_seconds if lane.midway else seconds)
+                found = sock.wire.read(remaining)
             except Silence:
                 raise
             except OSError:
@@ -136,6 +149,18 @@ class Provider(DULServiceProvider):  # type: ignore[misc]
             if events or messages:
                 self._act()
                 return
+
+    def _patience(self, lane: Lane) -> float:
+        """Seconds that are left for the next PDU. Raises Silence when there are none."""
+        midway, taken, now = lane.midway, lane.taken, time.monotonic()
+        mark = (midway, taken // LEAST_BYTES if midway else taken)
+        if mark != self.mark:
+            self.mark, self.since = mark, now
+        limits = self.assoc.wire.limits
+        remaining: float = self.since + (limits.pdu_seconds if midway else limits.idle_seconds) - now
+        if remaining <= 0:
+            raise Silence("nothing but empty PDUs")
+        return remaining
 
     def lost(self) -> None:
         """The connection is gone (PS3.8 9.2, event 17)."""
@@ -205,13 +230,19 @@ class Messages(DIMSEServiceProvider):  # type: ignore[misc]
             self.dul.event_queue.put("Evt19")
             return
         if isinstance(request, C_CANCEL):
-            if len(self.cancel_req) < MOST_CANCELS:
-                self.cancel_req[request.MessageIDBeingRespondedTo] = request
+            # One that comes after the last answer stays until its number is used again.
+            if len(self.cancel_req) >= MOST_CANCELS:
+                self.cancel_req.pop(next(iter(self.cancel_req)))
+            self.cancel_req[request.MessageIDBeingRespondedTo] = request
         elif self.assoc.is_requestor and isinstance(request, N_EVENT_REPORT) and request.is_valid_request:
             self.assoc._serve_request(request, message.context_id)
         elif self.msg_queue.qsize() >= MOST_WAITING:
             self.assoc.wire.refuse("too many messages that wait for their answer")
         else:
+            request.node_bytes = message.data_set.getbuffer().nbytes if message.data_set is not None else 0
+            waiting = sum(getattr(other, "node_bytes", 0) for _, other in tuple(self.msg_queue.queue))
+            if waiting + request.node_bytes > self.assoc.wire.limits.max_message:
+                self.assoc.wire.refuse("too many bytes in messages that wait for their answer")
             self.msg_queue.put((message.context_id, request))
 
 
@@ -241,7 +272,7 @@ class NodeAssociation(Association):  # type: ignore[misc]
 
     def poll(self) -> None:
         """Read what has come, without waiting: a cancel or an abort shows."""
-        while self.usable() and self.wire.waiting():
+        while self.usable() and self.wire.arrived():
             self.dul.pump(self.wire.limits.pdu_seconds)
 
     def say(self, parts: Sequence[bytes]) -> None:
@@ -273,6 +304,17 @@ class NodeAssociation(Association):  # type: ignore[misc]
         self.wire.cut()
         self.wire.close()
 
+    def refuse_request(self, request: Any, context_id: int, status: int) -> None:
+        """Answer a request of any kind with a status that says no; abort where its number is not known."""
+        if request.MessageID is None:
+            self.wire.violation = "a request without Message ID"
+            self.abort()
+            return
+        response = type(request)()
+        response.MessageIDBeingRespondedTo = request.MessageID
+        response.Status = status
+        self.dimse.send_msg(response, context_id)
+
     def settle(self) -> None:
         """Called before a request other than C-STORE is served: finish what it may have to see."""
 
@@ -284,15 +326,18 @@ class NodeAssociation(Association):  # type: ignore[misc]
             self._is_paused = True  # it was taken back, and the next request of ours would wait for it for ever
 
     def _run_reactor(self) -> None:
-        """Serve until release, abort or silence; in the thread that reads."""
+        """Serve until release, abort or silence; in the thread that reads.
+
+        A PDU without data is legal and says nothing: it does not put the end of patience off.
+        """
         while not self._kill:
             context_id, message = self.dimse.get_msg()
             if message is not None:
                 self._serve_request(message, context_id)
+                self.dul.mark = None
             elif not self._look_for_end():
-                limits = self.wire.limits
                 try:
-                    self.dul.stream(limits.idle_seconds, limits.pdu_seconds)
+                    self.dul.stream()
                 except Silence:
                     self.wire.violation = (
                         "a message that stopped midway" if self.lane.midway else "an association without traffic"

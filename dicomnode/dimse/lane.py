@@ -8,7 +8,7 @@ decoded by pynetdicom.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 from pynetdicom.pdu_primitives import P_DATA
@@ -73,15 +73,24 @@ def pdata_header(context_id: int, size: int, *, command: bool, last: bool) -> by
 
 
 def message_parts(context_id: int, command: bytes, data_set: bytes, max_pdu: int) -> list[bytes]:
-    """The P-DATA-TF PDUs of a message; ``max_pdu`` is what the peer takes, 0 for no limit."""
-    parts = [pdata_header(context_id, len(command), command=True, last=True) + command]
-    if data_set:
-        piece = max(max_pdu - PDV_OVERHEAD, 2) & ~1 if max_pdu else len(data_set)
-        for begin in range(0, len(data_set), piece):
-            fragment = data_set[begin : begin + piece]
-            last = begin + piece >= len(data_set)
-            parts += (pdata_header(context_id, len(fragment), command=False, last=last), fragment)
+    """The P-DATA-TF PDUs of a message; ``max_pdu`` is what the peer takes, 0 for no limit.
+
+    A peer that takes less than 8 bytes takes no message at all (PS3.8 9.3.5.1); it gets PDUs of 8.
+    """
+    piece = max(max_pdu - PDV_OVERHEAD, 2) & ~1 if max_pdu else max(len(command), len(data_set))
+    if len(command) <= piece:
+        parts = [pdata_header(context_id, len(command), command=True, last=True) + command]
+    else:
+        parts = list(_fragments(context_id, command, piece, command=True))
+    parts += _fragments(context_id, data_set, piece, command=False)
     return parts
+
+
+def _fragments(context_id: int, data: bytes, piece: int, *, command: bool) -> Iterator[bytes]:
+    for begin in range(0, len(data), piece):
+        fragment = data[begin : begin + piece]
+        yield pdata_header(context_id, len(fragment), command=command, last=begin + piece >= len(data))
+        yield fragment
 
 
 class Lane:
@@ -97,6 +106,8 @@ class Lane:
         self._store: StoreCommand | None = None
         self._passing = False
         self._size = 0
+        self.taken = 0
+        """Bytes of commands and data sets so far."""
         self.replies: list[StoreReply] = []
         """Answers to C-STORE requests of ours, for :mod:`dicomnode.dimse.store`."""
 
@@ -126,6 +137,7 @@ class Lane:
 
     def _fragment(self, context_id: int, control: int, data: memoryview) -> None:
         last = bool(control & _IS_LAST)
+        self.taken += len(data)
         if control & _IS_COMMAND:
             if self._store is not None or self._passing:
                 self._wire.refuse("a command inside a data set")
@@ -197,7 +209,7 @@ class Lane:
             comment=reply.comment,
         )
         try:
-            self._wire.send([pdata_header(self._context_id, len(data), command=True, last=True) + data])
+            self._wire.send(message_parts(self._context_id, data, b"", self._assoc.dimse.maximum_pdu_size))
         finally:
             sink.settle()
 

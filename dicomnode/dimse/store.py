@@ -16,7 +16,7 @@ from pynetdicom.dsutils import split_dataset
 
 from dicomnode.dimse.association import NodeAssociation
 from dicomnode.dimse.command import encode_store_request
-from dicomnode.dimse.lane import PDV_OVERHEAD, pdata_header
+from dicomnode.dimse.lane import PDV_OVERHEAD, message_parts, pdata_header
 from dicomnode.dimse.wire import Silence
 
 BLOCK_BYTES = 1024 * 1024
@@ -62,8 +62,8 @@ def send_store(
     request = encode_store_request(
         message_id=message_id, sop_class_uid=sop_class_uid, sop_instance_uid=sop_instance_uid, originator=originator
     )
-    head = pdata_header(context_id, len(request), command=True, last=True) + request
     announced = assoc.dimse.maximum_pdu_size or LARGEST_PDU
+    head = b"".join(message_parts(context_id, request, b"", announced))
     fragment = max(min(announced, LARGEST_PDU) - PDV_OVERHEAD, 1) & ~1 or 1
     assoc.lane.replies.clear()
     blocks = _blocks(data)

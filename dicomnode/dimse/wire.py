@@ -120,6 +120,46 @@ class Wire:
         except (OSError, ValueError):
             return True  # reading tells what is wrong
 
+    def arrived(self) -> bool:
+        """Whether :meth:`read` would not wait: a whole PDU is here, one that is refused, or the end.
+
+        Takes what the system holds for this socket, and never waits. That something came says
+        little: part of a PDU, or a record of TLS without a byte for us (RFC 8446 4.6).
+        """
+        try:
+            while not self._whole():
+                if not (self._tls and self._sock.pending()) and not self._poll.poll(0):  # type: ignore[attr-defined]
+                    return False
+                self._sock.settimeout(0.0)
+                self._timeout = -1.0
+                size = self._sock.recv_into(self._view[self._end :])
+                if size == 0:
+                    return True
+                self._end += size
+                self.received += size
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            return False
+        except (OSError, ValueError):
+            return True  # reading tells what is wrong
+        return True
+
+    def _whole(self) -> bool:
+        """Whether the buffer has a whole PDU, or one that is refused by its head; else there is room for the rest."""
+        held = self._end - self._start
+        if not held:
+            self._start = self._end = 0
+        count = HEADER_BYTES
+        if held >= HEADER_BYTES:
+            kind, length = _HEADER.unpack_from(self._buffer, self._start)
+            limit = self.limits.max_pdu if kind == P_DATA_TF else CONTROL_PDU_LIMITS.get(kind, -1)
+            if length > limit:
+                return True
+            count += length
+        if held >= count:
+            return True
+        self._make_room(count)
+        return False
+
     def _fill(self, count: int, deadline: float, *, begun: bool = True) -> bool:
         """Have ``count`` bytes from the start on; False when the peer closed before."""
         self._make_room(count)

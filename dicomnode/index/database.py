@@ -57,10 +57,11 @@ class Database:
 
     def close(self) -> None:
         """Close this thread's connection and the lock; other threads' close with them."""
-        connection = getattr(self._local, "connection", None)
-        if connection is not None:
-            connection.close()
-            self._local.connection = None
+        for name in ("connection", "reader"):
+            connection = getattr(self._local, name, None)
+            if connection is not None:
+                connection.close()
+                setattr(self._local, name, None)
         if self._lock_fd >= 0:
             os.close(self._lock_fd)
             os.close(self._turn_fd)
@@ -70,6 +71,18 @@ class Database:
         connection = getattr(self._local, "connection", None)
         if connection is None:
             connection = self._local.connection = self._connect()
+        return connection
+
+    def reader(self) -> Any:
+        """A second connection of this thread, for a long statement during which the thread does other work, too.
+
+        SQLite forbids to use a connection from its own progress handler, and a transaction that
+        began with reading cannot write when another has written since.
+        """
+        connection = getattr(self._local, "reader", None)
+        if connection is None:
+            connection = self._local.reader = self._connect()
+            connection.execute("PRAGMA query_only=ON")
         return connection
 
     def _connect(self) -> Any:

@@ -196,7 +196,7 @@ class Notices:
             row = db.row("SELECT id, state FROM notifications WHERE id = ?", (notice_id,))
             if row is None:
                 raise OperatorError(
-                    "retry notification", f"there is no notification {notice_id}", "See GET /api/v1/notifications"
+                    "retry notification", f"there is no notification {notice_id}", "See 'dicomnode notifications list'"
                 )
             state = NoticeState(row["state"])
             if state not in (NoticeState.pending, NoticeState.waiting):

@@ -50,7 +50,7 @@ def run(
             stopped.append(Ended.deadline)
         return bool(stopped)
 
-    connection = db._connection()
+    connection = db.reader()  # looking for a cancel may serve a C-STORE, which writes
     rows: list[Row] = []
     cursor = connection.cursor()
     connection.set_progress_handler(stop, _STEPS)

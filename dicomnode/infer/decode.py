@@ -23,10 +23,13 @@ import numpy as np
 import numpy.typing as npt
 
 from dicomnode.errors import UnsuitableSeries
-from dicomnode.lifeline import die_with_parent
+from dicomnode.lifeline import die_with_parent, limit_memory
 
 _IN_FLIGHT = 4
 """Slices handed to each process ahead of use; bounds the compressed bytes in memory."""
+
+_MAX_CHILD_BYTES = 4 * 1024**3
+"""Address space of a child. A contract limits rows and columns of the header; a code stream may name others."""
 
 Pixels = npt.NDArray[np.integer[Any]]
 
@@ -74,6 +77,7 @@ def decode_frame(part10: bytes, rows: int, columns: int) -> Pixels:
 def _begin_child() -> None:
     """Die with the worker, and stay silent: what libraries warn of quotes values, which are patients' data."""
     die_with_parent()
+    limit_memory(_MAX_CHILD_BYTES)
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
 

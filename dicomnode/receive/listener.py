@@ -14,7 +14,7 @@ from pynetdicom.association import MODE_ACCEPTOR
 from pynetdicom.transport import AddressInformation
 
 from dicomnode import doorbell, logs, metrics
-from dicomnode.dimse.association import NodeAssociation, quiet_pynetdicom
+from dicomnode.dimse.association import MISTYPED_ARGUMENT, NodeAssociation, quiet_pynetdicom
 from dicomnode.dimse.command import StoreCommand
 from dicomnode.dimse.lane import Reply
 from dicomnode.dimse.wire import Limits, Wire
@@ -186,6 +186,7 @@ class Listener:
             assoc.run_reactor()
         except Exception as error:  # noqa: BLE001 one connection's failure must not end the others
             self.log.warning("connection failed", address=address[0], exc_type=type(error).__name__)
+            assoc.wire.abort()
         finally:
             with self._open_lock:
                 self._open.discard(assoc)
@@ -272,6 +273,9 @@ class Listener:
 
     def _on_established(self, event: Any) -> None:
         metrics.association("accepted")
+        secure = event.assoc.secure
+        if secure is not None and secure.certificate is not None:
+            metrics.peer_certificate(event.assoc.node_peer.name, secure.certificate.not_after.timestamp())
         self.log.debug("association accepted", peer=event.assoc.node_peer.name)
 
     def store_request(self, assoc: _Accepted, command: StoreCommand, context: Any) -> StoreRequest:
@@ -369,9 +373,9 @@ class Listener:
 
 
 def _on_message(event: Any) -> None:
-    """In the order of arrival: a cancel that came before this request was for an earlier one."""
+    """In the order of arrival: a cancel of this number that came before the request was for an earlier one."""
     if type(event.message).__name__ in ("C_FIND_RQ", "C_MOVE_RQ", "C_GET_RQ"):
-        event.assoc.dimse.cancel_req.clear()
+        event.assoc.dimse.cancel_req.pop(event.message.command_set.get("MessageID"), None)
 
 
 class _Accepted(NodeAssociation):
@@ -395,7 +399,10 @@ class _Accepted(NodeAssociation):
     def _serve_request(self, msg: Any, context_id: int) -> None:
         context = self._accepted_cx.get(context_id)
         service = self._listener.services.get(str(context.abstract_syntax)) if context is not None else None
-        if service is not None and msg.is_valid_request:
+        if not msg.is_valid_request and msg.MessageIDBeingRespondedTo is None:
+            # pynetdicom says nothing to it, and the peer would wait for its answer.
+            self.refuse_request(msg, context_id, MISTYPED_ARGUMENT)
+        elif service is not None and msg.is_valid_request:
             self.settle()
             service.serve(self, msg, context)
         else:

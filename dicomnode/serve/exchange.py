@@ -30,8 +30,12 @@ LIMIT_REACHED = 0xB001
 UNABLE_TO_PROCESS = 0xC000
 """Status codes of PS3.4 tables C.4-1 to C.4-3."""
 
+UNRECOGNIZED_OPERATION = 0x0211
+MISTYPED_ARGUMENT = 0x0212
+"""PS3.7 C.5: the context is not for this request; it lacks a mandatory element."""
 
-HELD_BYTES = 8192
+
+HELD_BYTES = 32 * 1024
 """Answers of a query that are sent with one system call."""
 
 _REPLIES = {C_FIND: C_FIND_RSP, C_GET: C_GET_RSP, C_MOVE: C_MOVE_RSP}
@@ -76,6 +80,7 @@ class Exchange:
         self.message_id = int(request.MessageID)
         self._held: list[bytes] = []
         self._held_bytes = 0
+        self._pending: dict[int, bytes] = {}
 
     @property
     def identifier(self) -> bytes:
@@ -89,33 +94,51 @@ class Exchange:
     def gone(self) -> bool:
         return not self.assoc.usable()
 
-    def respond(
-        self, status: int, identifier: bytes | None = None, counts: Counts | None = None, *, more: bool = False
-    ) -> None:
-        """Send one response; with ``more`` it may wait a moment for the next, to go out with it.
+    @property
+    def holding(self) -> bool:
+        """Whether answers wait to be sent with others."""
+        return bool(self._held)
 
-        Nothing is sent to a peer that is gone.
+    def answer(self, status: int, identifier: bytes) -> None:
+        """One match of a query. It waits for others to be sent with; :meth:`respond` sends what still waits.
+
+        The command set is the same for all of them.
         """
-        if self.gone():
-            return
+        command = self._pending.get(status)
+        if command is None:
+            command = self._pending[status] = self._command(status, has_data_set=True)
+        self._hold(message_parts(self.context_id, command, identifier, self.assoc.dimse.maximum_pdu_size))
+        if self._held_bytes >= HELD_BYTES:
+            self._send_held()
+
+    def respond(self, status: int, identifier: bytes | None = None, counts: Counts | None = None) -> None:
+        """Send one response, after the answers that wait. Nothing is sent to a peer that is gone."""
+        command = self._command(status, has_data_set=bool(identifier), counts=counts)
+        self._hold(message_parts(self.context_id, command, identifier or b"", self.assoc.dimse.maximum_pdu_size))
+        self._send_held()
+
+    def _command(self, status: int, *, has_data_set: bool, counts: Counts | None = None) -> bytes:
         suboperations = None
         if counts is not None:
             remaining = counts.remaining if status in (PENDING, CANCELLED) else None
             suboperations = SubOperations(remaining, counts.completed, counts.failed, counts.warning)
-        command = encode_query_reply(
+        return encode_query_reply(
             command_field=_REPLIES[type(self.request)],
             message_id=self.message_id,
             sop_class_uid=self.sop_class_uid,
             status=status,
-            has_data_set=bool(identifier),
+            has_data_set=has_data_set,
             counts=suboperations,
         )
-        parts = message_parts(self.context_id, command, identifier or b"", self.assoc.dimse.maximum_pdu_size)
+
+    def _hold(self, parts: list[bytes]) -> None:
         self._held += parts
-        self._held_bytes += sum(len(part) for part in parts)
-        if not more or self._held_bytes >= HELD_BYTES:
-            held, self._held, self._held_bytes = self._held, [], 0
-            self.assoc.say(held)
+        self._held_bytes += sum(map(len, parts))
+
+    def _send_held(self) -> None:
+        held, self._held, self._held_bytes = self._held, [], 0
+        if not self.gone():
+            self.assoc.say([b"".join(held)])
 
     def respond_final(self, status: int, counts: Counts) -> None:
         """The end of a retrieve, with the list of what failed."""

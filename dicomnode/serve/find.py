@@ -46,9 +46,10 @@ def find(
     sent = 0
     if found.ended is not Ended.cancelled:
         for answer in answers(plan, found.rows, settings.node.ae_title, exchange.transfer_syntax_uid):
-            if exchange.cancelled():
+            # Looking costs a system call. What was sent before may have taken any time, so look after it.
+            if not exchange.holding and exchange.cancelled():
                 break
-            exchange.respond(status, answer, more=True)
+            exchange.answer(status, answer)
             sent += 1
     final = {Ended.complete: SUCCESS, Ended.limit: LIMIT_REACHED, Ended.deadline: OUT_OF_RESOURCES}.get(
         found.ended, CANCELLED

@@ -87,31 +87,43 @@ def encode_identifier(values: Mapping[str, str], transfer_syntax_uid: str) -> by
 
     Text that is not ASCII goes out in UTF-8 and is declared (ISO_IR 192).
     """
-    data = _encoded(values, implicit=transfer_syntax_uid == IMPLICIT_LITTLE)
-    if all(text.isascii() for text in values.values()) and "\\u" not in values.get(REQUEST_SEQUENCE, ""):
+    implicit = transfer_syntax_uid == IMPLICIT_LITTLE
+    data = _encoded(values, implicit=implicit)
+    if all(map(str.isascii, values.values())) and "\\u" not in values.get(REQUEST_SEQUENCE, ""):
         return data
-    charset = _encoded({"SpecificCharacterSet": "ISO_IR 192"}, implicit=transfer_syntax_uid == IMPLICIT_LITTLE)
-    return charset + data  # no attribute of an answer has a lower tag
+    return _encoded({"SpecificCharacterSet": "ISO_IR 192"}, implicit=implicit) + data  # no answer has a lower tag
 
 
 def _encoded(values: Mapping[str, str], *, implicit: bool) -> bytes:
     parts: list[bytes] = []
-    for keyword in sorted(values, key=_tag):
-        vr, head, long = _head(keyword, implicit)
-        value = _items(values[keyword], implicit=implicit) if vr == "SQ" else _value(vr, values[keyword])
-        parts += (head, len(value).to_bytes(4 if long else 2, "little"), value)
+    for keyword, vr, head, size, pad in _layout(tuple(values), implicit):
+        text = values[keyword]
+        if pad and len(text) <= _MAX_SHORT and text.isascii():
+            value = text.encode()
+            if len(value) % 2:
+                value += pad
+        else:
+            value = _items(text, implicit=implicit) if vr == "SQ" else _value(vr, text)
+        parts += (head, len(value).to_bytes(size, "little"), value)
     return b"".join(parts)
 
 
-@lru_cache(maxsize=1000)
-def _head(keyword: str, implicit: bool) -> tuple[str, bytes, bool]:
-    """VR, all that stands before the length, and whether that is a long one (PS3.5 7.1.2)."""
-    tag = _tag(keyword)
-    vr = _vr(tag)
-    head = struct.pack("<HH", tag >> 16, tag & 0xFFFF)
-    if implicit:
-        return vr, head, True
-    return vr, head + vr.encode() + (b"\0\0" if vr in _LONG_VRS else b""), vr in _LONG_VRS
+@lru_cache(maxsize=256)
+def _layout(keywords: tuple[str, ...], implicit: bool) -> tuple[tuple[str, str, bytes, int, bytes], ...]:
+    """In order of tags: keyword, VR, what stands before the length, bytes of the length, padding of text.
+
+    All answers of a query have the same attributes, so this is made once for them.
+    """
+    found = []
+    for keyword in sorted(keywords, key=_tag):
+        tag = _tag(keyword)
+        vr = _vr(tag)
+        head, long = struct.pack("<HH", tag >> 16, tag & 0xFFFF), implicit or vr in _LONG_VRS
+        if not implicit:  # PS3.5 7.1.2
+            head += vr.encode() + (b"\0\0" if long else b"")
+        pad = b"" if vr == "SQ" or vr in _NUMBERS else b"\0" if vr == "UI" else b" "
+        found.append((keyword, vr, head, 4 if long else 2, pad))
+    return tuple(found)
 
 
 def _items(text: str, *, implicit: bool) -> bytes:

@@ -21,7 +21,14 @@ from dicomnode.errors import MalformedDataSet, NodeError
 from dicomnode.index.database import Database
 from dicomnode.index.matching import Options, Root
 from dicomnode.index.operation import Events
-from dicomnode.serve.exchange import CANCELLED, CANNOT_COUNT, OUT_OF_RESOURCES, UNABLE_TO_PROCESS, Exchange
+from dicomnode.serve.exchange import (
+    CANCELLED,
+    CANNOT_COUNT,
+    OUT_OF_RESOURCES,
+    UNABLE_TO_PROCESS,
+    UNRECOGNIZED_OPERATION,
+    Exchange,
+)
 from dicomnode.serve.find import Finding, find
 from dicomnode.serve.gate import QueryGate
 from dicomnode.serve.retrieve import Retriever
@@ -80,6 +87,9 @@ class QueryRetrieve:
 
     def serve(self, assoc: Any, request: Any, context: Any) -> None:
         """Answer one request; every path ends with one final response."""
+        if not isinstance(request, C_FIND | C_GET | C_MOVE):
+            assoc.refuse_request(request, int(context.context_id), UNRECOGNIZED_OPERATION)
+            return
         exchange = Exchange(assoc, request, context)
         service, root, kind = _MODELS[exchange.sop_class_uid]
         fields = getattr(assoc, "node_extended", {}).get(exchange.sop_class_uid, b"")

@@ -9,17 +9,24 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
+import zlib
 from concurrent.futures import CancelledError, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from dicomnode.lifeline import die_with_parent
+from dicomnode.header import DEFLATED
+from dicomnode.lifeline import die_with_parent, limit_memory
 
 IMPLICIT_LITTLE = "1.2.840.10008.1.2"
 EXPLICIT_LITTLE = "1.2.840.10008.1.2.1"
 UNCOMPRESSED = (EXPLICIT_LITTLE, IMPLICIT_LITTLE)
-MAX_PIXEL_BYTES = 2 * 1024**3
+MAX_PIXEL_BYTES = 1024**3
+MAX_INFLATED_BYTES = 1024**3
+"""Of a deflated data set, which may be a thousand times its file."""
+MAX_CHILD_BYTES = 6 * 1024**3
+"""Address space of the child: the size that a codec finds in a code stream is the sender's word too."""
 SECONDS = 120.0
+_PIECE = 1024 * 1024
 
 
 class NotTranscodable(Exception):
@@ -51,6 +58,8 @@ def _transcode(path: str, transfer_syntax_uid: str) -> bytes:
     from pydicom.filewriter import write_dataset
     from pydicom.uid import ExplicitVRBigEndian
 
+    if not _inflates_within(path, MAX_INFLATED_BYTES):
+        raise NotTranscodable(f"more than {MAX_INFLATED_BYTES} bytes inflated")
     ds = dcmread(path)
     stored = ds.file_meta.TransferSyntaxUID
     if stored == ExplicitVRBigEndian:
@@ -66,6 +75,26 @@ def _transcode(path: str, transfer_syntax_uid: str) -> bytes:
     buffer.is_implicit_VR = transfer_syntax_uid == IMPLICIT_LITTLE
     write_dataset(buffer, ds)
     return bytes(buffer.parent.getvalue())
+
+
+def _inflates_within(path: str, limit: int) -> bool:
+    """Whether what ``path`` holds, where it is deflated, is at most so many bytes; counted, never held."""
+    with Path(path).open("rb") as file:
+        head = file.read(144)
+        meta = file.read(min(int.from_bytes(head[140:144], "little"), _PIECE))
+        if not any(uid.encode() in meta for uid in DEFLATED):
+            return True
+        inflater, size = zlib.decompressobj(-zlib.MAX_WBITS), 0
+        while piece := inflater.unconsumed_tail or file.read(_PIECE):
+            size += len(inflater.decompress(piece, _PIECE))
+            if size > limit:
+                return False
+    return True
+
+
+def _begin_child() -> None:
+    die_with_parent()
+    limit_memory(MAX_CHILD_BYTES)
 
 
 class Transcoder:
@@ -94,7 +123,7 @@ class Transcoder:
     def _run(self, path: str, transfer_syntax_uid: str) -> bytes:
         if self._pool is None:
             context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=die_with_parent)
+            self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=_begin_child)
         try:
             return self._pool.submit(transcode_file, path, transfer_syntax_uid).result(SECONDS)
         except BrokenProcessPool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from benchmarks.node import AE_TITLE, Node
 from benchmarks.peers import Acceptor, dicomnode
 from benchmarks.report import Figures, Goal, Row, Section
 from benchmarks.tools import Bench, Samples, Skipped, percentile, remove, say
-from benchmarks.upper_layer import STUDY_ROOT_FIND, Association
+from benchmarks.upper_layer import STUDY_ROOT_FIND, Association, encoded
 
 SLOWER = 1.10
 FIND_MS = 20.0
 EMPTY, FULL = "empty index", "full index"
+WORKLIST = "studies of a week, with counts and modalities"
 QUERIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "one study by StudyInstanceUID": ("STUDY", ("StudyInstanceUID",)),
     "studies by PatientID": ("STUDY", ("PatientID",)),
@@ -26,6 +28,9 @@ QUERIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "studies by PatientName": ("STUDY", ("PatientName",)),
     "series of a study": ("SERIES", ("StudyInstanceUID",)),
     "one instance": ("IMAGE", ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")),
+    "instances of a series": ("IMAGE", ("StudyInstanceUID", "SeriesInstanceUID")),
+    "studies of a week": ("STUDY", ("StudyDate",)),
+    WORKLIST: ("STUDY", ("StudyDate",)),
 }
 """Level and the keys that are given; the rest of what a viewer asks for is left empty."""
 
@@ -34,6 +39,15 @@ ASKED = {
     "SERIES": ("SeriesInstanceUID", "Modality", "SeriesNumber", "SeriesDescription"),
     "IMAGE": ("SOPInstanceUID", "InstanceNumber", "SOPClassUID"),
 }
+ASKED_BY_LISTS = (
+    "StudyDescription",
+    "PatientBirthDate",
+    "PatientSex",
+    "ReferringPhysicianName",
+    "ModalitiesInStudy",
+    "NumberOfStudyRelatedSeries",
+    "NumberOfStudyRelatedInstances",
+)
 
 
 def run(bench: Bench) -> Section:
@@ -89,10 +103,12 @@ def _find(bench: Bench, section: Section, full: Path, count: int) -> None:
     with node.serving():
         keys = _some_keys(node, bench.amount(200, 20))
         with Association(node.port, AE_TITLE, STUDY_ROOT_FIND) as association:
-            association.find(_identifier("one study by StudyInstanceUID", keys[0]))  # opens what is opened once
+            association.find(
+                encoded(_identifier("one study by StudyInstanceUID", keys[0]))
+            )  # opens what is opened once
             for row in keys:
                 for query in QUERIES:
-                    identifier = _identifier(query, row)
+                    identifier = encoded(_identifier(query, row))
                     begin = time.perf_counter()
                     number = association.find(identifier)
                     times.setdefault(query, []).append(1000 * (time.perf_counter() - begin))
@@ -124,10 +140,10 @@ def _some_keys(node: Node, number: int) -> list[dict[str, Any]]:
     highest = int(node.value("SELECT max(id) FROM instances"))
     chooser = random.Random(1)
     sql = (
-        "SELECT i.SOPInstanceUID, s.SeriesInstanceUID, t.StudyInstanceUID, t.AccessionNumber, p.PatientID,"
+        "SELECT i.SOPInstanceUID, s.SeriesInstanceUID, t.StudyInstanceUID, t.AccessionNumber, t.StudyDate, p.PatientID,"
         " p.PatientName FROM instances i JOIN series s ON s.id = i.series_id JOIN studies t ON t.id = s.study_id"
-        " JOIN patients p ON p.id = t.patient_id WHERE i.id >= ? AND t.AccessionNumber <> '' AND p.PatientID <> ''"
-        " AND p.PatientName NOT LIKE 'Bench%' ORDER BY i.id LIMIT 1"
+        " JOIN patients p ON p.id = t.patient_id WHERE i.id >= ? AND t.AccessionNumber <> '' AND t.StudyDate <> ''"
+        " AND p.PatientID <> '' AND p.PatientName NOT LIKE 'Bench%' ORDER BY i.id LIMIT 1"
     )
     found = [row for _ in range(number) for row in node.rows(sql, (chooser.randint(1, highest),))]
     if not found:
@@ -140,8 +156,12 @@ def _identifier(query: str, row: dict[str, Any]) -> Dataset:
     ds = Dataset()
     ds.SpecificCharacterSet = "ISO_IR 192"
     ds.QueryRetrieveLevel = level
-    for keyword in ASKED[level]:
+    for keyword in (*ASKED[level], *(ASKED_BY_LISTS if query == WORKLIST else ())):
         setattr(ds, keyword, "")
     for keyword in keys:
-        setattr(ds, keyword, row[keyword])
+        setattr(ds, keyword, _week(row[keyword]) if keyword == "StudyDate" else row[keyword])
     return ds
+
+
+def _week(first: str) -> str:
+    return f"{first}-{date.fromisoformat(first) + timedelta(days=6):%Y%m%d}"

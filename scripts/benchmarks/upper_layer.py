@@ -26,6 +26,7 @@ _C_ECHO_RQ, _C_FIND_RQ = 0x0030, 0x0020
 _NO_DATA_SET = 0x0101
 _PENDING = (0xFF00, 0xFF01)
 TIMEOUT_SECONDS = 20.0
+_RECEIVE_BYTES = 256 * 1024
 
 
 def _item(kind: int, payload: bytes) -> bytes:
@@ -40,7 +41,8 @@ def _element(element: int, value: bytes) -> bytes:
     return struct.pack("<HHL", 0, element, len(value)) + value
 
 
-def _encoded(ds: Dataset) -> bytes:
+def encoded(ds: Dataset) -> bytes:
+    """In Implicit VR Little Endian."""
     stream = DicomIO(BytesIO())
     stream.is_little_endian, stream.is_implicit_VR = True, True
     write_dataset(stream, ds)
@@ -54,6 +56,7 @@ class Association:
     def __init__(self, port: int, called: str, abstract: str, calling: str = "BENCH") -> None:
         self._abstract = abstract
         self._message = 0
+        self._buffer, self._at = b"", 0
         try:
             self._sock = socket.create_connection((LOOPBACK, port), timeout=TIMEOUT_SECONDS)
         except OSError as error:
@@ -77,13 +80,15 @@ class Association:
         return _pdu(0x01, body + _item(0x20, context) + _item(0x50, user))
 
     def _read(self, count: int) -> bytes:
-        data = bytearray()
-        while len(data) < count:
-            part = self._sock.recv(count - len(data))
+        """From what one receive brought, as long as it lasts: two calls for each PDU would be what is measured."""
+        while len(self._buffer) - self._at < count:
+            part = self._sock.recv(_RECEIVE_BYTES)
             if not part:
                 raise BenchError("the peer closed the connection")
-            data += part
-        return bytes(data)
+            self._buffer, self._at = self._buffer[self._at :] + part, 0
+        begin = self._at
+        self._at += count
+        return self._buffer[begin : self._at]
 
     def _read_pdu(self) -> tuple[int, bytes]:
         kind, _, length = struct.unpack(">BBL", self._read(6))
@@ -129,9 +134,12 @@ class Association:
         if status:
             raise BenchError(f"C-ECHO was answered with {status:#06x}")
 
-    def find(self, identifier: Dataset) -> int:
-        """Number of answers to a C-FIND. Raises BenchError unless it ends with success."""
-        self._send(_C_FIND_RQ, _encoded(identifier))
+    def find(self, identifier: bytes) -> int:
+        """Number of answers to a C-FIND. Raises BenchError unless it ends with success.
+
+        ``identifier`` is :func:`encoded`: pydicom takes 0.1 to 0.2 ms for it.
+        """
+        self._send(_C_FIND_RQ, identifier)
         status, answers = self._responses()
         if status:
             raise BenchError(f"C-FIND ended with {status:#06x}")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import ssl
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -151,6 +153,19 @@ def test_plain_dicom_at_the_tls_port_is_cut_at_once(receiver: SecureNode) -> Non
         Association(receiver.tls_port, calling="CT1")
     assert time.monotonic() - begin < HANDSHAKE_SECONDS
     receiver.wait(lambda: "does not speak TLS" in str(event_texts(receiver, "tls-refused")), 5, "the event is there")
+
+
+def test_the_end_of_a_peers_certificate_is_known_from_its_call(receiver: SecureNode, site: Site) -> None:
+    with call(receiver, site, site.ct, calling="CT") as assoc:
+        assert assoc.echo() == 0x0000
+
+    def seen() -> dict[str, Any]:
+        peers = json.loads(receiver.cli("status", "--json"))["tls"]["peers"]
+        return {p["peer"]: p for p in peers}
+
+    found = receiver.wait(lambda: seen().get("ct"), 20, "a heartbeat brings it")
+    assert found["not_after"] == site.ct.certificate.not_valid_after_utc.isoformat(timespec="seconds")
+    assert (found["state"], found["days_left"]) == ("valid", 89)
 
 
 # Attacks

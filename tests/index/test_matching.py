@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from typing import Any
 
 import apsw
@@ -239,3 +240,29 @@ def test_limit_deadline_and_cancel(db: Database) -> None:
     )
     assert run(db, endless, limit=1, seconds=0.05).ended is Ended.deadline
     assert run(db, plan, limit=50, seconds=30).ended is Ended.complete
+
+
+def test_work_of_the_same_thread_goes_on_during_a_query(db: Database) -> None:
+    """Looking for a cancel may bring an object, whose row is written while another process writes, too."""
+    Catalogue(db).commit([instance("1.20", "1.10", uid())])
+    endless = matching.Plan(
+        matching.Level.IMAGE,
+        "WITH RECURSIVE n(i) AS (SELECT count(*) FROM instances UNION ALL SELECT i + 1 FROM n)"
+        " SELECT i FROM n WHERE i < 0",
+        (),
+        lambda _: True,
+    )
+    looks = 0
+
+    def look() -> bool:
+        nonlocal looks
+        looks += 1
+        if looks == 1:
+            other = threading.Thread(target=Catalogue(db).commit, args=([instance("1.21", "1.11", uid())],))
+            other.start()
+            other.join()
+            Catalogue(db).commit([instance("1.22", "1.12", uid())])
+        return looks > 2
+
+    assert run(db, endless, limit=1, seconds=30, cancelled=look).ended is Ended.cancelled
+    assert db.value("SELECT count(*) FROM instances") == 3

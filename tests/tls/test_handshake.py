@@ -234,6 +234,28 @@ def test_revocation_list_that_is_out_of_date_lets_nobody_in(site: Site, meet: Ca
     assert "out of date" in found.hint
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("lists", ["all", "of the issuer alone"])
+@pytest.mark.parametrize("revoked", [False, True])
+def test_an_intermediate_authority_is_looked_up_where_every_list_is_given(
+    site: Site, meet: Callable[..., Met], lists: str, revoked: bool, version: str
+) -> None:
+    between = Authority(site.folder / "between", "Between", under=site.authority)
+    caller = between.issue("CT1")
+    with caller.certificate_file.open("ab") as file:
+        file.write(between.ca_file.read_bytes())
+    crl = site.folder / "lists.pem"
+    crl.write_bytes(between.revocations().read_bytes())
+    if lists == "all":
+        with crl.open("ab") as file:
+            file.write(site.authority.revocations(*([between] if revoked else [])).read_bytes())
+    met = meet(Transport(site.tls(crl_file=crl)), context_of(caller, site.authority, version=version))
+    if revoked and lists == "all":
+        refused(met, "revoked")
+    else:
+        accepted(met)
+
+
 @pytest.mark.parametrize("kind", ["self-signed", "issued elsewhere"])
 def test_certificates_of_devices_may_be_trusted_one_by_one(
     site: Site, meet: Callable[..., Met], tmp_path: Path, kind: str

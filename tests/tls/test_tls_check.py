@@ -150,7 +150,11 @@ def test_device_that_could_sign_for_others(setup: Setup, tmp_path: Path, authori
 
 def test_revocation_lists(setup: Setup) -> None:
     crl = setup.authority.revocations()
-    assert one(setup.findings(crl_file=crl), "revocation lists").level is Level.ok
+    found = setup.findings(crl_file=crl)
+    assert one(found, "revocation lists in").level is Level.ok
+    assert not any("intermediate" in f.text for f in found)
+    other = Authority(setup.authority.folder / "other", "Other CA").revocations()
+    assert one(setup.findings(crl_file=other), "intermediate").level is Level.note
     setup.authority.revocations(days=-1)
     assert one(setup.findings(crl_file=crl), "out of date").level is Level.fault
     crl.write_text("")
