@@ -58,6 +58,10 @@ class Committer:
     def file_of(self, sop_instance_uid: str) -> str:
         return self._catalogue.file_of(sop_instance_uid)
 
+    def ticks(self) -> float:
+        """Node time; of what is acknowledged before its commit, the order."""
+        return self._catalogue.db.clock.ticks()
+
     def close(self) -> None:
         """When nobody commits any more."""
         self._session.close()

@@ -176,6 +176,7 @@ class Incoming:
         self._entry: Entry | None = None
         self._taken = 0
         self._flushed = 0
+        self._received_at = 0.0
         self.size = 0
         """Bytes of the data set so far."""
 
@@ -291,6 +292,7 @@ class Incoming:
             name = self._ingest.store.new_name(self._attributes["SeriesInstanceUID"])
             self._ingest.store.stage(name, [self._meta, buffer.data_set])
             return self._commit(name)
+        self._received_at = self._ingest.committer.ticks()
         try:
             safe.journal.write(entry, buffer, self._fields(), self._hash.copy())
         except BaseException:
@@ -307,6 +309,7 @@ class Incoming:
             transfer_syntax_uid=request.transfer_syntax_uid,
             calling_ae=request.calling_ae,
             association_id=request.association_id,
+            received_at=self._received_at,
         )
 
     def _store_staged(self, staged: StagedFile) -> StoreAnswer:
@@ -340,6 +343,7 @@ class Incoming:
             sha256=whole.hexdigest(),
             dataset_sha256=data_hash,
             association_id=self._request.association_id,
+            received_at=self._received_at,
         )
 
     def _commit(self, name: str) -> StoreAnswer:

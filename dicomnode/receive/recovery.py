@@ -1,6 +1,9 @@
 """After a power cut: what the journal holds beyond the last retirement is stored again.
 
 After a mere crash of the process everything is there already; then this only makes it durable.
+
+Journals of several receivers are read one after the other, or at once, and rows of some of their
+objects may be there: so each record says when it was received, and what was received last serves.
 """
 
 from __future__ import annotations
@@ -19,7 +22,13 @@ from dicomnode.receive.part10 import file_meta
 
 
 def fields_of(
-    *, sop_class_uid: str, sop_instance_uid: str, transfer_syntax_uid: str, calling_ae: str, association_id: str
+    *,
+    sop_class_uid: str,
+    sop_instance_uid: str,
+    transfer_syntax_uid: str,
+    calling_ae: str,
+    association_id: str,
+    received_at: float,
 ) -> dict[str, str]:
     """What a record has to say beside the data set."""
     return {
@@ -28,6 +37,7 @@ def fields_of(
         "syntax": transfer_syntax_uid,
         "ae": calling_ae,
         "association": association_id,
+        "at": repr(received_at),
     }
 
 
@@ -78,13 +88,16 @@ def _store_again(found: Found, catalogue: Catalogue, store: ObjectStore, wanted:
     if not attributes.get("StudyInstanceUID") or not attributes.get("SeriesInstanceUID"):
         raise MalformedDataSet("recover", "a UID is missing")
     data_hash = durable.hash_object(found.data_set, meta)
-    held = catalogue.holds(fields["instance"], data_hash.whole)
+    received_at = float(fields.get("at", 0.0))  # 0: a record of an older version, which counts as received now
+    held = catalogue.holding(fields["instance"], data_hash.whole)
+    for file in held:  # the row survived: its file may not have
+        path = store.stage(store.new_name(attributes["SeriesInstanceUID"]), [meta, found.data_set])
+        durable.rename_into_place(path, store.path(file))
+        durable.sync_directory(store.path(file).parent)
+    if held and catalogue.received_at(fields["instance"]) >= received_at:
+        return 1
     name = store.new_name(attributes["SeriesInstanceUID"])
     path = store.stage(name, [meta, found.data_set])
-    if held:  # the row survived: its file may not have
-        durable.rename_into_place(path, store.path(held))
-        durable.sync_directory(store.path(held).parent)
-        return 1
     durable.sync_directory(path.parent)
     new = NewInstance(
         attributes=attributes,
@@ -94,6 +107,7 @@ def _store_again(found: Found, catalogue: Catalogue, store: ObjectStore, wanted:
         sha256=data_hash.whole,
         dataset_sha256=data_hash.data_set,
         association_id=fields["association"],
+        received_at=received_at,
     )
     if catalogue.commit([new]) == [Stored.duplicate]:
         _mend_copy(new, path, catalogue, store)

@@ -18,6 +18,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import apsw
+import psutil
 import sqlite_utils
 from pydicom import dcmread
 
@@ -50,9 +51,12 @@ class Sender:
         """All on one association, each answered with success."""
         with Association(self._port, contexts=contexts_for(items)) as assoc:
             for item in items:
-                self._note(item)
-                status = assoc.store(item)
-                assert status == 0, f"status 0x{status:04X}"
+                self.store_on(assoc, item)
+
+    def store_on(self, assoc: Association, item: Item) -> None:
+        self._note(item)
+        status = assoc.store(item)
+        assert status == 0, f"status 0x{status:04X}"
 
     def half(self, item: Item) -> None:
         """An object that ends in the middle, with the connection."""
@@ -128,6 +132,43 @@ def intake(folder: Path, library: Path, *, extra: int = 0) -> Recording:
     assert len(said) == 12 + extra, f"{len(said)} answers are in the trace"
     received = Received(sender.sent, said)
     return Recording("intake", events, (usable, whole, received), frozenset(s.number for s in said))
+
+
+def replaced(folder: Path, library: Path) -> Recording:
+    """Bytes A, then B, then A again under one UID, by one receiver and by two in turn; nothing is retired in between.
+
+    What is acknowledged last must serve, whichever journal or row a power cut leaves of the others.
+    """
+    node = Node(folder, dimse={"workers": 2, "journal_mb": JOURNAL_MB})
+    items = small_items(2)
+    with watched(node, library) as shim:
+        node.start("run", "receiver")
+        sender = Sender(node.port)
+        first, second = sorted(node.expected())
+        for item, receivers in ((items[0], (first, first, first)), (items[1], (first, second, first))):
+            for version, receiver in zip((item, padded(item, 2), item), receivers, strict=True):
+                _store_at(node, sender, receiver, version)
+        for receiver in (first, second):
+            node.kill(receiver)
+        node.stop()
+        events = shim.events()
+    assert_complete(events, node.data_dir)
+    said = answers(events)
+    assert len(said) == 6, f"{len(said)} answers are in the trace"
+    received = Received(sender.sent, said)
+    return Recording("replaced", events, (usable, whole, received), frozenset(s.number for s in said), said[0].number)
+
+
+def _store_at(node: Node, sender: Sender, receiver: str, item: Item) -> None:
+    """The kernel chooses who accepts: asked again until it is this receiver."""
+    process = psutil.Process(node.pids()[receiver])
+    for _ in range(1000):
+        with Association(node.port, contexts=contexts_for([item])) as assoc:
+            ours = assoc.sock.getsockname()[1]
+            if any(c.raddr and c.raddr.port == ours for c in process.net_connections("tcp")):
+                sender.store_on(assoc, item)
+                return
+    raise AssertionError(f"{receiver} accepts nothing")
 
 
 BEATER = """

@@ -233,6 +233,38 @@ def test_recovery_twice_makes_nothing_twice(node: Node) -> None:
     again.close()
 
 
+def test_bytes_that_came_back_serve_again(node: Node) -> None:
+    """A, B and A again under one UID; the process died before the last A had its row, and B's row is there."""
+    first, second = store_request(), store_request(data_set(PatientID="P2"))
+    assert node.acknowledge(first) == node.acknowledge(second) == 0
+    assert node.acknowledge(first, settle=False) == 0
+    after = node.crash()
+    assert list(after.served().values()) == [first.data]
+    assert {row["dataset_sha256"] for row in after.db.rows("SELECT dataset_sha256 FROM instances")} == {
+        durable.sha256(first.data)
+    }
+    again = after.crash()
+    assert list(again.served().values()) == [first.data]
+    assert all(again.store.path(r["file"]).exists() for r in again.db.rows("SELECT file FROM former_instances"))
+    again.close()
+
+
+def test_a_record_does_not_take_the_place_of_what_was_received_later(node: Node) -> None:
+    """It waited in a journal while another receiver took other bytes under its UID."""
+    early, late = store_request(), store_request(data_set(PatientID="P2"))
+    assert node.acknowledge(early, settle=False) == 0
+    other = Ingest(node.store, node.committer, node.wanted, reserve_bytes=1).begin(late.request)
+    other.write(memoryview(late.data))
+    assert other.finish().status == 0
+    after = node.crash()
+    assert after.recovered == 1
+    assert list(after.served().values()) == [late.data]
+    (former,) = after.db.rows("SELECT * FROM former_instances")
+    assert after.store.path(former["file"]).read_bytes().endswith(early.data)
+    assert after.db.value("SELECT generation FROM series") == 1
+    after.close()
+
+
 def test_a_torn_file_with_a_row_is_mended(node: Node) -> None:
     sent = store_request()
     node.acknowledge(sent)
