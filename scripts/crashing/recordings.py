@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tarfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -37,14 +37,15 @@ LONG_OBJECT = 1_200_000
 
 
 RING_OBJECT = 900_000
-"""Four of these fill the journal of a recording."""
+"""Three of these make a recording's journal so full that what came before is retired; two more go around its ring."""
 
 
 class Sender:
     """A modality with a ledger: what it sent, in order, before it knew of an answer."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, shim: Shim | None = None) -> None:
         self._port = port
+        self._shim = shim
         self.sent: dict[str, list[str]] = {}
 
     def store(self, *items: Item) -> None:
@@ -72,6 +73,15 @@ class Sender:
 
     def _note(self, item: Item) -> None:
         self.sent.setdefault(item.sop_instance_uid, []).append(item.sha256)
+        if self._shim is not None:
+            self._shim.mark(item.sop_instance_uid)
+
+    def received(self, events: Sequence[Event], said: Sequence[Said]) -> Received:
+        begun: dict[str, list[int]] = {}
+        for event in events:
+            if event.kind == "K":
+                begun.setdefault(event.data.decode(), []).append(event.number)
+        return Received(self.sent, said, begun)
 
 
 def small_items(count: int) -> list[Item]:
@@ -108,19 +118,18 @@ def intake(folder: Path, library: Path, *, extra: int = 0) -> Recording:
     one more and stops. ``extra`` more objects come before the kill.
     """
     node = Node(folder, dimse={"workers": 1, "journal_mb": JOURNAL_MB})
-    items = small_items(11 + extra)
+    items = small_items(10 + extra)
     with watched(node, library) as shim:
         node.start("run", "receiver")
-        sender = Sender(node.port)
+        sender = Sender(node.port, shim)
         sender.store(items[0], items[1], padded(items[2], LONG_OBJECT))
         sender.store(padded(items[0], 2), items[1])
         sender.half(padded(items[3], LONG_OBJECT))
         for begin in range(0, extra, 25):
-            sender.store(*items[11:][begin : begin + 25])
-        wait_retired(node, 4 + extra)
-        sender.store(*(padded(item, RING_OBJECT) for item in items[5:9]))
-        wait_retired(node, 8 + extra)
-        sender.store(*(padded(item, RING_OBJECT) for item in items[9:11]))
+            sender.store(*items[10:][begin : begin + 25])
+        sender.store(*(padded(item, RING_OBJECT) for item in items[5:8]))
+        wait_retired(node, 6 + extra)
+        sender.store(*(padded(item, RING_OBJECT) for item in items[8:10]))
         node.kill("receiver-1")
         node.stop()
         node.start("run", "receiver")
@@ -129,9 +138,10 @@ def intake(folder: Path, library: Path, *, extra: int = 0) -> Recording:
         events = shim.events()
     assert_complete(events, node.data_dir)
     said = answers(events)
-    assert len(said) == 12 + extra, f"{len(said)} answers are in the trace"
-    received = Received(sender.sent, said)
-    return Recording("intake", events, (usable, whole, received), frozenset(s.number for s in said))
+    assert len(said) == 11 + extra, f"{len(said)} answers are in the trace"
+    received = sender.received(events, said)
+    moments = frozenset(s.number for s in said)
+    return Recording("intake", events, (usable, whole, received), moments, fresh=received.fresh())
 
 
 def replaced(folder: Path, library: Path) -> Recording:
@@ -143,7 +153,7 @@ def replaced(folder: Path, library: Path) -> Recording:
     items = small_items(2)
     with watched(node, library) as shim:
         node.start("run", "receiver")
-        sender = Sender(node.port)
+        sender = Sender(node.port, shim)
         first, second = sorted(node.expected())
         for item, receivers in ((items[0], (first, first, first)), (items[1], (first, second, first))):
             for version, receiver in zip((item, padded(item, 2), item), receivers, strict=True):
@@ -155,8 +165,9 @@ def replaced(folder: Path, library: Path) -> Recording:
     assert_complete(events, node.data_dir)
     said = answers(events)
     assert len(said) == 6, f"{len(said)} answers are in the trace"
-    received = Received(sender.sent, said)
-    return Recording("replaced", events, (usable, whole, received), frozenset(s.number for s in said), said[0].number)
+    received = sender.received(events, said)
+    fresh = received.fresh()
+    return Recording("replaced", events, (usable, whole, received), frozenset(fresh), said[0].number, fresh=fresh[1:])
 
 
 def _store_at(node: Node, sender: Sender, receiver: str, item: Item) -> None:
@@ -172,13 +183,14 @@ def _store_at(node: Node, sender: Sender, receiver: str, item: Item) -> None:
 
 
 BEATER = """
-import pathlib, sys
+import pathlib, sys, time
 from dicomnode.index.database import Database
 from dicomnode.index.operation import Events
 events = Events(Database(pathlib.Path(sys.argv[1])))
 print("ready", flush=True)
 while True:
     events.add("info", "beat", "crash", "a durable commit of another process")
+    time.sleep(0.01)
 """
 
 
@@ -249,7 +261,8 @@ def results(folder: Path, library: Path) -> Recording:
     received = Received(sender.sent, [Said(-1, C_STORE_RSP, uid, 0) for uid in sender.sent])
     first = next(e.number for e in events if e.path.startswith("objects/"))
     moments = frozenset(s.number for s in sent)
-    return Recording("results", events, (usable, whole, received, delivered), moments, first, before)
+    rests_on = ("an object", "an object's folder", "the write-ahead log", "the database")
+    return Recording("results", events, (usable, whole, received, delivered), moments, first, before, rests_on=rests_on)
 
 
 MIGRATE = """
@@ -282,7 +295,8 @@ def upgrade(folder: Path, library: Path) -> Recording:
     )
     events = shim.events()
     assert_complete(events, data_dir, before())
-    return Recording("upgrade", events, (usable, Kept("patients", 200)), frozenset(), 0, before)
+    rests_on = ("the rollback journal", "data_dir", "the database")
+    return Recording("upgrade", events, (usable, Kept("patients", 200)), frozenset(), 0, before, rests_on=rests_on)
 
 
 def bundle(folder: Path, library: Path) -> Recording:
@@ -308,7 +322,8 @@ def bundle(folder: Path, library: Path) -> Recording:
     assert_complete(events, node.data_dir)
     wanted = {p.relative_to(source).as_posix(): p.read_bytes() for p in source.rglob("*") if p.is_file()}
     first = next(e.number for e in events if e.path.startswith("staging"))
-    return Recording("bundle", events, (usable, Bundle(name, version, wanted)), frozenset(), first)
+    rests_on = ("data_dir", "a folder of staging", "a file of a bundle", "a folder of models", "the database")
+    return Recording("bundle", events, (usable, Bundle(name, version, wanted)), frozenset(), first, rests_on=rests_on)
 
 
 def active(node: Node) -> dict[str, str]:
