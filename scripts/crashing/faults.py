@@ -22,7 +22,7 @@ import apsw
 
 from dicomnode.durable import EXIT_STORAGE
 from scripts.crashing.load import padded
-from scripts.crashing.recordings import LONG_OBJECT, small_items
+from scripts.crashing.recordings import LONG_OBJECT, RING_OBJECT, small_items
 from scripts.crashing.shim import Event, Faults, Op, Shim
 from scripts.crashing.survey import JOURNAL_MB
 from tests.e2e.harness import ROOT, Node, make_series, python_environment, rule
@@ -30,6 +30,9 @@ from tests.peers import Association, Cut, Item, Rejected, SlowLink, StoreScp, co
 
 OUT_OF_RESOURCES = 0xA700
 WAIT_SECONDS = 60.0
+FILLERS = 3
+"""Objects of ``RING_OBJECT`` bytes that make more than half of the journal."""
+
 STEPS = (Op.create, Op.write, Op.sync, Op.rename, Op.unlink, Op.truncate)
 
 
@@ -70,7 +73,11 @@ class Result:
 
 
 class Intake:
-    """One receiver process on a disk that can fail; each case sends a small and a long object."""
+    """One receiver process on a disk that can fail.
+
+    Each case sends a small and a long object, and then as many bytes as make the journal so
+    full that it is retired at once: what happens after the answers need not be waited for.
+    """
 
     def __init__(self, folder: Path, library: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -81,10 +88,16 @@ class Intake:
         self._items = iter(_endless_items())
         self._sent: dict[str, set[str]] = {}
         self._acknowledged: dict[str, str] = {}
+        self._journalled = 0
+        self._retired_before = 0
 
     def __enter__(self) -> Self:
-        self.node.start("run", "receiver")
+        self._start()
         return self
+
+    def _start(self) -> None:
+        self.node.start("run", "receiver")
+        self._journalled, self._retired_before = 0, self._retired_in_all()
 
     def __exit__(self, *_: object) -> None:
         self.faults.disarm()
@@ -94,17 +107,17 @@ class Intake:
     def reach(self, op: Op, match: str = "") -> int:
         """How many calls of a kind the two objects of a case make, up to their retirement."""
         self.faults.arm(op, errno.EIO, nth=1 << 30, match=match)
-        self._send()
+        list(self._send())
         self._wait_retired()
         seen = self.faults.seen
         self.faults.disarm()
         return seen
 
     def run(self, case: Case) -> Result:
-        begin = len(self.shim.events())
+        begin = self.shim.size
         self.faults.arm(case.op, case.code, nth=case.nth, sticky=case.sticky, match=case.match, shorten=case.shorten)
         answers = tuple(self._send())
-        self._wait_fired(case)
+        self._wait_fired(case, begin)
         fired = self.faults.fired > 0
         self.faults.disarm()
         again = [-1] if not self.node.running else list(self._send())
@@ -112,9 +125,10 @@ class Intake:
         if -1 in again:  # it has ended, or ended while it was asked: what failed was off the path of an answer
             self.node.wait(lambda: not self.node.running, WAIT_SECONDS, "the process ends")
             code = self.node.stop()
-            self.node.start("run", "receiver")
+            self._start()
             again = list(self._send())
-        events = self.shim.events()[begin:]
+        self._wait_retired()
+        events = self.shim.events(begin)
         wrong = [*_rules(case, fired and not _ignored(events), answers, code), *_no_second_sync(events)]
         if set(again) != {0}:
             wrong.append("it does not take objects again when the fault is over")
@@ -122,21 +136,25 @@ class Intake:
         return Result(case, fired, answers, code, tuple(wrong))
 
     def _send(self) -> Iterator[int]:
-        """A small and a long object, one after the other, on associations of their own."""
-        return iter([self._store(next(self._items)), self._store(padded(next(self._items), LONG_OBJECT))])
+        """A small object, a long one, and what fills the journal, each on an association of its own."""
+        yield self._store(next(self._items), journalled=True)
+        yield self._store(padded(next(self._items), LONG_OBJECT))
+        for _ in range(FILLERS):
+            yield self._store(padded(next(self._items), RING_OBJECT), journalled=True)
 
-    def _store(self, item: Item) -> int:
+    def _store(self, item: Item, *, journalled: bool = False) -> int:
         self._sent.setdefault(item.sop_instance_uid, set()).add(item.sha256)
         try:
             with Association(self.node.port, contexts=contexts_for([item]), timeout=20) as assoc:
                 status = assoc.store(item)
                 if status == 0:
                     self._acknowledged[item.sop_instance_uid] = item.sha256
+                    self._journalled += journalled
         except (Cut, Rejected, AssertionError):
             return 0 if item.sop_instance_uid in self._acknowledged else -1
         return status
 
-    def _wait_fired(self, case: Case) -> None:
+    def _wait_fired(self, case: Case, begin: int) -> None:
         """Until the fault struck and its consequence is there, or nothing more will come."""
 
         def over() -> bool:
@@ -145,24 +163,27 @@ class Intake:
             return self._retired()
 
         self.node.wait(over, WAIT_SECONDS, f"{case} struck")
-        if case.op is Op.sync and case.code == errno.EIO and self.faults.fired and not _ignored(self.shim.events()):
+        if (
+            case.op is Op.sync
+            and case.code == errno.EIO
+            and self.faults.fired
+            and not _ignored(self.shim.events(begin))
+        ):
             self.node.wait(lambda: not self.node.running, WAIT_SECONDS, "the process ends")
 
     def _wait_retired(self) -> None:
         self.node.wait(self._retired, WAIT_SECONDS, "the journal is retired")
 
     def _retired(self) -> bool:
-        """Everything acknowledged has a durable file and row of its own."""
-        try:
-            held = self.node.rows("SELECT count(*) AS n FROM instances")[0]["n"]
-            retired = self.node.rows("SELECT coalesce(sum(retired), 0) AS n FROM journals")[0]["n"]
-        except apsw.Error:
-            return False
-        # Each case's long object goes past the journal.
-        return bool(held >= len(self._acknowledged) and retired >= held - self._long_ones())
+        """What was acknowledged from the journal since the start has durable files and rows of its own, but for
+        what came after the ring was full enough."""
+        return self._retired_in_all() - self._retired_before > self._journalled - FILLERS
 
-    def _long_ones(self) -> int:
-        return int(self.node.rows(f"SELECT count(*) AS n FROM instances WHERE size > {LONG_OBJECT}")[0]["n"])
+    def _retired_in_all(self) -> int:
+        try:
+            return int(self.node.rows("SELECT coalesce(sum(retired), 0) AS n FROM journals")[0]["n"])
+        except apsw.Error:
+            return -1
 
     def _kept(self) -> Iterator[str]:
         rows = {r["SOPInstanceUID"]: r for r in self.node.rows("SELECT * FROM instances")}
@@ -300,10 +321,7 @@ class Whole:
         self.node.wait(lambda: self.faults.fired, WAIT_SECONDS, f"{case} struck")
         self.faults.disarm()
         wrong = []
-        if not self.node.running:
-            self.node.bury()
-            self.node.start(wait=False)
-        self.node.wait_ready()
+        self.node.wait(self._alive, WAIT_SECONDS, "every process is ready again")
         self.node.wait_delivered(series.series_uid, seconds=WAIT_SECONDS)
         jobs = [(j["revision"], j["state"]) for j in self.node.jobs(series.series_uid)]
         if jobs != [(1, "done")]:
@@ -319,6 +337,13 @@ class Whole:
         if sorted(r["kind"] for r in made) != ["SEG", "SR"]:
             wrong.append("there is not one SEG and one SR")
         return Result(case, True, answers, None, tuple(wrong))
+
+    def _alive(self) -> bool:
+        """Whether all of it runs; the whole node may have ended, and a supervisor would start it again."""
+        if not self.node.running:
+            self.node.bury()
+            self.node.start(wait=False)
+        return self.node.expected() <= self.node.pids().keys()
 
     def _at(self, when: str, series_uid: str) -> bool:
         if when == "analysing":

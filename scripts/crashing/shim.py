@@ -139,22 +139,31 @@ class Shim:
         finally:
             os.close(fd)
 
-    def events(self) -> list[Event]:
-        return read_trace(self.path)
+    @property
+    def size(self) -> int:
+        """Bytes of the trace so far; from there on :meth:`events` may read."""
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    def events(self, begin: int = 0) -> list[Event]:
+        return read_trace(self.path, begin)
 
 
-def read_trace(path: Path) -> list[Event]:
-    """All events; a record that a kill cut off ends the list."""
-    raw = path.read_bytes() if path.exists() else b""
+def read_trace(path: Path, begin: int = 0) -> list[Event]:
+    """All events from that byte on, numbered from 0; a record that a kill cut off ends the list."""
+    raw = b""
+    if path.exists():
+        with path.open("rb") as file:
+            file.seek(begin)
+            raw = file.read()
     events: list[Event] = []
     at = 0
     while at + _RECORD.size <= len(raw):
         total, kind, pid, flags, ino, offset, length, first, second, count = _RECORD.unpack_from(raw, at)
         if at + total > len(raw):
             break
-        begin = at + _RECORD.size
-        names = raw[begin : begin + first].decode(), raw[begin + first : begin + first + second].decode()
-        data = raw[begin + first + second : begin + first + second + count]
+        head = at + _RECORD.size
+        names = raw[head : head + first].decode(), raw[head + first : head + first + second].decode()
+        data = raw[head + first + second : head + first + second + count]
         events.append(Event(len(events), chr(kind), pid, flags, ino, offset, length, *names, data))
         at += total
     return events

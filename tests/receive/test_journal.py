@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +24,7 @@ from dicomnode.index.database import Database
 from dicomnode.index.journals import Journals
 from dicomnode.index.keys import HEADER_KEYS
 from dicomnode.receive import apply as apply_module
+from dicomnode.receive import retire as retire_module
 from dicomnode.receive.apply import Applier
 from dicomnode.receive.commit import Committer
 from dicomnode.receive.ingest import Ingest, Safe
@@ -328,6 +330,37 @@ def test_retired_records_are_durable_and_free_the_ring(node: Node, monkeypatch: 
     assert steps == ["file"] * 3 + ["folder", "index 3"]
     assert node.journal.used() == 0
     assert node.crash().recovered == 0
+
+
+def test_a_retirement_that_fails_is_tried_again_after_a_pause(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However full the ring is: without the pause a full disk would be written full of log lines."""
+    attempts: list[int] = []
+    tried = threading.Event()
+
+    def full(_journals: Journals, _mark: str, number: int) -> None:
+        attempts.append(number)
+        tried.set()
+        raise StorageError("commit to the index", "no space left")
+
+    big = data_set(BitsAllocated=8, PixelData=b"x" * 700_000)
+    with monkeypatch.context() as patch:
+        patch.setattr(retire_module, "RETRY_SECONDS", 3600.0)
+        patch.setattr(Journals, "retire", full)
+        node.retirer.start(node.journal.next_number)
+        for n in range(4):
+            assert node.acknowledge(store_request(big.replace(b"1.2.3.4", b"1.2.3.%d" % n), sop=f"1.2.3.{n}")) == 0
+        assert tried.wait(60)
+        assert node.journal.used() > retire_module.FULL_ENOUGH
+        for n in range(9):
+            assert (
+                node.acknowledge(store_request(data_set().replace(b"1.2.3.4", b"1.2.4.%d" % n), sop=f"1.2.4.{n}")) == 0
+            )
+        assert len(attempts) == 1
+        patch.setattr(Journals, "retire", lambda *_: attempts.append(-1))
+        node.retirer.close()
+    after = node.crash()
+    assert after.recovered == 13
+    after.close()
 
 
 def test_a_gap_is_not_passed(node: Node) -> None:
