@@ -23,13 +23,14 @@ ROUNDS = 2
 """Random states of the disk of each sort, at each moment, beside the extremes."""
 
 
-def power(folder: Path, seed: int, say: Say) -> Report:
+def power(folder: Path, seed: int, part: float, say: Say) -> Report:
+    folder.mkdir(parents=True, exist_ok=True)
     library = build(folder)
     report = Report("power", "power cuts", ("recording", "steps", "cuts", "states of the disk", "different", "broken"))
     begin, total, tried, missed = time.monotonic(), Outcome(), 0, 0
     for recording in _recordings(folder, library, say):
         with explorers(recording) as pool:
-            outcome = pool.all(rounds=ROUNDS, quick=recording.name == "crowd", seed=seed)
+            outcome = pool.all(rounds=ROUNDS, quick=recording.name == "crowd", seed=seed, part=part)
             total += outcome
             report.wrong += [f"{recording.name}: {breach}" for breach in outcome.breaches]
             for count, kept in _taken_away(recording, pool):

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -22,7 +24,7 @@ import apsw
 
 from dicomnode.durable import EXIT_STORAGE
 from scripts.crashing.load import padded
-from scripts.crashing.recordings import LONG_OBJECT, RING_OBJECT, small_items
+from scripts.crashing.recordings import LONG_OBJECT, RING_OBJECT, SMALL_JOURNAL, small_items
 from scripts.crashing.shim import Event, Faults, Op, Shim
 from scripts.crashing.survey import JOURNAL_MB
 from tests.e2e.harness import ROOT, Node, make_series, python_environment, rule
@@ -32,6 +34,9 @@ OUT_OF_RESOURCES = 0xA700
 WAIT_SECONDS = 60.0
 FILLERS = 3
 """Objects of ``RING_OBJECT`` bytes that make more than half of the journal."""
+
+FILLS = (".part", "index.sqlite-wal", "journal/")
+"""What a disk that becomes full cuts short: an object's file, the index's log, the journal."""
 
 STEPS = (Op.create, Op.write, Op.sync, Op.rename, Op.unlink, Op.truncate)
 
@@ -84,20 +89,15 @@ class Intake:
         self.node = Node(folder, dimse={"workers": 1, "journal_mb": JOURNAL_MB})
         self.faults = Faults(folder / "faults")
         self.shim = Shim(library, self.node.data_dir, folder / "trace", port=self.node.port)
-        self.node.environment = self.shim.environment(self.faults)
+        self.node.environment = {**self.shim.environment(self.faults), **SMALL_JOURNAL}
         self._items = iter(_endless_items())
         self._sent: dict[str, set[str]] = {}
         self._acknowledged: dict[str, str] = {}
-        self._journalled = 0
-        self._retired_before = 0
+        self._small = ""
 
     def __enter__(self) -> Self:
-        self._start()
-        return self
-
-    def _start(self) -> None:
         self.node.start("run", "receiver")
-        self._journalled, self._retired_before = 0, self._retired_in_all()
+        return self
 
     def __exit__(self, *_: object) -> None:
         self.faults.disarm()
@@ -114,21 +114,23 @@ class Intake:
         return seen
 
     def run(self, case: Case) -> Result:
-        begin = self.shim.size
+        self.shim.forget()
         self.faults.arm(case.op, case.code, nth=case.nth, sticky=case.sticky, match=case.match, shorten=case.shorten)
         answers = tuple(self._send())
-        self._wait_fired(case, begin)
+        self._wait_fired(case)
         fired = self.faults.fired > 0
         self.faults.disarm()
         again = [-1] if not self.node.running else list(self._send())
         code = None
-        if -1 in again:  # it has ended, or ended while it was asked: what failed was off the path of an answer
+        if -1 not in again:
+            self._wait_retired()
+        if -1 in again or not self.node.running:  # what failed was off the path of an answer
             self.node.wait(lambda: not self.node.running, WAIT_SECONDS, "the process ends")
             code = self.node.stop()
-            self._start()
+            self.node.start("run", "receiver")
             again = list(self._send())
-        self._wait_retired()
-        events = self.shim.events(begin)
+            self._wait_retired()
+        events = self.shim.events()
         wrong = [*_rules(case, fired and not _ignored(events), answers, code), *_no_second_sync(events)]
         if set(again) != {0}:
             wrong.append("it does not take objects again when the fault is over")
@@ -137,24 +139,26 @@ class Intake:
 
     def _send(self) -> Iterator[int]:
         """A small object, a long one, and what fills the journal, each on an association of its own."""
-        yield self._store(next(self._items), journalled=True)
+        small = next(self._items)
+        status = self._store(small)
+        self._small = small.sop_instance_uid if status == 0 else ""
+        yield status
         yield self._store(padded(next(self._items), LONG_OBJECT))
         for _ in range(FILLERS):
-            yield self._store(padded(next(self._items), RING_OBJECT), journalled=True)
+            yield self._store(padded(next(self._items), RING_OBJECT))
 
-    def _store(self, item: Item, *, journalled: bool = False) -> int:
+    def _store(self, item: Item) -> int:
         self._sent.setdefault(item.sop_instance_uid, set()).add(item.sha256)
         try:
             with Association(self.node.port, contexts=contexts_for([item]), timeout=20) as assoc:
                 status = assoc.store(item)
                 if status == 0:
                     self._acknowledged[item.sop_instance_uid] = item.sha256
-                    self._journalled += journalled
         except (Cut, Rejected, AssertionError):
             return 0 if item.sop_instance_uid in self._acknowledged else -1
         return status
 
-    def _wait_fired(self, case: Case, begin: int) -> None:
+    def _wait_fired(self, case: Case) -> None:
         """Until the fault struck and its consequence is there, or nothing more will come."""
 
         def over() -> bool:
@@ -163,27 +167,22 @@ class Intake:
             return self._retired()
 
         self.node.wait(over, WAIT_SECONDS, f"{case} struck")
-        if (
-            case.op is Op.sync
-            and case.code == errno.EIO
-            and self.faults.fired
-            and not _ignored(self.shim.events(begin))
-        ):
+        if case.op is Op.sync and case.code == errno.EIO and self.faults.fired and not _ignored(self.shim.events()):
             self.node.wait(lambda: not self.node.running, WAIT_SECONDS, "the process ends")
 
     def _wait_retired(self) -> None:
-        self.node.wait(self._retired, WAIT_SECONDS, "the journal is retired")
+        self.node.wait(lambda: not self.node.running or self._retired(), WAIT_SECONDS, "the journal is retired")
 
     def _retired(self) -> bool:
-        """What was acknowledged from the journal since the start has durable files and rows of its own, but for
-        what came after the ring was full enough."""
-        return self._retired_in_all() - self._retired_before > self._journalled - FILLERS
-
-    def _retired_in_all(self) -> int:
+        """Whether the small object's own file was synced, which is what lets go of the journal."""
+        if not self._small:
+            return True
         try:
-            return int(self.node.rows("SELECT coalesce(sum(retired), 0) AS n FROM journals")[0]["n"])
-        except apsw.Error:
-            return -1
+            held = self.node.instance(self._small)
+            ino = (self.node.data_dir / "objects" / held["file"]).stat().st_ino if held else -1
+        except (apsw.Error, FileNotFoundError):  # the process ends, or begins
+            return False
+        return any(event.kind == "S" and event.ino == ino for event in self.shim.events())
 
     def _kept(self) -> Iterator[str]:
         rows = {r["SOPInstanceUID"]: r for r in self.node.rows("SELECT * FROM instances")}
@@ -241,22 +240,18 @@ def _no_second_sync(events: Sequence[Event]) -> Iterator[str]:
             yield "a failed fsync was tried again"
 
 
-def intake_cases(intake: Intake, *, full: bool) -> list[Case]:
-    """Every step that an intake takes: each fsync with EIO; each other kind once, and all of it from then on."""
-    cases = []
+def intake_cases(intake: Intake, chance: random.Random, part: float) -> list[Case]:
+    """Every step that an intake takes, or ``part`` of them: EIO and ENOSPC, once and from then on.
+
+    However small the part is, each kind of step and each kind of fault is in it.
+    """
+    cases: list[Case] = []
     for op in STEPS:
-        count = intake.reach(op)
-        if not count:
-            continue
-        numbers = list(range(1, count + 1))
-        few = numbers if full or op is Op.sync else sorted({1, (count + 1) // 2, count})
-        cases += [Case(op, errno.EIO, n) for n in few]
-        cases += [Case(op, errno.ENOSPC, n, sticky=True) for n in (numbers if full else few[:2])]
-        if full:
-            cases += [Case(op, errno.ENOSPC, n) for n in numbers]
-            cases += [Case(op, errno.EIO, n, sticky=True) for n in numbers]
-    cases += [Case(Op.write, errno.ENOSPC, 1, True, match, True) for match in (".part", "index.sqlite-wal", "journal/")]
-    return cases
+        steps = range(1, intake.reach(op) + 1)
+        for code, sticky in itertools.product((errno.EIO, errno.ENOSPC), (False, True)) if steps else ():
+            count = max(1, round(part * len(steps)))
+            cases += [Case(op, code, n, sticky) for n in sorted(chance.sample(steps, count))]
+    return cases + [Case(Op.write, errno.ENOSPC, 1, True, match, True) for match in FILLS]
 
 
 # Results, deliveries, activation.
@@ -280,7 +275,9 @@ LATER = tuple(
     for op in ops
     for code in (errno.EIO, errno.ENOSPC)
 )
-SOME_LATER = (LATER[4], LATER[1], LATER[10], LATER[14])
+ACTIVATION = tuple(
+    Case(op, code, match="index.sqlite-wal") for op in (Op.write, Op.sync) for code in (errno.EIO, errno.ENOSPC)
+)
 
 
 class Whole:
@@ -351,13 +348,16 @@ class Whole:
         return any(d["state"] == "sending" for d in self.node.deliveries(series_uid))
 
     def activate(self, case: Case) -> list[str]:
-        """``models activate`` on a disk that fails, then on one that works."""
-        self.faults.arm(case.op, case.code, match=case.match)
+        """``models activate`` on a disk that fails for it alone, then on one that works."""
+        faults = Faults(self.node.folder / "faults-of-the-verb")
+        faults.arm(case.op, case.code, match=case.match)
         argv = [sys.executable, "-m", "dicomnode", "models", "activate", "ct-lung@1.0.0", "--config"]
-        environment = {**python_environment(), **self.node.environment}
+        environment = {**python_environment(), **self._shim.environment(faults)}
         failed = _run([*argv, str(self.node.config)], environment)
-        self.faults.disarm()
-        wrong = [] if failed in (1, EXIT_STORAGE) else [f"models activate ended with {failed}"]
+        fired = faults.fired > 0
+        faults.disarm()
+        wrong = [] if fired else ["the fault did not strike"]
+        wrong += [] if failed in (1, EXIT_STORAGE) else [f"models activate ended with {failed}"]
         if _run([*argv, str(self.node.config)], environment) != 0:
             wrong.append("models activate does not work afterwards")
         return wrong

@@ -40,6 +40,10 @@ RING_OBJECT = 900_000
 """Three of these make a recording's journal so full that what came before is retired; two more go around its ring."""
 
 
+SMALL_JOURNAL = {"DICOMNODE__DIMSE__JOURNAL_MB": str(JOURNAL_MB)}
+"""A variable goes before the file, and the test run sets another one for all its nodes."""
+
+
 class Sender:
     """A modality with a ledger: what it sent, in order, before it knew of an answer."""
 
@@ -107,7 +111,7 @@ def wait_retired(node: Node, count: int) -> None:
 def watched(node: Node, library: Path, *, peer: int = 0) -> Iterator[Shim]:
     """Everything that the node starts inside writes down what it does."""
     shim = Shim(library, node.data_dir, node.folder / "trace", port=node.port, peer=peer)
-    node.environment = shim.environment()
+    node.environment = {**shim.environment(), **SMALL_JOURNAL}
     yield shim
     node.environment = {}
 
@@ -360,7 +364,7 @@ def birth(folder: Path, library: Path, *, dies_before_sync: int) -> Recording | 
     item = small_items(1)[0]
     sender = Sender(node.port)
     with watched(node, library) as shim:
-        node.environment = shim.environment(faults)
+        node.environment = {**shim.environment(faults), **SMALL_JOURNAL}
         faults.arm(Op.sync, KILL, nth=dies_before_sync)
         node.start("run", "receiver", wait=False)
         node.wait(lambda: not node.running or node.expected() <= node.pids().keys(), 60, "the first life is over")

@@ -139,22 +139,18 @@ class Shim:
         finally:
             os.close(fd)
 
-    @property
-    def size(self) -> int:
-        """Bytes of the trace so far; from there on :meth:`events` may read."""
-        return self.path.stat().st_size if self.path.exists() else 0
+    def forget(self) -> None:
+        """Begin anew; those who write append, so they go on at the beginning."""
+        if self.path.exists():
+            os.truncate(self.path, 0)
 
-    def events(self, begin: int = 0) -> list[Event]:
-        return read_trace(self.path, begin)
+    def events(self) -> list[Event]:
+        return read_trace(self.path)
 
 
-def read_trace(path: Path, begin: int = 0) -> list[Event]:
-    """All events from that byte on, numbered from 0; a record that a kill cut off ends the list."""
-    raw = b""
-    if path.exists():
-        with path.open("rb") as file:
-            file.seek(begin)
-            raw = file.read()
+def read_trace(path: Path) -> list[Event]:
+    """All events; a record that a kill cut off ends the list."""
+    raw = path.read_bytes() if path.exists() else b""
     events: list[Event] = []
     at = 0
     while at + _RECORD.size <= len(raw):
