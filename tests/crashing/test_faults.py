@@ -58,8 +58,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory, library: Path) -> Iterator[W
         yield running
 
 
-CHOSEN = [later for later in LATER if (later.when, later.case.op) in {("analysing", Op.sync), ("sending", Op.write)}]
-SOME = [later for later in CHOSEN if later.case.code == errno.EIO]
+SOME = [
+    later
+    for later in LATER
+    if later.case.code == errno.EIO
+    and (later.when, later.case.op, later.case.match)
+    in {("analysing", Op.sync, "objects/"), ("sending", Op.write, "index.sqlite-wal")}
+]
 
 
 @pytest.mark.parametrize("number", range(len(SOME)))
