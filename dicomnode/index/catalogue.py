@@ -34,8 +34,9 @@ class NewInstance:
     ``attributes`` maps DICOM keywords to decoded text. ``file`` is the store's relative
     name, ``dataset_sha256`` is over the data set as received, ``sha256`` over it and
     then the file meta information (:func:`dicomnode.durable.sha256_object`).
-    ``origin`` is ``received`` or ``result``. ``received_at`` is node time in seconds, now where
-    it is not given.
+    ``origin`` is ``received`` or ``result``. ``received_at`` is node time just before it was
+    acknowledged, where that came before the commit; else 0. Of two objects with one UID the
+    later one serves, whichever is committed first.
     """
 
     attributes: Mapping[str, str]
@@ -46,7 +47,7 @@ class NewInstance:
     dataset_sha256: str
     association_id: str = ""
     origin: str = "received"
-    received_at: float | None = None
+    received_at: float = 0.0
 
 
 class Stored(StrEnum):
@@ -55,7 +56,7 @@ class Stored(StrEnum):
     added = "added"
     duplicate = "duplicate"  # identical bytes were here already; the new file is not needed
     replaced = "replaced"  # same UID, other bytes: the newest serves, the former file is kept
-    superseded = "superseded"  # same UID, other bytes, but what serves came later: kept as a former one
+    former = "former"  # same UID, other bytes, but what serves was received later: this file is kept as a former one
 
 
 MAX_KNOWN = 4096
@@ -169,20 +170,20 @@ class Catalogue:
             new.sha256,
             new.dataset_sha256,
             new.association_id,
-            adding.now if new.received_at is None else new.received_at,
+            new.received_at or adding.now,
             adding.moment,
         )
         outcome = Stored.added if self.db.execute(_INSERT, row) == 1 else self._replace(new, row, adding)
-        if outcome is Stored.duplicate:
+        if outcome in (Stored.duplicate, Stored.former):
             return outcome
-        if new.origin == "received" and outcome is not Stored.superseded:
+        if new.origin == "received":
             adding.received[series.id, attributes["SeriesInstanceUID"]] += 1
         if new.association_id:
             adding.associations[new.association_id] += 1
         return outcome
 
     def _replace(self, new: NewInstance, row: Sequence[Any], adding: _Adding) -> Stored:
-        """Put other bytes in the place of a known instance, unless they are the same or came before it."""
+        """Put other bytes in the place of a known instance, unless they are the same or were received before it."""
         db, uid = self.db, new.attributes["SOPInstanceUID"]
         known = db.row(
             "SELECT id, series_id, file, sha256, dataset_sha256, TransferSyntaxUID, association_id, received_at"
@@ -191,29 +192,26 @@ class Catalogue:
         )
         if known is None:
             raise _Stale
+        received = new.received_at or adding.now
         if (known["dataset_sha256"], known["TransferSyntaxUID"]) == (new.dataset_sha256, new.transfer_syntax_uid):
+            # It was acknowledged again: what came in between must not take its place when a journal is replayed.
+            db.execute("UPDATE instances SET received_at = max(received_at, ?) WHERE id = ?", (received, known["id"]))
             return Stored.duplicate
-        if new.received_at is not None and new.received_at < float(known["received_at"]):
-            mine = {"TransferSyntaxUID": new.transfer_syntax_uid, "file": new.file, "sha256": new.sha256}
-            self._keep_former({**mine, "association_id": new.association_id}, uid, known["sha256"], adding)
-            return Stored.superseded
-        self._keep_former(known, uid, new.sha256, adding)
+        if known["received_at"] > received:
+            theirs = (new.transfer_syntax_uid, new.file, new.sha256, known["sha256"], new.association_id)
+            self._keep_former(uid, theirs, adding)
+            return Stored.former
+        former = (known["TransferSyntaxUID"], known["file"], known["sha256"], new.sha256, known["association_id"])
+        self._keep_former(uid, former, adding)
         db.execute(_REPLACE, (*row, known["id"]))
         if known["series_id"] != row[0]:  # it moved: its former series has changed too
             db.execute("UPDATE series SET generation = generation + 1 WHERE id = ?", (known["series_id"],))
         return Stored.replaced
 
-    def _keep_former(self, former: Mapping[str, Any], uid: str, replaced_by: str, adding: _Adding) -> None:
-        names = ("TransferSyntaxUID", "file", "sha256", "association_id")
-        self.db.insert(
-            "former_instances",
-            {
-                "SOPInstanceUID": uid,
-                **{name: former[name] for name in names},
-                "replaced_by_sha256": replaced_by,
-                "replaced_time": adding.moment,
-            },
-        )
+    def _keep_former(self, uid: str, values: tuple[str, ...], adding: _Adding) -> None:
+        names = ("TransferSyntaxUID", "file", "sha256", "replaced_by_sha256", "association_id")
+        row = {"SOPInstanceUID": uid, **dict(zip(names, values, strict=True)), "replaced_time": adding.moment}
+        self.db.insert("former_instances", row)
 
     def _settle(self, adding: _Adding) -> None:
         """Count what came, by series and association. Raises _Stale when a remembered series is gone."""
@@ -351,14 +349,20 @@ class Catalogue:
     def hash_of(self, sop_instance_uid: str) -> str:
         return str(self.db.value("SELECT sha256 FROM instances WHERE SOPInstanceUID = ?", (sop_instance_uid,)) or "")
 
-    def holds(self, sop_instance_uid: str, sha256: str) -> str:
-        """The file of an instance with just this hash, now or formerly; empty when there is none."""
-        for table in ("instances", "former_instances"):
-            sql = f"SELECT file FROM {table} WHERE SOPInstanceUID = ? AND sha256 = ?"
-            file = self.db.value(sql, (sop_instance_uid, sha256))
-            if file:
-                return str(file)
-        return ""
+    def holding(self, sop_instance_uid: str, sha256: str) -> list[str]:
+        """The files of an instance with just this hash: the one that serves, and former ones."""
+        return [
+            str(row["file"])
+            for table in ("instances", "former_instances")
+            for row in self.db.rows(
+                f"SELECT file FROM {table} WHERE SOPInstanceUID = ? AND sha256 = ?", (sop_instance_uid, sha256)
+            )
+        ]
+
+    def received_at(self, sop_instance_uid: str) -> float:
+        """Node time at which what serves was acknowledged last; 0 when nothing serves."""
+        sql = "SELECT received_at FROM instances WHERE SOPInstanceUID = ?"
+        return float(self.db.value(sql, (sop_instance_uid,)) or 0.0)
 
     # Associations: evidence for completeness. After a power cut a lost row means a lost association.
 

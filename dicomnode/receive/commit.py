@@ -55,12 +55,12 @@ class Committer:
             raise StorageError("commit to the index", "the commit ended without an outcome")
         return ticket.outcome
 
-    def now(self) -> float:
-        """Node time, seconds."""
-        return self._catalogue.db.clock.ticks()
-
     def file_of(self, sop_instance_uid: str) -> str:
         return self._catalogue.file_of(sop_instance_uid)
+
+    def ticks(self) -> float:
+        """Node time; of what is acknowledged before its commit, the order."""
+        return self._catalogue.db.clock.ticks()
 
     def close(self) -> None:
         """When nobody commits any more."""

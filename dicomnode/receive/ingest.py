@@ -182,7 +182,7 @@ class Ingest:
         self.buffers = BufferPool(SPILL_BYTES, safe.journal.path if safe is not None else None)
         self.room = Room(store, lambda: safe.applier.waiting_bytes if safe is not None else 0)
         self._reserve = reserve_bytes
-        self.clock: Callable[[], float] = committer.now
+        self.clock: Callable[[], float] = committer.ticks
         """Node time, seconds."""
 
     def begin(self, request: StoreRequest) -> Incoming:

@@ -1,6 +1,9 @@
 """After a power cut: what the journal holds beyond the last retirement is stored again.
 
 After a mere crash of the process everything is there already; then this only makes it durable.
+
+Journals of several receivers are read one after the other, or at once, and rows of some of their
+objects may be there: so each record says when it was received, and what was received last serves.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from dicomnode.index.catalogue import Catalogue, NewInstance, Stored
 from dicomnode.index.journals import Journals
 from dicomnode.receive import progress
 from dicomnode.receive.journal import SUFFIX, Found, Journal
-from dicomnode.receive.record import IDENTITY, Described, Fields, decode_fields, describe, meta_of
+from dicomnode.receive.record import IDENTITY, Fields, decode_fields, describe, meta_of
 from dicomnode.receive.retire import SYNC_THREADS
 
 BATCH = 256
@@ -37,7 +40,7 @@ def recover(journal: Journal, catalogue: Catalogue, store: ObjectStore, wanted: 
     with ThreadPoolExecutor(SYNC_THREADS, thread_name_prefix="sync") as pool:
         for batch in batched(journal.records(after=highest)):
             files = [_recovered(found, catalogue, store, wanted) for found in batch]
-            store.sync([name for name in files if name], pool)
+            store.sync(itertools.chain.from_iterable(files), pool)
             highest = batch[-1].number
             journals.retire(journal.mark, highest)
             count += sum(map(bool, files))
@@ -50,14 +53,14 @@ def batched(records: Iterator[Found]) -> Iterator[list[Found]]:
         yield batch
 
 
-def _recovered(found: Found, catalogue: Catalogue, store: ObjectStore, wanted: Wanted) -> str:
-    """The file (relative name) that has to be durable; empty when the record was put aside."""
+def _recovered(found: Found, catalogue: Catalogue, store: ObjectStore, wanted: Wanted) -> list[str]:
+    """The files (relative names) that have to be durable; none when the record was put aside."""
     fields = decode_fields(found.fields)
     try:
         return _store_again(fields, found.data_set, catalogue, store, wanted)
     except (MalformedDataSet, LookupError, TypeError, ValueError) as error:
         _put_aside(fields, found.data_set, store, type(error).__name__)
-        return ""
+        return []
 
 
 def recover_others(folder: Path, own: Path, catalogue: Catalogue, store: ObjectStore, wanted: Wanted) -> int:
@@ -78,8 +81,10 @@ def recover_others(folder: Path, own: Path, catalogue: Catalogue, store: ObjectS
     return count
 
 
-def _store_again(fields: Fields, data_set: bytes, catalogue: Catalogue, store: ObjectStore, wanted: Wanted) -> str:
-    """File and row, without barriers; the name of the file that serves the record.
+def _store_again(
+    fields: Fields, data_set: bytes, catalogue: Catalogue, store: ObjectStore, wanted: Wanted
+) -> list[str]:
+    """File and row, without barriers; the names of the files that have to be durable.
 
     Raises MalformedDataSet for what this version would refuse.
     """
@@ -90,30 +95,19 @@ def _store_again(fields: Fields, data_set: bytes, catalogue: Catalogue, store: O
         raise MalformedDataSet("recover", "UIDs differ between command and data set")
     if not all(attributes.get(keyword) for keyword in IDENTITY):
         raise MalformedDataSet("recover", "a UID is missing")
-    held = _held(fields, described, catalogue)
+    uid = fields.sop_instance_uid
+    held = catalogue.holding(uid, described.hashes.whole)
+    for file in held:  # the row survived: its file may not have
+        path = store.stage(store.new_name(attributes["SeriesInstanceUID"]), [described.meta, data_set], sync=False)
+        durable.rename_into_place(path, store.path(file))
+    if held and catalogue.received_at(uid) >= fields.received_at:
+        return held
     new = described.instance(fields, store.new_name(attributes["SeriesInstanceUID"]))
     path = store.stage(new.file, [described.meta, data_set], sync=False)
-    if held:  # the row survived: its file may not have
-        durable.rename_into_place(path, store.path(held))
-        return held
     outcome = catalogue.commit([new], sync=False)
-    logs.get().info("object stored again from the journal", instance=logs.uid_hash(fields.sop_instance_uid))
-    return _mended_copy(new, path, catalogue, store) if outcome == [Stored.duplicate] else new.file
-
-
-def _held(fields: Fields, described: Described, catalogue: Catalogue) -> str:
-    """The file of the row that this very record has, if it has one.
-
-    The same bytes may have come before: A, then B, then A again. So a former instance counts only
-    where what serves now came later than this record.
-    """
-    uid, whole = fields.sop_instance_uid, described.hashes.whole
-    serving = catalogue.instance(uid)
-    if serving is None:
-        return ""
-    if serving["sha256"] == whole:
-        return str(serving["file"])
-    return catalogue.holds(uid, whole) if float(serving["received_at"]) > fields.received_at else ""
+    logs.get().info("object stored again from the journal", instance=logs.uid_hash(uid))
+    serving = _mended_copy(new, path, catalogue, store) if outcome == [Stored.duplicate] else new.file
+    return [*held, serving]
 
 
 def _put_aside(fields: Fields, data_set: bytes, store: ObjectStore, cause: str) -> None:

@@ -30,6 +30,7 @@ SYNC_THREADS = 4
 """Objects that are made durable side by side."""
 
 RETRY_SECONDS = 5.0
+"""Pause after an attempt that failed, however full the ring: a full disk must not be written full of log lines."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ class Retirer:
         self._changed = threading.Condition()
         self._settled: dict[int, _Settled] = {}
         self._next = 0
-        self._oldest_at = self._newest_at = 0.0
+        self._oldest_at = self._newest_at = self._retry_at = 0.0
         self._closing = False
         self._pool = ThreadPoolExecutor(SYNC_THREADS, thread_name_prefix="sync")
         self._thread = threading.Thread(target=self._run, name="retire", daemon=True)
@@ -100,14 +101,15 @@ class Retirer:
     def _due(self) -> bool:
         if self._next not in self._settled:
             return False
-        return (
-            self._closing or self._journal.used() > FULL_ENOUGH or time.monotonic() - self._oldest_at >= OLDEST_SECONDS
-        )
+        now = time.monotonic()
+        due = self._journal.used() > FULL_ENOUGH or now - self._oldest_at >= OLDEST_SECONDS
+        return self._closing or (due and now >= self._retry_at)
 
     def _wait_seconds(self) -> float | None:
         if not self._settled:
             return None
-        return max(0.01, OLDEST_SECONDS - (time.monotonic() - self._oldest_at))
+        now = time.monotonic()
+        return max(0.01, OLDEST_SECONDS - (now - self._oldest_at), self._retry_at - now)
 
     def _prefix(self) -> list[_Settled]:
         """What is settled without a gap: a number says that all before it are retired."""
@@ -122,7 +124,7 @@ class Retirer:
         with self._changed:
             self._settled |= {s.entry.number: s for s in batch}
             self._next = batch[0].entry.number
-            self._oldest_at = self._newest_at = time.monotonic() + RETRY_SECONDS
+            self._retry_at = time.monotonic() + RETRY_SECONDS
 
     def _retire(self, batch: list[_Settled]) -> None:
         self._store.sync([s.file for s in batch if s.file], self._pool)

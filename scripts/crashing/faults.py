@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -22,7 +24,7 @@ import apsw
 
 from dicomnode.durable import EXIT_STORAGE
 from scripts.crashing.load import padded
-from scripts.crashing.recordings import LONG_OBJECT, small_items
+from scripts.crashing.recordings import LONG_OBJECT, RING_OBJECT, SMALL_JOURNAL, small_items
 from scripts.crashing.shim import Event, Faults, Op, Shim
 from scripts.crashing.survey import JOURNAL_MB
 from tests.e2e.harness import ROOT, Node, make_series, python_environment, rule
@@ -30,6 +32,12 @@ from tests.peers import Association, Cut, Item, Rejected, SlowLink, StoreScp, co
 
 OUT_OF_RESOURCES = 0xA700
 WAIT_SECONDS = 60.0
+FILLERS = 3
+"""Objects of ``RING_OBJECT`` bytes that make more than half of the journal."""
+
+FILLS = (".part", "index.sqlite-wal", "journal/")
+"""What a disk that becomes full cuts short: an object's file, the index's log, the journal."""
+
 STEPS = (Op.create, Op.write, Op.sync, Op.rename, Op.unlink, Op.truncate)
 
 
@@ -70,17 +78,22 @@ class Result:
 
 
 class Intake:
-    """One receiver process on a disk that can fail; each case sends a small and a long object."""
+    """One receiver process on a disk that can fail.
+
+    Each case sends a small and a long object, and then as many bytes as make the journal so
+    full that it is retired at once: what happens after the answers need not be waited for.
+    """
 
     def __init__(self, folder: Path, library: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.node = Node(folder, dimse={"workers": 1, "journal_mb": JOURNAL_MB})
         self.faults = Faults(folder / "faults")
         self.shim = Shim(library, self.node.data_dir, folder / "trace", port=self.node.port)
-        self.node.environment = self.shim.environment(self.faults)
+        self.node.environment = {**self.shim.environment(self.faults), **SMALL_JOURNAL}
         self._items = iter(_endless_items())
         self._sent: dict[str, set[str]] = {}
         self._acknowledged: dict[str, str] = {}
+        self._small = ""
 
     def __enter__(self) -> Self:
         self.node.start("run", "receiver")
@@ -94,14 +107,14 @@ class Intake:
     def reach(self, op: Op, match: str = "") -> int:
         """How many calls of a kind the two objects of a case make, up to their retirement."""
         self.faults.arm(op, errno.EIO, nth=1 << 30, match=match)
-        self._send()
+        list(self._send())
         self._wait_retired()
         seen = self.faults.seen
         self.faults.disarm()
         return seen
 
     def run(self, case: Case) -> Result:
-        begin = len(self.shim.events())
+        self.shim.forget()
         self.faults.arm(case.op, case.code, nth=case.nth, sticky=case.sticky, match=case.match, shorten=case.shorten)
         answers = tuple(self._send())
         self._wait_fired(case)
@@ -109,12 +122,15 @@ class Intake:
         self.faults.disarm()
         again = [-1] if not self.node.running else list(self._send())
         code = None
-        if -1 in again:  # it has ended, or ended while it was asked: what failed was off the path of an answer
+        if -1 not in again:
+            self._wait_retired()
+        if -1 in again or not self.node.running:  # what failed was off the path of an answer
             self.node.wait(lambda: not self.node.running, WAIT_SECONDS, "the process ends")
             code = self.node.stop()
             self.node.start("run", "receiver")
             again = list(self._send())
-        events = self.shim.events()[begin:]
+            self._wait_retired()
+        events = self.shim.events()
         wrong = [*_rules(case, fired and not _ignored(events), answers, code), *_no_second_sync(events)]
         if set(again) != {0}:
             wrong.append("it does not take objects again when the fault is over")
@@ -122,8 +138,14 @@ class Intake:
         return Result(case, fired, answers, code, tuple(wrong))
 
     def _send(self) -> Iterator[int]:
-        """A small and a long object, one after the other, on associations of their own."""
-        return iter([self._store(next(self._items)), self._store(padded(next(self._items), LONG_OBJECT))])
+        """A small object, a long one, and what fills the journal, each on an association of its own."""
+        small = next(self._items)
+        status = self._store(small)
+        self._small = small.sop_instance_uid if status == 0 else ""
+        yield status
+        yield self._store(padded(next(self._items), LONG_OBJECT))
+        for _ in range(FILLERS):
+            yield self._store(padded(next(self._items), RING_OBJECT))
 
     def _store(self, item: Item) -> int:
         self._sent.setdefault(item.sop_instance_uid, set()).add(item.sha256)
@@ -149,20 +171,18 @@ class Intake:
             self.node.wait(lambda: not self.node.running, WAIT_SECONDS, "the process ends")
 
     def _wait_retired(self) -> None:
-        self.node.wait(self._retired, WAIT_SECONDS, "the journal is retired")
+        self.node.wait(lambda: not self.node.running or self._retired(), WAIT_SECONDS, "the journal is retired")
 
     def _retired(self) -> bool:
-        """Everything acknowledged has a durable file and row of its own."""
+        """Whether the small object's own file was synced, which is what lets go of the journal."""
+        if not self._small:
+            return True
         try:
-            held = self.node.rows("SELECT count(*) AS n FROM instances")[0]["n"]
-            retired = self.node.rows("SELECT coalesce(sum(retired), 0) AS n FROM journals")[0]["n"]
-        except apsw.Error:
+            held = self.node.instance(self._small)
+            ino = (self.node.data_dir / "objects" / held["file"]).stat().st_ino if held else -1
+        except (apsw.Error, FileNotFoundError):  # the process ends, or begins
             return False
-        # Each case's long object goes past the journal.
-        return bool(held >= len(self._acknowledged) and retired >= held - self._long_ones())
-
-    def _long_ones(self) -> int:
-        return int(self.node.rows(f"SELECT count(*) AS n FROM instances WHERE size > {LONG_OBJECT}")[0]["n"])
+        return any(event.kind == "S" and event.ino == ino for event in self.shim.events())
 
     def _kept(self) -> Iterator[str]:
         rows = {r["SOPInstanceUID"]: r for r in self.node.rows("SELECT * FROM instances")}
@@ -220,22 +240,18 @@ def _no_second_sync(events: Sequence[Event]) -> Iterator[str]:
             yield "a failed fsync was tried again"
 
 
-def intake_cases(intake: Intake, *, full: bool) -> list[Case]:
-    """Every step that an intake takes: each fsync with EIO; each other kind once, and all of it from then on."""
-    cases = []
+def intake_cases(intake: Intake, chance: random.Random, part: float) -> list[Case]:
+    """Every step that an intake takes, or ``part`` of them: EIO and ENOSPC, once and from then on.
+
+    However small the part is, each kind of step and each kind of fault is in it.
+    """
+    cases: list[Case] = []
     for op in STEPS:
-        count = intake.reach(op)
-        if not count:
-            continue
-        numbers = list(range(1, count + 1))
-        few = numbers if full or op is Op.sync else sorted({1, (count + 1) // 2, count})
-        cases += [Case(op, errno.EIO, n) for n in few]
-        cases += [Case(op, errno.ENOSPC, n, sticky=True) for n in (numbers if full else few[:2])]
-        if full:
-            cases += [Case(op, errno.ENOSPC, n) for n in numbers]
-            cases += [Case(op, errno.EIO, n, sticky=True) for n in numbers]
-    cases += [Case(Op.write, errno.ENOSPC, 1, True, match, True) for match in (".part", "index.sqlite-wal", "journal/")]
-    return cases
+        steps = range(1, intake.reach(op) + 1)
+        for code, sticky in itertools.product((errno.EIO, errno.ENOSPC), (False, True)) if steps else ():
+            count = max(1, round(part * len(steps)))
+            cases += [Case(op, code, n, sticky) for n in sorted(chance.sample(steps, count))]
+    return cases + [Case(Op.write, errno.ENOSPC, 1, True, match, True) for match in FILLS]
 
 
 # Results, deliveries, activation.
@@ -259,7 +275,9 @@ LATER = tuple(
     for op in ops
     for code in (errno.EIO, errno.ENOSPC)
 )
-SOME_LATER = (LATER[4], LATER[1], LATER[10], LATER[14])
+ACTIVATION = tuple(
+    Case(op, code, match="index.sqlite-wal") for op in (Op.write, Op.sync) for code in (errno.EIO, errno.ENOSPC)
+)
 
 
 class Whole:
@@ -300,10 +318,7 @@ class Whole:
         self.node.wait(lambda: self.faults.fired, WAIT_SECONDS, f"{case} struck")
         self.faults.disarm()
         wrong = []
-        if not self.node.running:
-            self.node.bury()
-            self.node.start(wait=False)
-        self.node.wait_ready()
+        self.node.wait(self._alive, WAIT_SECONDS, "every process is ready again")
         self.node.wait_delivered(series.series_uid, seconds=WAIT_SECONDS)
         jobs = [(j["revision"], j["state"]) for j in self.node.jobs(series.series_uid)]
         if jobs != [(1, "done")]:
@@ -320,19 +335,29 @@ class Whole:
             wrong.append("there is not one SEG and one SR")
         return Result(case, True, answers, None, tuple(wrong))
 
+    def _alive(self) -> bool:
+        """Whether all of it runs; the whole node may have ended, and a supervisor would start it again."""
+        if not self.node.running:
+            self.node.bury()
+            self.node.start(wait=False)
+        return self.node.expected() <= self.node.pids().keys()
+
     def _at(self, when: str, series_uid: str) -> bool:
         if when == "analysing":
             return any(j["state"] == "running" for j in self.node.jobs(series_uid))
         return any(d["state"] == "sending" for d in self.node.deliveries(series_uid))
 
     def activate(self, case: Case) -> list[str]:
-        """``models activate`` on a disk that fails, then on one that works."""
-        self.faults.arm(case.op, case.code, match=case.match)
+        """``models activate`` on a disk that fails for it alone, then on one that works."""
+        faults = Faults(self.node.folder / "faults-of-the-verb")
+        faults.arm(case.op, case.code, match=case.match)
         argv = [sys.executable, "-m", "dicomnode", "models", "activate", "ct-lung@1.0.0", "--config"]
-        environment = {**python_environment(), **self.node.environment}
+        environment = {**python_environment(), **self._shim.environment(faults)}
         failed = _run([*argv, str(self.node.config)], environment)
-        self.faults.disarm()
-        wrong = [] if failed in (1, EXIT_STORAGE) else [f"models activate ended with {failed}"]
+        fired = faults.fired > 0
+        faults.disarm()
+        wrong = [] if fired else ["the fault did not strike"]
+        wrong += [] if failed in (1, EXIT_STORAGE) else [f"models activate ended with {failed}"]
         if _run([*argv, str(self.node.config)], environment) != 0:
             wrong.append("models activate does not work afterwards")
         return wrong

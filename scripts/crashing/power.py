@@ -28,7 +28,9 @@ class Recording:
     """What happened, from an empty folder (or ``before``) on, and what must hold after any of it.
 
     ``first``: number of the event from which on the promises are checked. ``moments``: numbers
-    of events at which a promise grows, though nothing on the disk changes.
+    of events at which a promise grows, though nothing on the disk changes. ``fresh``: of them,
+    those that acknowledged something new; ``rests_on``: kinds of fsync (:func:`kind_of_sync`)
+    that the design needs here. Both say what :func:`removals` takes away.
     """
 
     name: str
@@ -37,6 +39,8 @@ class Recording:
     moments: frozenset[int]
     first: int = 0
     before: Callable[[], Disk] = Disk
+    fresh: Sequence[int] = ()
+    rests_on: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,10 +153,11 @@ class Explorers:
         self._pool = pool
         self._count = count
 
-    def all(self, *, rounds: int, quick: bool = False, seed: int = 1) -> Outcome:
-        """The whole recording, shared between the processes."""
+    def all(self, *, rounds: int, quick: bool = False, seed: int = 1, part: float = 1.0) -> Outcome:
+        """The whole recording, or ``part`` of its moments chosen by the seed, shared between the processes."""
         shares = self._count * 8  # uneven pieces even out
-        tasks = [Task(rounds, seed, quick=quick, share=(n, shares)) for n in range(shares)]
+        chosen = sorted(random.Random(seed).sample(range(shares), max(1, round(part * shares))))
+        tasks = [Task(rounds, seed, quick=quick, share=(n, shares)) for n in chosen]
         return sum(self._pool.map(_run, tasks), Outcome())
 
     def each(self, tasks: Iterable[Task]) -> Iterator[Outcome]:
@@ -204,14 +209,36 @@ def syncs(recording: Recording) -> dict[str, list[int]]:
     return found
 
 
-def needed(recording: Recording, answers: Sequence[int]) -> dict[int, str]:
+def removals(recording: Recording) -> dict[str, list[frozenset[int]]]:
+    """What to leave out, by kind, so that a promise must break: of an intake any single fsync
+    that an answer rests on, else all of a kind, as if its line were deleted from the program.
+    """
+    found: dict[str, list[frozenset[int]]] = {}
+    for number, kind in needed(recording).items():
+        found.setdefault(kind, []).append(frozenset((number,)))
+    by_kind = syncs(recording)
+    return found | {kind: [frozenset(by_kind.get(kind, ()))] for kind in recording.rests_on}
+
+
+def unnoticed(recording: Recording, explorers: Explorers, kind: str) -> tuple[int, list[str]]:
+    """How many removals of a kind were tried, and those of them after which every promise still held."""
+    chosen = removals(recording).get(kind, [])
+    tasks = [Task(1, dropped=d, first=max(min(d, default=0), recording.first), quick=True, most=1) for d in chosen]
+    outcomes = zip(chosen, explorers.each(tasks), strict=True)
+    kept = [
+        describe(recording.events[min(d)]) if d else f"{kind}: there is none" for d, o in outcomes if not o.breaches
+    ]
+    return len(chosen), kept
+
+
+def needed(recording: Recording) -> dict[int, str]:
     """The fsyncs without any one of which a promise must break, with what each is of.
 
-    ``answers``: numbers of the events that acknowledged something new. Each rests on the last
-    fsync of the intake journal since the answer before or, where the object took the way
-    without it, on those of its file, its folder and the write-ahead log. Then those that let
-    the journal's records go: every object's file, and its folder. And what all of it stands in:
-    the store's and the journal's folders, and the database before the log is used anew.
+    Each answer that acknowledged something new rests on the last fsync of the intake journal
+    since the answer before or, where the object took the way without it, on those of its file,
+    its folder and the write-ahead log. Then those that let the journal's records go: every
+    object's file, and its folder. And what all of it stands in: the store's and the journal's
+    folders, and the database before the log is used anew.
 
     Not in it, though done: commits on which no promise rests (heartbeats), SQLite's first of
     two fsyncs of a rollback journal, and the log's fsync of a retirement, which that of the
@@ -219,8 +246,10 @@ def needed(recording: Recording, answers: Sequence[int]) -> dict[int, str]:
     """
     by_kind = syncs(recording)
     chosen: dict[int, str] = {}
+    if not recording.fresh:
+        return chosen
     before = recording.first - 1
-    for answer in answers:
+    for answer in recording.fresh:
         last = {k: max((n for n in numbers if before < n < answer), default=-1) for k, numbers in by_kind.items()}
         journal = last.get("the intake journal", -1)
         rests = ["the intake journal"] if journal >= 0 else ["an object", "an object's folder", "the write-ahead log"]
@@ -229,7 +258,7 @@ def needed(recording: Recording, answers: Sequence[int]) -> dict[int, str]:
     for kind in ("an object", "the store's root", "the journal's folder"):
         chosen |= dict.fromkeys(by_kind.get(kind, ()), kind)
     chosen |= dict.fromkeys(_last_before_commits(recording, by_kind), "an object's folder")
-    chosen |= dict.fromkeys(_before_restarts(recording, by_kind, answers[0]), "the database")
+    chosen |= dict.fromkeys(_before_restarts(recording, by_kind), "the database")
     return chosen
 
 
@@ -242,13 +271,17 @@ def _last_before_commits(recording: Recording, by_kind: dict[str, list[int]]) ->
     yield from latest.values()
 
 
-def _before_restarts(recording: Recording, by_kind: dict[str, list[int]], first: int) -> Iterator[int]:
+def _before_restarts(recording: Recording, by_kind: dict[str, list[int]]) -> Iterator[int]:
     """The database's fsyncs after which its log was used anew or removed, before the next one."""
+    first = recording.fresh[0]
     numbers = [n for n in by_kind.get("the database", ()) if n > first]
     log = "index.sqlite-wal"
     restarts = [
         e.number for e in recording.events if e.path == log and (e.kind == "U" or (e.kind == "W" and e.offset == 0))
     ]
+    before = first
     for number, following in zip(numbers, [*numbers[1:], len(recording.events)], strict=True):
-        if any(number < restart < following for restart in restarts):
-            yield number
+        if any(before <= answer < number for answer in recording.fresh):  # else it moved nothing that was promised
+            before = number
+            if any(number < restart < following for restart in restarts):
+                yield number

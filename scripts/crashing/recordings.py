@@ -11,13 +11,14 @@ import subprocess
 import sys
 import tarfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import apsw
+import psutil
 import sqlite_utils
 from pydicom import dcmread
 
@@ -36,23 +37,31 @@ LONG_OBJECT = 1_200_000
 
 
 RING_OBJECT = 900_000
-"""Four of these fill the journal of a recording."""
+"""Three of these make a recording's journal so full that what came before is retired; two more go around its ring."""
+
+
+SMALL_JOURNAL = {"DICOMNODE__DIMSE__JOURNAL_MB": str(JOURNAL_MB)}
+"""A variable goes before the file, and the test run sets another one for all its nodes."""
 
 
 class Sender:
     """A modality with a ledger: what it sent, in order, before it knew of an answer."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, shim: Shim | None = None) -> None:
         self._port = port
+        self._shim = shim
         self.sent: dict[str, list[str]] = {}
 
     def store(self, *items: Item) -> None:
         """All on one association, each answered with success."""
         with Association(self._port, contexts=contexts_for(items)) as assoc:
             for item in items:
-                self._note(item)
-                status = assoc.store(item)
-                assert status == 0, f"status 0x{status:04X}"
+                self.store_on(assoc, item)
+
+    def store_on(self, assoc: Association, item: Item) -> None:
+        self._note(item)
+        status = assoc.store(item)
+        assert status == 0, f"status 0x{status:04X}"
 
     def half(self, item: Item) -> None:
         """An object that ends in the middle, with the connection."""
@@ -68,6 +77,15 @@ class Sender:
 
     def _note(self, item: Item) -> None:
         self.sent.setdefault(item.sop_instance_uid, []).append(item.sha256)
+        if self._shim is not None:
+            self._shim.mark(item.sop_instance_uid)
+
+    def received(self, events: Sequence[Event], said: Sequence[Said]) -> Received:
+        begun: dict[str, list[int]] = {}
+        for event in events:
+            if event.kind == "K":
+                begun.setdefault(event.data.decode(), []).append(event.number)
+        return Received(self.sent, said, begun)
 
 
 def small_items(count: int) -> list[Item]:
@@ -93,7 +111,7 @@ def wait_retired(node: Node, count: int) -> None:
 def watched(node: Node, library: Path, *, peer: int = 0) -> Iterator[Shim]:
     """Everything that the node starts inside writes down what it does."""
     shim = Shim(library, node.data_dir, node.folder / "trace", port=node.port, peer=peer)
-    node.environment = shim.environment()
+    node.environment = {**shim.environment(), **SMALL_JOURNAL}
     yield shim
     node.environment = {}
 
@@ -104,19 +122,18 @@ def intake(folder: Path, library: Path, *, extra: int = 0) -> Recording:
     one more and stops. ``extra`` more objects come before the kill.
     """
     node = Node(folder, dimse={"workers": 1, "journal_mb": JOURNAL_MB})
-    items = small_items(11 + extra)
+    items = small_items(10 + extra)
     with watched(node, library) as shim:
         node.start("run", "receiver")
-        sender = Sender(node.port)
+        sender = Sender(node.port, shim)
         sender.store(items[0], items[1], padded(items[2], LONG_OBJECT))
         sender.store(padded(items[0], 2), items[1])
         sender.half(padded(items[3], LONG_OBJECT))
         for begin in range(0, extra, 25):
-            sender.store(*items[11:][begin : begin + 25])
-        wait_retired(node, 4 + extra)
-        sender.store(*(padded(item, RING_OBJECT) for item in items[5:9]))
-        wait_retired(node, 8 + extra)
-        sender.store(*(padded(item, RING_OBJECT) for item in items[9:11]))
+            sender.store(*items[10:][begin : begin + 25])
+        sender.store(*(padded(item, RING_OBJECT) for item in items[5:8]))
+        wait_retired(node, 6 + extra)
+        sender.store(*(padded(item, RING_OBJECT) for item in items[8:10]))
         node.kill("receiver-1")
         node.stop()
         node.start("run", "receiver")
@@ -125,19 +142,59 @@ def intake(folder: Path, library: Path, *, extra: int = 0) -> Recording:
         events = shim.events()
     assert_complete(events, node.data_dir)
     said = answers(events)
-    assert len(said) == 12 + extra, f"{len(said)} answers are in the trace"
-    received = Received(sender.sent, said)
-    return Recording("intake", events, (usable, whole, received), frozenset(s.number for s in said))
+    assert len(said) == 11 + extra, f"{len(said)} answers are in the trace"
+    received = sender.received(events, said)
+    moments = frozenset(s.number for s in said)
+    return Recording("intake", events, (usable, whole, received), moments, fresh=received.fresh())
+
+
+def replaced(folder: Path, library: Path) -> Recording:
+    """Bytes A, then B, then A again under one UID, by one receiver and by two in turn; nothing is retired in between.
+
+    What is acknowledged last must serve, whichever journal or row a power cut leaves of the others.
+    """
+    node = Node(folder, dimse={"workers": 2, "journal_mb": JOURNAL_MB})
+    items = small_items(2)
+    with watched(node, library) as shim:
+        node.start("run", "receiver")
+        sender = Sender(node.port, shim)
+        first, second = sorted(node.expected())
+        for item, receivers in ((items[0], (first, first, first)), (items[1], (first, second, first))):
+            for version, receiver in zip((item, padded(item, 2), item), receivers, strict=True):
+                _store_at(node, sender, receiver, version)
+        for receiver in (first, second):
+            node.kill(receiver)
+        node.stop()
+        events = shim.events()
+    assert_complete(events, node.data_dir)
+    said = answers(events)
+    assert len(said) == 6, f"{len(said)} answers are in the trace"
+    received = sender.received(events, said)
+    fresh = received.fresh()
+    return Recording("replaced", events, (usable, whole, received), frozenset(fresh), said[0].number, fresh=fresh[1:])
+
+
+def _store_at(node: Node, sender: Sender, receiver: str, item: Item) -> None:
+    """The kernel chooses who accepts: asked again until it is this receiver."""
+    process = psutil.Process(node.pids()[receiver])
+    for _ in range(1000):
+        with Association(node.port, contexts=contexts_for([item])) as assoc:
+            ours = assoc.sock.getsockname()[1]
+            if any(c.raddr and c.raddr.port == ours for c in process.net_connections("tcp")):
+                sender.store_on(assoc, item)
+                return
+    raise AssertionError(f"{receiver} accepts nothing")
 
 
 BEATER = """
-import pathlib, sys
+import pathlib, sys, time
 from dicomnode.index.database import Database
 from dicomnode.index.operation import Events
 events = Events(Database(pathlib.Path(sys.argv[1])))
 print("ready", flush=True)
 while True:
     events.add("info", "beat", "crash", "a durable commit of another process")
+    time.sleep(0.01)
 """
 
 
@@ -208,7 +265,8 @@ def results(folder: Path, library: Path) -> Recording:
     received = Received(sender.sent, [Said(-1, C_STORE_RSP, uid, 0) for uid in sender.sent])
     first = next(e.number for e in events if e.path.startswith("objects/"))
     moments = frozenset(s.number for s in sent)
-    return Recording("results", events, (usable, whole, received, delivered), moments, first, before)
+    rests_on = ("an object", "an object's folder", "the write-ahead log", "the database")
+    return Recording("results", events, (usable, whole, received, delivered), moments, first, before, rests_on=rests_on)
 
 
 MIGRATE = """
@@ -241,7 +299,8 @@ def upgrade(folder: Path, library: Path) -> Recording:
     )
     events = shim.events()
     assert_complete(events, data_dir, before())
-    return Recording("upgrade", events, (usable, Kept("patients", 200)), frozenset(), 0, before)
+    rests_on = ("the rollback journal", "data_dir", "the database")
+    return Recording("upgrade", events, (usable, Kept("patients", 200)), frozenset(), 0, before, rests_on=rests_on)
 
 
 def bundle(folder: Path, library: Path) -> Recording:
@@ -267,7 +326,8 @@ def bundle(folder: Path, library: Path) -> Recording:
     assert_complete(events, node.data_dir)
     wanted = {p.relative_to(source).as_posix(): p.read_bytes() for p in source.rglob("*") if p.is_file()}
     first = next(e.number for e in events if e.path.startswith("staging"))
-    return Recording("bundle", events, (usable, Bundle(name, version, wanted)), frozenset(), first)
+    rests_on = ("data_dir", "a folder of staging", "a file of a bundle", "a folder of models", "the database")
+    return Recording("bundle", events, (usable, Bundle(name, version, wanted)), frozenset(), first, rests_on=rests_on)
 
 
 def active(node: Node) -> dict[str, str]:
@@ -304,7 +364,7 @@ def birth(folder: Path, library: Path, *, dies_before_sync: int) -> Recording | 
     item = small_items(1)[0]
     sender = Sender(node.port)
     with watched(node, library) as shim:
-        node.environment = shim.environment(faults)
+        node.environment = {**shim.environment(faults), **SMALL_JOURNAL}
         faults.arm(Op.sync, KILL, nth=dies_before_sync)
         node.start("run", "receiver", wait=False)
         node.wait(lambda: not node.running or node.expected() <= node.pids().keys(), 60, "the first life is over")

@@ -139,6 +139,11 @@ class Shim:
         finally:
             os.close(fd)
 
+    def forget(self) -> None:
+        """Begin anew; those who write append, so they go on at the beginning."""
+        if self.path.exists():
+            os.truncate(self.path, 0)
+
     def events(self) -> list[Event]:
         return read_trace(self.path)
 
@@ -152,9 +157,9 @@ def read_trace(path: Path) -> list[Event]:
         total, kind, pid, flags, ino, offset, length, first, second, count = _RECORD.unpack_from(raw, at)
         if at + total > len(raw):
             break
-        begin = at + _RECORD.size
-        names = raw[begin : begin + first].decode(), raw[begin + first : begin + first + second].decode()
-        data = raw[begin + first + second : begin + first + second + count]
+        head = at + _RECORD.size
+        names = raw[head : head + first].decode(), raw[head + first : head + first + second].decode()
+        data = raw[head + first + second : head + first + second + count]
         events.append(Event(len(events), chr(kind), pid, flags, ino, offset, length, *names, data))
         at += total
     return events

@@ -176,16 +176,29 @@ def whole(found: Found, _: int) -> Iterator[str]:
 
 @dataclass(slots=True)
 class Received:
-    """The sender's ledger: SHA-256 of each data set in the order sent, by SOP Instance UID, and our answers."""
+    """The sender's ledger: SHA-256 of each data set in the order sent, by SOP Instance UID, and our answers.
+
+    ``begun``: numbers of the events before which each was sent, where that is known.
+    """
 
     sent: dict[str, list[str]]
     answers: Sequence[Said]
+    begun: dict[str, list[int]] = field(default_factory=dict)
     _when: dict[str, list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for said in self.answers:
             if said.status == 0:
                 self._when.setdefault(said.uid, []).append(said.number)
+
+    def fresh(self) -> list[int]:
+        """Numbers of the answers that acknowledged something new: other bytes than the last time."""
+        return sorted(
+            number
+            for uid, numbers in self._when.items()
+            for turn, number in enumerate(numbers)
+            if turn == 0 or self.sent[uid][turn] != self.sent[uid][turn - 1]
+        )
 
     def __call__(self, found: Found, number: int) -> Iterator[str]:
         rows = {row["SOPInstanceUID"]: row for row in found.rows.get("instances", ())}
@@ -196,7 +209,8 @@ class Received:
                 if count:
                     yield f"an acknowledged object is not in the index (answered {count} times)"
                 continue
-            allowed = versions[max(count - 1, 0) :]
+            begun = sum(moment <= number for moment in self.begun.get(uid, ())) if self.begun else len(versions)
+            allowed = versions[max(count - 1, 0) : begun]
             if row["dataset_sha256"] not in allowed:
                 yield "an object is indexed with other bytes than were acknowledged last"
 

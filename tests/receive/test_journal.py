@@ -25,6 +25,7 @@ from dicomnode.index.journals import Journals
 from dicomnode.index.keys import HEADER_KEYS
 from dicomnode.receive import apply as apply_module
 from dicomnode.receive import recovery
+from dicomnode.receive import retire as retire_module
 from dicomnode.receive.apply import Applier
 from dicomnode.receive.commit import Committer
 from dicomnode.receive.ingest import Ingest, Safe
@@ -296,6 +297,38 @@ def test_recovery_of_many_is_durable_before_the_journal_is_empty(node: Node, mon
     after.close()
 
 
+def test_bytes_that_came_back_serve_again(node: Node) -> None:
+    """A, B and A again under one UID; the process died before the last A had its row, and B's row is there."""
+    first, second = store_request(), store_request(data_set(PatientID="P2"))
+    assert node.acknowledge(first) == node.acknowledge(second) == 0
+    assert node.acknowledge(first, applies=False) == 0
+    after = node.crash()
+    assert list(after.served().values()) == [first.data]
+    assert {row["dataset_sha256"] for row in after.db.rows("SELECT dataset_sha256 FROM instances")} == {
+        durable.sha256(first.data)
+    }
+    again = after.crash()
+    assert list(again.served().values()) == [first.data]
+    assert all(again.store.path(r["file"]).exists() for r in again.db.rows("SELECT file FROM former_instances"))
+    again.close()
+
+
+def test_a_record_does_not_take_the_place_of_what_was_received_later(node: Node) -> None:
+    """It waited in a journal while another receiver took other bytes under its UID."""
+    early, late = store_request(), store_request(data_set(PatientID="P2"))
+    assert node.acknowledge(early, applies=False) == 0
+    other = Ingest(node.store, node.committer, node.wanted, reserve_bytes=1).begin(late.request)
+    other.write(memoryview(late.data))
+    assert other.finish().status == 0
+    after = node.crash()
+    assert after.recovered == 1
+    assert list(after.served().values()) == [late.data]
+    (former,) = after.db.rows("SELECT * FROM former_instances")
+    assert after.store.path(former["file"]).read_bytes().endswith(early.data)
+    assert after.db.value("SELECT generation FROM series") == 1
+    after.close()
+
+
 def test_a_torn_file_with_a_row_is_mended(node: Node) -> None:
     sent = store_request()
     node.acknowledge(sent)
@@ -359,6 +392,37 @@ def test_retired_records_are_durable_and_free_the_ring(node: Node, monkeypatch: 
     assert steps == ["file"] * 3 + ["folder", "index 3"]
     assert node.journal.used() == 0
     assert node.crash().recovered == 0
+
+
+def test_a_retirement_that_fails_is_tried_again_after_a_pause(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However full the ring is: without the pause a full disk would be written full of log lines."""
+    attempts: list[int] = []
+    tried = threading.Event()
+
+    def full(_journals: Journals, _mark: str, number: int) -> None:
+        attempts.append(number)
+        tried.set()
+        raise StorageError("commit to the index", "no space left")
+
+    big = data_set(BitsAllocated=8, PixelData=b"x" * 700_000)
+    with monkeypatch.context() as patch:
+        patch.setattr(retire_module, "RETRY_SECONDS", 3600.0)
+        patch.setattr(Journals, "retire", full)
+        node.retirer.start(node.journal.next_number)
+        for n in range(4):
+            assert node.acknowledge(store_request(big.replace(b"1.2.3.4", b"1.2.3.%d" % n), sop=f"1.2.3.{n}")) == 0
+        assert tried.wait(60)
+        assert node.journal.used() > retire_module.FULL_ENOUGH
+        for n in range(9):
+            assert (
+                node.acknowledge(store_request(data_set().replace(b"1.2.3.4", b"1.2.4.%d" % n), sop=f"1.2.4.{n}")) == 0
+            )
+        assert len(attempts) == 1
+        patch.setattr(Journals, "retire", lambda *_: attempts.append(-1))
+        node.retirer.close()
+    after = node.crash()
+    assert after.recovered == 13
+    after.close()
 
 
 def test_a_gap_is_not_passed(node: Node) -> None:

@@ -1,0 +1,40 @@
+"""Connects and aborts in their thousands leave nothing behind: no thread, no descriptor, no memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from scripts.crashing.flood import CALLERS, Look, flood, leaks, slope
+
+COUNT = 4000
+"""``scripts/crash --flood`` sends 10,000 to a whole node."""
+
+
+def test_a_slope_is_of_all_looks() -> None:
+    flat = [Look(n, 10, 20, 50 << 20) for n in range(0, 5000, 500)]
+    assert slope(flat) == 0 and leaks(flat) == []
+    rising = [Look(n, 10, 20, (50 << 20) + n * 2000) for n in range(0, 5000, 500)]
+    assert slope(rising) == pytest.approx(2_000_000)
+
+
+@pytest.mark.parametrize(
+    ("last", "text"),
+    [
+        (Look(1000, 30, 20, 1 << 20), "threads"),
+        (Look(1000, 10, 60, 1 << 20), "descriptors"),
+        (Look(1000, 10, 20, 4 << 20), "RSS grows by 3.00 MB"),
+    ],
+)
+def test_what_is_not_flat_is_told(last: Look, text: str) -> None:
+    (found,) = leaks([Look(0, 10, 20, 1 << 20), last])
+    assert text in found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_a_flood_leaves_nothing_behind(tmp_path: Path) -> None:
+    report = flood(tmp_path, COUNT, 1, lambda _: None, workers=1, verb=("run", "receiver"))
+    assert report.wrong == [], report.rows
+    assert all(report.counts[caller.__name__] > 50 for caller in CALLERS), "each kind came"
