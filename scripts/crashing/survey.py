@@ -99,7 +99,7 @@ class Recovery:
             elif entry.is_dir():
                 shutil.rmtree(entry)
             else:
-                Path(entry).unlink()
+                Path(entry).unlink(missing_ok=True)  # a start that failed may close its connection only now
 
     def _wanted(self, rows: Mapping[str, list[Row]]) -> Iterator[str]:
         for table in ("instances", "former_instances", "results"):
