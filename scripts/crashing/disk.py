@@ -24,8 +24,9 @@ from scripts.crashing.shim import Event
 SECTOR = 512
 """The least that a disk writes whole (T10 SBC, logical block); SQLite relies on no more."""
 
-FORGOTTEN = "-shm"
-"""Ending of SQLite's WAL index: shared memory that is built anew after each crash, never read from the disk."""
+FORGOTTEN = ("-shm", ".progress")
+"""Endings of SQLite's WAL index and of what receivers tell each other: shared memory that is built anew after each
+crash, never read from the disk."""
 
 
 MADE_BY_READERS = "-wal"
