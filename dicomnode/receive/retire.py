@@ -29,6 +29,8 @@ FULL_ENOUGH = 0.5
 SYNC_THREADS = 4
 """Objects that are made durable side by side."""
 
+MOST_KNOWN = 16384
+
 RETRY_SECONDS = 5.0
 """Pause after an attempt that failed, however full the ring: a full disk must not be written full of log lines."""
 
@@ -52,6 +54,8 @@ class Retirer:
         self._next = 0
         self._oldest_at = self._newest_at = self._retry_at = 0.0
         self._closing = False
+        self._durable: set[str] = set()
+        """Files that this process has made durable; an object that is sent again needs no second fsync."""
         self._pool = ThreadPoolExecutor(SYNC_THREADS, thread_name_prefix="sync")
         self._thread = threading.Thread(target=self._run, name="retire", daemon=True)
 
@@ -127,7 +131,11 @@ class Retirer:
             self._retry_at = time.monotonic() + RETRY_SECONDS
 
     def _retire(self, batch: list[_Settled]) -> None:
-        self._store.sync([s.file for s in batch if s.file], self._pool)
+        names = {s.file for s in batch} - self._durable - {""}
+        self._store.sync(sorted(names), self._pool)
+        if len(self._durable) > MOST_KNOWN:
+            self._durable.clear()
+        self._durable |= names
         self._journals.retire(self._journal.mark, batch[-1].entry.number)
         for settled in batch:
             self._journal.release(settled.entry.place)

@@ -132,7 +132,7 @@ def intake(folder: Path, library: Path, *, extra: int = 0) -> Recording:
         for begin in range(0, extra, 25):
             sender.store(*items[10:][begin : begin + 25])
         sender.store(*(padded(item, RING_OBJECT) for item in items[5:8]))
-        wait_retired(node, 6 + extra)
+        wait_retired(node, 7 + extra)  # all of them: the kill must not land inside a retirement
         sender.store(*(padded(item, RING_OBJECT) for item in items[8:10]))
         node.kill("receiver-1")
         node.stop()

@@ -33,6 +33,7 @@ from dicomnode.receive.journal import BLOCK, Buffer, Entry, Journal, checksum, p
 from dicomnode.receive.progress import Progress
 from dicomnode.receive.recovery import recover, recover_others
 from dicomnode.receive.retire import Retirer
+from tests.peers import wait_for
 from tests.receive.test_ingest import Sent, data_set, store_request
 
 SIZE = 64 * BLOCK
@@ -423,6 +424,20 @@ def test_a_retirement_that_fails_is_tried_again_after_a_pause(node: Node, monkey
     after = node.crash()
     assert after.recovered == 13
     after.close()
+
+
+def test_what_is_sent_again_needs_no_second_fsync(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[Path] = []
+    real = durable.sync_file
+    monkeypatch.setattr(durable, "sync_file", lambda p: (synced.append(p), real(p))[1])
+    monkeypatch.setattr(retire_module, "OLDEST_SECONDS", 0.0)
+    node.retirer.start(node.journal.next_number)
+    for count in range(1, 4):
+        node.acknowledge(store_request())
+        wait_for(lambda n=count: Journals(node.db).retired(node.journal.mark) == n, 20, "it is retired")
+    node.retirer.close()
+    assert len(synced) == 1
+    assert node.crash().recovered == 0
 
 
 def test_a_gap_is_not_passed(node: Node) -> None:
