@@ -101,7 +101,7 @@ def small_items(count: int) -> list[Item]:
 def wait_retired(node: Node, count: int) -> None:
     """Until ``count`` objects that were in the journal alone have durable files and rows of their own."""
     node.wait(
-        lambda: node.rows("SELECT coalesce(sum(retired), 0) AS n FROM journals")[0]["n"] >= count,
+        lambda: sum(row["retired"] for row in node.rows("SELECT retired FROM journals")) >= count,
         30,
         f"{count} records of the journal are retired",
     )
@@ -112,8 +112,10 @@ def watched(node: Node, library: Path, *, peer: int = 0) -> Iterator[Shim]:
     """Everything that the node starts inside writes down what it does."""
     shim = Shim(library, node.data_dir, node.folder / "trace", port=node.port, peer=peer)
     node.environment = {**shim.environment(), **SMALL_JOURNAL}
+    node.looks_at_copies = True
     yield shim
     node.environment = {}
+    node.looks_at_copies = False
 
 
 def intake(folder: Path, library: Path, *, extra: int = 0) -> Recording:
@@ -377,6 +379,7 @@ def birth(folder: Path, library: Path, *, dies_before_sync: int) -> Recording | 
         events = shim.events()
     if born:
         return None
+    assert_complete(events, node.data_dir)
     said = answers(events)
     received = Received(sender.sent, said)
     return Recording("birth", events, (usable, whole, received), frozenset(s.number for s in said), said[0].number)
