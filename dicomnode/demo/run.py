@@ -34,6 +34,7 @@ from dicomnode.demo.watch import all_jobs, wait_answered
 from dicomnode.demo.workspace import Workspace, prepare
 from dicomnode.errors import OperatorError
 from dicomnode.index.database import Database
+from dicomnode.receive.progress import wait_until_visible
 from dicomnode.settings import Delivery, Peer
 
 EXIT_INTERRUPTED = 130
@@ -176,6 +177,7 @@ def _send(demo: Demo, inputs: Inputs, db: Database, console: Console) -> Sending
 
         send_files(MODALITY_AE, peer, Delivery(), inputs.files, note)
     demo.seconds["send"] = told.seconds
+    wait_until_visible(db.data_dir / "journal")  # or it would look as if there were nothing to answer
     return sending
 
 
