@@ -26,7 +26,7 @@ from dicomnode.receive.retire import Retirer
 QUIET_SECONDS = 0.01
 """Nothing has come for this long: there is time."""
 
-LONGEST_SECONDS = 2.0
+LONGEST_SECONDS = 5.0
 """Something waits for this long: it is done between the objects that come."""
 
 MUCH = 0.45

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,10 +144,12 @@ class Retriever:
         counts: Counts,
         originator: tuple[str, int] | None,
     ) -> None:
+        accepted = _accepted(assoc)
         for number, instance in enumerate(instances, start=1):
             if exchange.cancelled():
                 return
-            status = self._send(exchange, assoc, instance, originator, number % 65535 + 1)
+            contexts = accepted.get(instance.sop_class_uid, {})
+            status = self._send(exchange, assoc, contexts, instance, originator, number % 65535 + 1)
             if status is None and exchange.gone():
                 return
             counts.add(status, instance.sop_instance_uid)
@@ -155,16 +157,17 @@ class Retriever:
                 exchange.respond(PENDING, None, counts)
 
     def _send(
-        self, exchange: Exchange, assoc: Any, instance: Instance, originator: tuple[str, int] | None, message_id: int
+        self,
+        exchange: Exchange,
+        assoc: Any,
+        contexts: Mapping[str, int],
+        instance: Instance,
+        originator: tuple[str, int] | None,
+        message_id: int,
     ) -> int | None:
         """C-STORE as stored, else in the uncompressed default; None when it could not be done."""
         if not assoc.usable():
             return None
-        contexts = {
-            str(c.transfer_syntax[0]): int(c.context_id)
-            for c in assoc.accepted_contexts
-            if c.abstract_syntax == instance.sop_class_uid and c.as_scu
-        }
         data: Path | bytes
         try:
             if instance.transfer_syntax_uid in contexts:
@@ -201,6 +204,16 @@ class Retriever:
             )
         except PeerError:
             return None
+
+
+def _accepted(assoc: Any) -> dict[str, dict[str, int]]:
+    """Context IDs on which we may send, by SOP class and transfer syntax; getscu proposes some 120."""
+    found: dict[str, dict[str, int]] = {}
+    for context in assoc.accepted_contexts:
+        if context.as_scu:
+            syntaxes = found.setdefault(str(context.abstract_syntax), {})
+            syntaxes[str(context.transfer_syntax[0])] = int(context.context_id)
+    return found
 
 
 def proposals(instances: Sequence[Instance]) -> list[tuple[str, tuple[str, ...]]]:
