@@ -11,6 +11,7 @@ from benchmarks.data import ObjectSet
 from benchmarks.node import AE_TITLE, Node
 from benchmarks.report import Figures, Goal, Row, Section
 from benchmarks.tools import LOOPBACK, NO_DELAY, Bench, BenchError, percentile, remove, say, timed
+from dicomnode.receive.progress import wait_until_visible
 
 SENDERS = 4
 LIMIT_MS = 50.0
@@ -39,6 +40,7 @@ def run(bench: Bench) -> Section:
         stop.set()
         for thread in threads:
             thread.join()
+        wait_until_visible(node.data_dir / "journal")
         arrived = node.instances() - before
         if faults or arrived != sum(sent):
             raise BenchError(f"intake beside the admin API: {arrived} of {sum(sent)} arrived; {faults[:1]}")
