@@ -81,12 +81,12 @@ class Progress:
     def lives(self) -> bool:
         """Whether the receiver runs."""
         try:
-            os.kill(self._numbers[_PID], 0)
-        except ProcessLookupError:
+            state = Path(f"/proc/{self._numbers[_PID]}/stat").read_bytes().rpartition(b")")[2].split()[0]
+        except FileNotFoundError:
             return False
-        except OSError:
+        except (OSError, IndexError):
             return True
-        return True
+        return state not in (b"Z", b"X")  # dead, and its parent has not looked yet
 
     def close(self) -> None:
         self._numbers.release()

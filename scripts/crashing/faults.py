@@ -87,6 +87,7 @@ class Intake:
     def __init__(self, folder: Path, library: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.node = Node(folder, dimse={"workers": 1, "journal_mb": JOURNAL_MB})
+        self.node.visible_seconds = 0.2  # what fails may keep objects from the index for longer than a look may take
         self.faults = Faults(folder / "faults")
         self.shim = Shim(library, self.node.data_dir, folder / "trace", port=self.node.port)
         self.node.environment = {**self.shim.environment(self.faults), **SMALL_JOURNAL}

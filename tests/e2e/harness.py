@@ -88,6 +88,7 @@ class Node:
         self._process: Process | None = None
         self._verb = "serve"
         self._db: apsw.Connection | None = None
+        self.visible_seconds = 10.0
         self.looks_at_copies = False
         """Of the index: who opens it in its place may be the one who makes its log."""
         merged: dict[str, dict[str, Any]] = {
@@ -187,7 +188,7 @@ class Node:
 
     def rows(self, sql: str, parameters: Sequence[Any] = ()) -> list[dict[str, Any]]:
         """As a query of a peer does, it sees what was acknowledged before it."""
-        wait_until_visible(self.data_dir / "journal")
+        wait_until_visible(self.data_dir / "journal", self.visible_seconds)
         if not (self.data_dir / "index.sqlite").exists():
             return []
         if self.looks_at_copies:

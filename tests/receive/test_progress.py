@@ -59,6 +59,15 @@ def test_nor_for_a_receiver_that_died(tmp_path: Path) -> None:
     assert least_open(tmp_path) == 4
 
 
+def test_nor_for_one_whose_parent_has_not_noticed_yet(tmp_path: Path, receiver: Progress) -> None:
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    receiver.acknowledged = 1
+    receiver._numbers[3] = child.pid
+    assert wait_until_visible(tmp_path, 60.0)
+    child.wait()
+
+
 def test_a_receiver_that_starts_anew_has_stored_all(tmp_path: Path, receiver: Progress) -> None:
     receiver.acknowledged = 7
     seen: list[bool] = []
