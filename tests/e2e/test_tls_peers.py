@@ -5,19 +5,19 @@ from __future__ import annotations
 import socket
 import ssl
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pydicom
 import pytest
 
-from tests.certificates import make_key, write_key
+from tests.certificates import Issued, make_key, write_key
 from tests.e2e.harness import SEG, make_series, rule
 from tests.e2e.tls_node import (
     PEERS,
     SecureNode,
     Site,
     call,
-    event_texts,
     files_of,
     make_receiver,
     make_site,
@@ -48,16 +48,31 @@ def receiver(tmp_path_factory: pytest.TempPathFactory, site: Site) -> Iterator[S
 # Certificates that change
 
 
-def shown_at(port: int) -> str:
-    """SHA-256 of the certificate that the node shows; the caller then leaves."""
+def shown_by_all(port: int, caller: Issued) -> set[str]:
+    """SHA-256 of each certificate that the node shows to eight connections at once.
+
+    Connections that are open at the same time are shared between the receivers, and a receiver
+    looks at its files when a connection comes.
+    """
     import hashlib
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as sock, context.wrap_socket(sock) as secure:
-        der = secure.getpeercert(binary_form=True)
-    assert der is not None
-    return hashlib.sha256(der).hexdigest()
+    context.load_cert_chain(caller.certificate_file, caller.key_file)
+    with ExitStack() as open_together:
+        shown = set()
+        for _ in range(8):
+            sock = open_together.enter_context(socket.create_connection(("127.0.0.1", port), timeout=10))
+            secure = open_together.enter_context(context.wrap_socket(sock))
+            der = secure.getpeercert(binary_form=True)
+            assert der is not None
+            shown.add(hashlib.sha256(der).hexdigest())
+    return shown
+
+
+def told(node: SecureNode, words: str) -> set[str]:
+    """The processes that said so of the TLS files: each reads them at its own moment."""
+    return {event["subject"] for event in node.events("tls-files") if words in event["text"]}
 
 
 def test_certificates_change_without_a_restart(tmp_path: Path, site: Site) -> None:
@@ -70,18 +85,24 @@ def test_certificates_change_without_a_restart(tmp_path: Path, site: Site) -> No
         peers=PEERS,
         dimse={"workers": 2},
     ).start("run", "receiver")
-    pids = node.pids()
+    pids, both = node.pids(), {"receiver-1", "receiver-2"}
     items = make_series("reload").items[:2]
+
+    def look() -> set[str]:
+        return shown_by_all(node.tls_port, site.ct)
+
+    assert look() == {own.sha256}
     with call(node, site, site.ct, calling="CT") as assoc:
         assert assoc.store(items[0]) == 0x0000
         renewed = site.authority.issue("node", ips=["127.0.0.1"], file="renewed")
         own.certificate_file.write_bytes(renewed.certificate_file.read_bytes())
         own.key_file.write_bytes(renewed.key_file.read_bytes())
-        node.wait(lambda: {shown_at(node.tls_port) for _ in range(8)} == {renewed.sha256}, 20, "all show the new one")
+        node.wait(lambda: [look(), told(node, "read again")][1] == both, 20, "both read the new one")
+        assert look() == {renewed.sha256}
         assert assoc.store(items[1]) == 0x0000  # the association of before goes on
     write_key(own.key_file, make_key())  # a key that does not fit
-    node.wait(lambda: [shown_at(node.tls_port), event_texts(node, "tls-files")][1], 20, "the fault is told")
-    assert shown_at(node.tls_port) == renewed.sha256
+    node.wait(lambda: [look(), told(node, "is not the key of")][1] == both, 20, "the fault is told")
+    assert look() == {renewed.sha256}
     with call(node, site, site.ct, calling="CT") as assoc:
         assert assoc.echo() == 0x0000
     assert good != own.certificate_file.read_bytes()
