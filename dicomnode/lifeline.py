@@ -8,9 +8,9 @@ import fcntl
 import multiprocessing
 import os
 import resource
+import select
 import signal
 import socket
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -82,17 +82,30 @@ def on_stop(action: Callable[[], None]) -> None:
 
 
 class StopFlag:
-    """An event that signal handlers set; ``wait`` returns True when it is time to end."""
+    """An event that signal handlers set; ``wait`` returns True when it is time to end.
+
+    No ``threading.Event``: a handler runs between two instructions of the main thread, also while
+    that one holds the event's lock in ``wait``, and would wait for it forever. A counter of the
+    kernel (eventfd(2)) has no lock; once set it stays readable for all who wait.
+    """
 
     def __init__(self) -> None:
-        self._event = threading.Event()
-        on_stop(self._event.set)
+        self._set = False
+        self._counter = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        on_stop(self.set)
 
     def set(self) -> None:
-        self._event.set()
+        self._set = True
+        with contextlib.suppress(BlockingIOError):  # it is at its limit, so it is set
+            os.eventfd_write(self._counter, 1)
 
     def is_set(self) -> bool:
-        return self._event.is_set()
+        return self._set
 
     def wait(self, seconds: float) -> bool:
-        return self._event.wait(seconds)
+        """Raises nothing on a signal: it waits on (PEP 475)."""
+        if not self._set:
+            poll = select.poll()
+            poll.register(self._counter, select.POLLIN)
+            poll.poll(max(0.0, seconds) * 1000)
+        return self._set

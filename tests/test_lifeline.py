@@ -91,3 +91,19 @@ def test_child_dies_with_its_parent() -> None:
         process.wait(30)
         assert pipe.read() == b"", "the child's end of the pipe closed with it"
     os.close(outer)
+
+
+def test_a_stop_signal_never_meets_a_lock_of_its_own() -> None:
+    """A handler runs between two instructions of whoever waits, also while that one holds the event's lock."""
+    program = (
+        "import os, signal\n"
+        "from dicomnode.lifeline import StopFlag\n"
+        "for number in range(3000):\n"
+        "    flag = StopFlag()\n"
+        "    signal.signal(signal.SIGALRM, signal.getsignal(signal.SIGTERM))\n"
+        "    signal.setitimer(signal.ITIMER_REAL, 0.00005 + number % 100 * 0.000005)\n"
+        "    while not flag.wait(0.000001):\n"
+        "        pass\n"
+        "    os.close(flag._counter)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
