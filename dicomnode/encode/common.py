@@ -135,8 +135,10 @@ def contributing_equipment(provenance: Provenance) -> Dataset:
     return item
 
 
-def finish(ds: Dataset, kind: str, context: Context) -> EncodedObject:
+def finish(ds: Dataset, kind: str, context: Context, tail: bytes = b"") -> EncodedObject:
     """Put on patient, study, equipment and times; the object as a Part 10 file.
+
+    ``tail``: encoded elements behind all those of ``ds``, in Explicit VR Little Endian.
 
     Everything that the library took from the clock or from chance is replaced here or by the
     caller, so the same inputs give the same bytes.
@@ -166,7 +168,7 @@ def finish(ds: Dataset, kind: str, context: Context) -> EncodedObject:
         series_instance_uid=str(ds.SeriesInstanceUID),
         study_instance_uid=str(ds.StudyInstanceUID),
         transfer_syntax_uid=str(ExplicitVRLittleEndian),
-        part10=buffer.getvalue(),
+        part10=buffer.getvalue() + tail,
     )
 
 

@@ -8,8 +8,12 @@ from collections.abc import Sequence
 import highdicom as hd
 import numpy as np
 import numpy.typing as npt
+from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
+from pydicom.filebase import DicomBytesIO
+from pydicom.filewriter import write_data_element
 from pydicom.uid import ExplicitVRLittleEndian
+from pydicom.valuerep import DS, format_number_as_ds
 
 from dicomnode.encode.common import (
     ARTIFICIAL_INTELLIGENCE,
@@ -20,7 +24,9 @@ from dicomnode.encode.common import (
     long_string,
     refuse_what_the_library_refuses,
 )
+from dicomnode.encode.frames import PER_FRAME, PIXEL_DATA, Plane, element, frame_group, make_frames
 from dicomnode.encode.headers import with_empty_patient
+from dicomnode.errors import NodeError
 from dicomnode.identity import derived_uid
 from dicomnode.records import EncodedObject, ResultIdentity, SegmentDefinition
 
@@ -43,37 +49,150 @@ def encode_seg(
     numbered from 1 without holes (PS3.3 C.8.20.2), so their numbers are the positions in
     ``found``; the frames are ordered by segment, then by position; empty ones are left out.
     """
+    images = context.headers.slices
+    fitting = _renumbered(labels, found)
+    with refuse_what_the_library_refuses("encode SEG"):
+        order = _growing_positions(images)
+        if order is None or labels.shape[1] * labels.shape[2] < len(found):
+            return _finished(_build(fitting, images, found, context), context)
+        return _in_bytes(fitting, images, order, found, context)
+
+
+def _build(
+    labels: npt.NDArray[np.uint8], images: Sequence[Dataset], found: Sequence[SegmentDefinition], context: Context
+) -> hd.seg.Segmentation:
+    """The object as the library makes it; ``labels`` are numbered as ``found``."""
     identity, provenance = context.identity, context.provenance
     headers, station = context.headers, context.station
-    images = [with_empty_patient(headers.slices[0]), *headers.slices[1:]]
-    with refuse_what_the_library_refuses("encode SEG"):
-        seg = hd.seg.Segmentation(
-            source_images=images,
-            pixel_array=_renumbered(labels, found),
-            segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
-            segment_descriptions=[
-                _description(number, segment, identity, provenance) for number, segment in enumerate(found, start=1)
-            ],
-            series_instance_uid=identity.seg_series_uid,
-            series_number=SERIES_NUMBER_BASE + max(headers.series_number, 0),
-            sop_instance_uid=identity.seg_uid,
-            instance_number=identity.revision,
-            manufacturer=long_string(station.manufacturer),
-            manufacturer_model_name=long_string(station.model_name),
-            software_versions=long_string(station.software_versions),
-            device_serial_number=long_string(station.serial_number),
-            content_label=_content_label(provenance.name),
-            content_description=long_string(context.model.description) or "AI segmentation",
-            series_description=long_string(f"AI {provenance.name} {provenance.version} segmentation"),
-            transfer_syntax_uid=ExplicitVRLittleEndian,
-            specific_character_set=None,
-        )
-    seg.ContentCreatorName = re.sub(r"[\^=]", " ", provenance.name)[:60] + "^AI"  # a person name (PN) with a given name
+    return hd.seg.Segmentation(
+        source_images=[with_empty_patient(images[0]), *images[1:]],
+        pixel_array=labels,
+        segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
+        segment_descriptions=[
+            _description(number, segment, identity, provenance) for number, segment in enumerate(found, start=1)
+        ],
+        series_instance_uid=identity.seg_series_uid,
+        series_number=SERIES_NUMBER_BASE + max(headers.series_number, 0),
+        sop_instance_uid=identity.seg_uid,
+        instance_number=identity.revision,
+        manufacturer=long_string(station.manufacturer),
+        manufacturer_model_name=long_string(station.model_name),
+        software_versions=long_string(station.software_versions),
+        device_serial_number=long_string(station.serial_number),
+        content_label=_content_label(provenance.name),
+        content_description=long_string(context.model.description) or "AI segmentation",
+        series_description=long_string(f"AI {provenance.name} {provenance.version} segmentation"),
+        transfer_syntax_uid=ExplicitVRLittleEndian,
+        specific_character_set=None,
+    )
+
+
+def _finished(seg: Dataset, context: Context, tail: bytes = b"") -> EncodedObject:
+    headers, identity = context.headers, context.identity
+    # A person name (PN) with a given name
+    seg.ContentCreatorName = re.sub(r"[\^=]", " ", context.provenance.name)[:60] + "^AI"
     if "FrameOfReferenceUID" not in headers.slices[0]:  # Type 2C without geometry (PS3.3 C.7.6.1)
         seg.PatientOrientation = headers.slices[0].get("PatientOrientation", "")
     _fix_dimension_uid(seg, identity)
     _segment_number_per_frame(seg)
-    return finish(seg, "SEG", context)
+    return finish(seg, "SEG", context, tail)
+
+
+def _in_bytes(
+    labels: npt.NDArray[np.uint8],
+    images: Sequence[Dataset],
+    order: Sequence[int],
+    found: Sequence[SegmentDefinition],
+    context: Context,
+) -> EncodedObject:
+    """The same object, with all that comes once made by the library and the frames by :mod:`frames`.
+
+    The library sees two slices on which every segment has a voxel. What depends on all slices
+    is put in: references, spacing, the frames and their number.
+    """
+    first = order.index(0)  # the library takes what is of the series, such as lossy compression, from its first image
+    two = order[first : first + 2] if first + 1 < len(order) else order[first - 1 :]
+    sample = np.zeros((2, *labels.shape[1:]), np.uint8)
+    sample.reshape(2, -1)[:, : len(found)] = np.arange(1, len(found) + 1, dtype=np.uint8)
+    seg = _build(sample, [images[index] for index in sorted(two)], found, context)
+    planes = [
+        Plane(str(i.SOPClassUID), str(i.SOPInstanceUID), "\\".join(_decimal(v) for v in i.ImagePositionPatient))
+        for i in images
+    ]
+    frames = make_frames(labels, len(found), planes, order)
+    seg.NumberOfFrames = frames.count
+    _refer_to_all(seg, images)
+    _describe_spacing(seg, images, frames.planes, len(found))
+    _segment_number_per_frame(seg)
+    _check_form(seg, [planes[index] for index in two], len(found))
+    del seg.PerFrameFunctionalGroupsSequence, seg.PixelData
+    return _finished(seg, context, element(PER_FRAME, b"SQ", frames.groups) + element(PIXEL_DATA, b"OB", frames.pixels))
+
+
+def _growing_positions(images: Sequence[Dataset]) -> list[int] | None:
+    """Indices of the slices from the lowest position along the normal; None where that says nothing.
+
+    The direction is the library's: slices, rows and columns as right-handed axes
+    (highdicom.spatial, "VOLUME_INDEX_CONVENTION").
+    """
+    if len(images) < 2 or any("ImagePositionPatient" not in image for image in images):
+        return None
+    orientation = [float(v) for v in images[0].ImageOrientationPatient]
+    if any([float(v) for v in image.ImageOrientationPatient] != orientation for image in images[1:]):
+        return None
+    normal = np.cross(orientation[3:], orientation[:3])
+    places = np.array([[float(v) for v in image.ImagePositionPatient] for image in images]) @ normal
+    _, order = np.unique(places, return_index=True)
+    return [int(index) for index in order] if len(order) == len(images) else None
+
+
+def _decimal(value: object) -> str:
+    """A number as the library writes it: the source's text where there is one."""
+    return str(DS(value, auto_format=True))
+
+
+def _refer_to_all(seg: Dataset, images: Sequence[Dataset]) -> None:
+    references = []
+    for image in images:
+        item = Dataset()
+        item.add(DataElement(0x00081150, "UI", image.SOPClassUID))
+        item.add(DataElement(0x00081155, "UI", image.SOPInstanceUID))
+        references.append(item)
+    seg.SourceImageSequence = references
+    seg.ReferencedSeriesSequence[0].ReferencedInstanceSequence = references
+
+
+def _describe_spacing(seg: Dataset, images: Sequence[Dataset], planes: Sequence[int], segments: int) -> None:
+    """Spacing Between Slices of the source, and whether the frames alone make a regular stack."""
+    positions = [[float(v) for v in image.ImagePositionPatient] for image in images]
+    orientation = [float(v) for v in images[0].ImageOrientationPatient]
+    measures = seg.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0]
+    measures.pop("SpacingBetweenSlices", None)
+    spacing, _ = hd.spatial.get_volume_positions(image_positions=positions, image_orientation=orientation)
+    if spacing is not None:
+        measures.SpacingBetweenSlices = format_number_as_ds(spacing)
+    seg.pop("DimensionOrganizationType", None)
+    if segments == 1 and len(planes) > 1:
+        of_frames = [positions[index] for index in planes]
+        apart, _ = hd.spatial.get_volume_positions(image_positions=of_frames, image_orientation=orientation, sort=False)
+        if apart is not None and apart > 0.0:
+            seg.DimensionOrganizationType = "3D"
+
+
+def _check_form(seg: Dataset, planes: Sequence[Plane], segments: int) -> None:
+    """The library's own frames in the form of :mod:`frames`; another version may have another."""
+    groups = [
+        frame_group(segment, number, plane)
+        for segment in range(1, segments + 1)
+        for number, plane in enumerate(planes, start=1)
+    ]
+    buffer = DicomBytesIO()
+    buffer.is_little_endian, buffer.is_implicit_VR = True, False
+    write_data_element(buffer, seg["PerFrameFunctionalGroupsSequence"])
+    if buffer.getvalue() != element(PER_FRAME, b"SQ", b"".join(groups)):
+        raise NodeError(
+            "encode SEG", "highdicom writes frames in another form than dicomnode.encode.frames", "Report this"
+        )
 
 
 def _renumbered(labels: npt.NDArray[np.uint8], found: Sequence[SegmentDefinition]) -> npt.NDArray[np.uint8]:
