@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -221,11 +221,13 @@ def run_worker(settings: Settings) -> int:
         "engines_rejected": {r.engine: f"{r.code}: {r.text}" for r in rejected},
         "models": models.report(),
     }
-    durable.ObjectStore(data_dir).prepare()
+    store = durable.ObjectStore(data_dir)
+    store.prepare()
     bell = doorbell.Doorbell(data_dir, "worker")
     jobs_bell = threading.Event()
     selector = Selector(settings, shell.db, on_jobs=jobs_bell.set)
     decoder = PoolDecoder(max(1, os.cpu_count() or 1))
+    ahead = _read_ahead(settings, shell.db, store, decoder)
 
     def ring_senders() -> None:
         doorbell.ring(data_dir, "courier")
@@ -239,25 +241,18 @@ def run_worker(settings: Settings) -> int:
         owner="worker",
         decoder=decoder,
         on_results=ring_senders,
+        ahead=ahead,
     )
     worker.start()
     wanted = list(dict.fromkeys(m for rule in settings.rules for m in rule.models))
     models.prepare(wanted)
     decoder.warm_up()
 
-    def select() -> None:
-        wait = 0.0
-        while not shell.stop.is_set():
-            bell.wait(wait)
-            try:
-                wait = selector.run_once()
-            except NodeError as error:
-                shell.log.error("selection failed, trying again", error=str(error))
-                wait = doorbell.SLOW_BEAT_SECONDS
-
-    thread = threading.Thread(target=select, name="select", daemon=True)
+    thread = threading.Thread(target=_select, args=(shell, selector, bell, ahead.wake), name="select", daemon=True)
     shell.healthy = thread.is_alive
     thread.start()
+    reading = threading.Thread(target=ahead.run, args=(shell.stop.is_set,), name="read-ahead", daemon=True)
+    reading.start()
     shell.ready()
     threading.Thread(target=_leave_job, args=(shell, worker, decoder), name="stop", daemon=True).start()
     while not shell.stop.is_set():
@@ -265,9 +260,35 @@ def run_worker(settings: Settings) -> int:
         if not worker.run_once():
             _wait_either(jobs_bell, shell.stop, doorbell.SLOW_BEAT_SECONDS)
             models.prepare(wanted)
+    ahead.wake()
+    reading.join(JOB_GRACE_SECONDS)
     decoder.close()
     shell.close()
     return 0
+
+
+def _select(shell: Shell, selector: Any, bell: doorbell.Doorbell, on_bell: Callable[[], None]) -> None:
+    """Look at open series whenever the bell rings or one has waited long enough."""
+    wait = 0.0
+    while not shell.stop.is_set():
+        bell.wait(wait)
+        on_bell()
+        try:
+            wait = selector.run_once()
+        except NodeError as error:
+            shell.log.error("selection failed, trying again", error=str(error))
+            wait = doorbell.SLOW_BEAT_SECONDS
+
+
+def _read_ahead(settings: Settings, db: Database, store: durable.ObjectStore, decoder: Any) -> Any:
+    """Reads slices of series that a rule names a model for, while they arrive."""
+    from dicomnode.infer.ahead import ReadAhead
+    from dicomnode.select.rules import requests_for
+
+    def wanted(attributes: Mapping[str, Any]) -> bool:
+        return bool(requests_for(settings.rules, attributes))
+
+    return ReadAhead(db, store, decoder, wanted, max_bytes=settings.inference.read_ahead_mb << 20)
 
 
 def _leave_job(shell: Shell, worker: Any, decoder: Any) -> None:

@@ -41,6 +41,7 @@ ALLOWED = frozenset(
         "seconds",
         "service",
         "count",
+        "read_ahead",
         "bytes",
         "status",
         "reason",

@@ -108,6 +108,9 @@ class Inference(Section):
     job_seconds: float = Field(
         1800.0, gt=10, description="a job that takes longer ends its worker and counts as an attempt"
     )
+    read_ahead_mb: int = Field(
+        1024, ge=0, description="memory for slices that are decoded while their series arrives; 0: none are"
+    )
     max_attempts: int = Field(10, ge=1, description="crashes or errors before a job is parked as failed")
 
 

@@ -298,6 +298,14 @@ class Catalogue:
     def series_instances(self, series_id: int) -> list[Row]:
         return self.db.rows("SELECT * FROM instances WHERE series_id = ? ORDER BY id", (series_id,))
 
+    def instances_after(self, series_id: int, last_id: int, limit: int) -> list[Row]:
+        """Instances of a series that got their row after the one with ``last_id``, in that order."""
+        return self.db.rows(
+            "SELECT id, SOPInstanceUID, file, size, sha256 FROM instances WHERE series_id = ? AND id > ?"
+            " ORDER BY id LIMIT ?",
+            (series_id, last_id, limit),
+        )
+
     def first_attributes(self, series_id: int) -> dict[str, str]:
         """All attributes of the instance that arrived first, by keyword."""
         text = self.db.value(

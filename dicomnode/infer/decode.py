@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import logging
 import multiprocessing
+import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator
@@ -109,6 +110,16 @@ class PoolDecoder:
             raise ValueError("processes must be 1 or more")
         self._processes = processes
         self._pool: ProcessPoolExecutor | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def at_once(self) -> int:
+        """Slices that keep every process busy."""
+        return 2 * self._processes
+
+    def submit(self, part10: bytes, rows: int, columns: int) -> Future[Pixels]:
+        """As :func:`decode_frame`; from any thread. RuntimeError where the pool is just going."""
+        return self._executor().submit(decode_frame, part10, rows, columns)
 
     def frames(self, files: Iterable[tuple[bytes, int, int]]) -> Iterator[Pixels]:
         pool = self._executor()
@@ -123,7 +134,7 @@ class PoolDecoder:
                     pending.append(pool.submit(decode_frame, *item))
                 yield frame
         except BrokenProcessPool as cause:
-            self.close()
+            self._leave(pool)
             raise UnsuitableSeries(
                 "decode pixel data",
                 "DECODER_CRASHED",
@@ -141,10 +152,20 @@ class PoolDecoder:
             future.result()
 
     def _executor(self) -> ProcessPoolExecutor:
-        if self._pool is None:
-            context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self._processes, mp_context=context, initializer=_begin_child)
-        return self._pool
+        with self._lock:
+            if self._pool is not None and getattr(self._pool, "_broken", False):  # another thread's file did it
+                self._pool = None
+            if self._pool is None:
+                context = multiprocessing.get_context("spawn")
+                self._pool = ProcessPoolExecutor(self._processes, mp_context=context, initializer=_begin_child)
+            return self._pool
+
+    def _leave(self, broken: ProcessPoolExecutor) -> None:
+        """The next use starts new children; another thread may have seen to that already."""
+        with self._lock:
+            if self._pool is broken:
+                self._pool = None
+        broken.shutdown(wait=True, cancel_futures=True)
 
     def kill(self) -> None:
         """End the children at once; for a process that is about to end itself."""
@@ -153,9 +174,10 @@ class PoolDecoder:
 
     def close(self) -> None:
         """End the children; the next use starts new ones."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-            self._pool = None
+        with self._lock:
+            pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.shutdown(wait=True, cancel_futures=True)
 
     def __enter__(self) -> PoolDecoder:
         return self

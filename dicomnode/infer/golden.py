@@ -7,7 +7,7 @@ measurements within 1e-3; NaN, Inf and constant outputs are refused whatever was
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from dicomnode.infer.decode import Decoder
 from dicomnode.infer.engine import Engine, Session
 from dicomnode.infer.manifest import GoldenCase
 from dicomnode.infer.pipeline import Progress, analyse_series, infer, run_bundle
-from dicomnode.infer.volume import Volume
+from dicomnode.infer.volume import ReadSlice, Volume
 from dicomnode.records import Analysis, ModelIdentity, SourceInstance
 
 MAX_GOLDEN_VOXELS = 1 << 26
@@ -70,9 +70,10 @@ class ReadyModel:
         *,
         decoder: Decoder | None = None,
         progress: Progress | None = None,
+        ahead: Mapping[str, ReadSlice] | None = None,
     ) -> Analysis:
         """See ``pipeline.analyse_series``."""
-        return analyse_series(self.bundle, self.session, instances, decoder=decoder, progress=progress)
+        return analyse_series(self.bundle, self.session, instances, decoder=decoder, progress=progress, ahead=ahead)
 
     def close(self) -> None:
         self.session.close()

@@ -18,7 +18,7 @@ from dicomnode.infer.engine import Session
 from dicomnode.infer.manifest import Manifest
 from dicomnode.infer.measure import measure
 from dicomnode.infer.steps import start
-from dicomnode.infer.volume import Volume, read_volume
+from dicomnode.infer.volume import ReadSlice, Volume, read_volume
 from dicomnode.records import Analysis, Measurement, SourceInstance
 
 Progress = Callable[[str, float], None]
@@ -117,15 +117,18 @@ def analyse_series(
     decoder: Decoder | None = None,
     read_bytes: Callable[[Path], bytes] = Path.read_bytes,
     progress: Progress | None = None,
+    ahead: Mapping[str, ReadSlice] | None = None,
 ) -> Analysis:
     """Read the series, then ``run_bundle``; ``seconds`` has ``read`` as well.
+
+    ``ahead``: slices that were read while the series arrived (``volume.read_volume``).
 
     Raises UnsuitableSeries or MalformedDataSet for the input, EngineError for the engine.
     """
     began = time.perf_counter()
     if progress:
         progress("read", 0.0)
-    volume = read_volume(instances, bundle.manifest.input, decoder=decoder, read_bytes=read_bytes)
+    volume = read_volume(instances, bundle.manifest.input, decoder=decoder, read_bytes=read_bytes, ahead=ahead)
     seconds = time.perf_counter() - began
     analysis = run_bundle(bundle, session, volume, progress)
     return replace(analysis, seconds={"read": seconds, **analysis.seconds})

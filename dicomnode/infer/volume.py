@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from dicomnode.errors import MalformedDataSet, UnsuitableSeries
 from dicomnode.geometry import SlicePlane, StackReport, analyse_stack
-from dicomnode.header import inflates_within_limit
+from dicomnode.header import Wanted, inflates_within_limit
 from dicomnode.infer.contract import InputContract
-from dicomnode.infer.decode import Decoder, InlineDecoder, Undecodable
+from dicomnode.infer.decode import Decoder, InlineDecoder, Pixels, Undecodable
+from dicomnode.part10 import HEAD_BYTES, begun_header
 from dicomnode.records import SourceInstance
 
 _TAGS = [
@@ -24,6 +27,9 @@ _TAGS = [
     "PhotometricInterpretation", "PixelSpacing", "ImageOrientationPatient", "ImagePositionPatient",
     "RescaleSlope", "RescaleIntercept", "RescaleType",
 ]  # fmt: skip
+
+_WANTED = Wanted(_TAGS)
+_LISTS = {"ImagePositionPatient": 3, "ImageOrientationPatient": 6, "PixelSpacing": 2}
 
 _SHEAR_TOLERANCE_MM = 0.5
 """Largest sideways deviation of a slice from the straight line through the stack."""
@@ -89,24 +95,39 @@ def refuse(code: str, cause: str, hint: str = "") -> UnsuitableSeries:
     return UnsuitableSeries("read series", code, cause, hint)
 
 
+class ReadSlice(Protocol):
+    """A slice that was read, and is or will be decoded, before it was asked for."""
+
+    @property
+    def header(self) -> SliceHeader: ...
+
+    def values(self) -> Pixels | None:
+        """Stored values (rows, columns); waits for them. None when it has to be decoded anew."""
+        ...
+
+
 def read_volume(
     instances: Sequence[SourceInstance | Path],
     contract: InputContract,
     *,
     decoder: Decoder | None = None,
     read_bytes: Callable[[Path], bytes] = Path.read_bytes,
+    ahead: Mapping[str, ReadSlice] | None = None,
 ) -> Volume:
     """Read, check, decode and rescale a series; slices are sorted along their normal.
 
-    ``read_bytes`` is the seam for stores that are not plain files. Raises UnsuitableSeries
-    with a code when the series does not meet ``contract`` and MalformedDataSet when a file
-    is no DICOM file or is another instance than the index says.
+    ``read_bytes`` is the seam for stores that are not plain files, ``ahead`` what was read while
+    the series arrived, by SOP Instance UID. Raises UnsuitableSeries with a code when the series
+    does not meet ``contract`` and MalformedDataSet when a file is no DICOM file or is another
+    instance than the index says.
     """
     paths: dict[str, Path] = {}
     headers: list[SliceHeader] = []
+    known = ahead or {}
     for instance in instances:
         path = instance if isinstance(instance, Path) else instance.path
-        header = read_header(read_bytes(path))
+        read = known.get(instance.sop_instance_uid) if isinstance(instance, SourceInstance) else None
+        header = read.header if read is not None else read_header(read_bytes(path))
         if isinstance(instance, SourceInstance) and header.uid != instance.sop_instance_uid:
             raise MalformedDataSet("read series", "a file holds another SOP Instance UID than the index says")
         if header.uid in paths:
@@ -114,9 +135,9 @@ def read_volume(
         paths[header.uid] = path
         headers.append(header)
     plan = plan_stack(headers, contract)
-    files = ((read_bytes(paths[h.uid]), h.rows, h.columns) for h in plan.headers)
     try:
-        values = _assemble(plan, (decoder or InlineDecoder()).frames(files))
+        frames = _frames(plan, known, decoder or InlineDecoder(), lambda uid: read_bytes(paths[uid]))
+        values = _assemble(plan, frames)
     except Undecodable as cause:
         raise refuse(cause.code, cause.text, "Ask the sender to send the series again") from cause
     return Volume(
@@ -129,10 +150,30 @@ def read_volume(
     )
 
 
+def _frames(
+    plan: StackPlan, ahead: Mapping[str, ReadSlice], decoder: Decoder, read: Callable[[str], bytes]
+) -> Iterator[Pixels]:
+    """Stored values of each slice in order: those that were read ahead, the others decoded now, on all cores."""
+    late = [h for h in plan.headers if h.uid not in ahead]
+    decoded = decoder.frames((read(h.uid), h.rows, h.columns) for h in late)
+    for h in plan.headers:
+        if h.uid not in ahead:
+            yield next(decoded)
+            continue
+        values = ahead[h.uid].values()
+        if values is None or values.shape != (h.rows, h.columns):
+            values = next(iter(decoder.frames([(read(h.uid), h.rows, h.columns)])))
+        yield values
+
+
 def read_header(part10: bytes) -> SliceHeader:
     """Parse the attributes of one Part 10 file that matter here; missing ones are tolerated."""
     from pydicom import dcmread
 
+    texts = begun_header(part10 if len(part10) <= HEAD_BYTES else memoryview(part10)[:HEAD_BYTES], _WANTED)
+    if texts is not None:
+        with suppress(ValueError, OverflowError):  # something odd: pydicom may know better, or says what it is
+            return _header_of(texts)
     if not inflates_within_limit(part10):
         raise refuse("TOO_LARGE", "a deflated file becomes too large", "Send it in another transfer syntax")
     try:
@@ -168,6 +209,39 @@ def read_header(part10: bytes) -> SliceHeader:
     if not uid:
         raise MalformedDataSet("read series", "a file has no SOP Instance UID")
     return header
+
+
+def _header_of(texts: Mapping[str, str]) -> SliceHeader:
+    """The same from the texts that the bounded reader found. Raises ValueError for a number that is none."""
+    uid = texts.get("SOPInstanceUID", "")
+    if not uid:
+        raise ValueError("no SOP Instance UID")
+    values = {key: [float(v) if v else math.nan for v in texts.get(key, "").split("\\")] for key in _LISTS}
+    position, orientation, spacing = (
+        tuple(v) if len(v) == count and all(map(math.isfinite, v)) else None
+        for v, count in ((values[key], _LISTS[key]) for key in _LISTS)
+    )
+    plane = None
+    if position and orientation:
+        plane = SlicePlane(uid, (position[0], position[1], position[2]), _six(orientation))
+    return SliceHeader(
+        uid=uid,
+        series_uid=texts.get("SeriesInstanceUID", ""),
+        frame_uid=texts.get("FrameOfReferenceUID", ""),
+        sop_class_uid=texts.get("SOPClassUID", ""),
+        modality=texts.get("Modality", ""),
+        localizer="LOCALIZER" in texts.get("ImageType", "").split("\\")[2:3],
+        rows=int(texts.get("Rows") or 0),
+        columns=int(texts.get("Columns") or 0),
+        frames=int(texts.get("NumberOfFrames") or 1),
+        samples=int(texts.get("SamplesPerPixel") or 1),
+        photometric=texts.get("PhotometricInterpretation", ""),
+        pixel_spacing=(spacing[0], spacing[1]) if spacing else None,
+        plane=plane,
+        slope=_number(texts.get("RescaleSlope")),
+        intercept=_number(texts.get("RescaleIntercept")),
+        rescale_type=texts.get("RescaleType", ""),
+    )
 
 
 def plan_stack(headers: Sequence[SliceHeader], contract: InputContract) -> StackPlan:
@@ -305,15 +379,25 @@ def _assemble(plan: StackPlan, frames: Iterator[npt.NDArray[Any]]) -> npt.NDArra
     out: npt.NDArray[Any] = np.empty(shape, np.int16 if whole else np.float32)
     for index, frame in enumerate(frames):
         slope, intercept = rescale[index]
-        if out.dtype == np.int16:
-            exact = frame.astype(np.int64) * int(slope) + int(intercept)
-            if exact.min() < -32768 or exact.max() > 32767:
-                out = out.astype(np.float32)
-            else:
-                out[index] = exact
-                continue
-        out[index] = frame.astype(np.float64) * slope + intercept
+        if out.dtype == np.int16 and not _rescale_exactly(frame, int(slope), int(intercept), out[index]):
+            out = out.astype(np.float32)
+        if out.dtype != np.int16:
+            out[index] = frame.astype(np.float64) * slope + intercept
     return out
+
+
+def _rescale_exactly(frame: Pixels, slope: int, intercept: int, out: npt.NDArray[np.int16]) -> bool:
+    """Into ``out`` where the result fits it; False leaves it as it is."""
+    least, most = int(frame.min()), int(frame.max())
+    ends = (least * slope + intercept, most * slope + intercept)
+    if min(ends) < -32768 or max(ends) > 32767:
+        return False
+    if slope == 1 and frame.dtype.itemsize <= 2 and -32768 <= intercept <= 32767:
+        # Sixteen bits wrap around, and what fits in the end is right again.
+        np.add(frame.astype(np.uint16, copy=False).view(np.int16), np.int16(intercept), out=out)
+    else:
+        out[...] = frame.astype(np.int64) * slope + intercept
+    return True
 
 
 def _several(value: Any) -> Sequence[Any]:

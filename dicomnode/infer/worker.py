@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -20,9 +20,11 @@ from dicomnode.index.database import Database, Row
 from dicomnode.index.jobs import Jobs, Outcome, Result
 from dicomnode.index.keys import HEADER_KEYS
 from dicomnode.index.operation import Events
+from dicomnode.infer.ahead import ReadAhead
 from dicomnode.infer.decode import Decoder
 from dicomnode.infer.golden import ReadyModel
 from dicomnode.infer.serving import ServingModels
+from dicomnode.infer.volume import ReadSlice
 from dicomnode.records import Analysis, EncodedObject, ModelIdentity, ResultIdentity, SourceInstance
 from dicomnode.settings import Settings
 
@@ -45,6 +47,7 @@ class Worker:
         owner: str,
         decoder: Decoder,
         on_results: Callable[[], None],
+        ahead: ReadAhead | None = None,
     ) -> None:
         self._settings = settings
         self._db = db
@@ -55,6 +58,7 @@ class Worker:
         self._owner = owner
         self._decoder = decoder
         self._on_results = on_results
+        self._ahead = ahead
         self._store = ObjectStore(settings.node.data_dir)
         self._wanted = Wanted(HEADER_KEYS)
         self._log = logs.get()
@@ -147,8 +151,24 @@ class Worker:
                 retryable=True,
             )
         model = self._models.get(str(job["model"]))
+        ahead = self._ahead.take(sources) if self._ahead else {}
+        try:
+            self._analyse(job, model, sources, ahead, started)
+        finally:
+            if self._ahead:
+                self._ahead.done(sources)
+
+    def _analyse(
+        self,
+        job: Row,
+        model: ReadyModel,
+        sources: Sequence[SourceInstance],
+        ahead: Mapping[str, ReadSlice],
+        started: float,
+    ) -> None:
+        """``ahead``: slices whose file was read, and found intact, while the series arrived."""
         for source in sources:
-            if not _intact(source):
+            if source.sop_instance_uid not in ahead and not _intact(source):
                 raise NodeError(
                     "read inputs",
                     "a stored image is damaged or gone: its SHA-256 differs",
@@ -156,8 +176,9 @@ class Worker:
                     retryable=True,
                 )
         seconds: dict[str, float] = {"wait": max(0.0, started - float(job["last_received_at"]))}
+        read_ahead = len(ahead)
         try:
-            analysis = model.analyse(sources, decoder=self._decoder)
+            analysis = model.analyse(sources, decoder=self._decoder, ahead=ahead)
         except EngineError as error:
             # The model has passed its golden cases here, so it is this series: not tried without limit.
             raise NodeError(error.operation, error.cause, error.hint, retryable=True) from error
@@ -181,6 +202,7 @@ class Worker:
             model=model.identity.name,
             version=model.identity.version,
             count=len(sources),
+            read_ahead=read_ahead,
             result=[o.kind for o in objects],
             seconds=round(seconds["total"], 3),
         )
