@@ -135,15 +135,21 @@ class Jobs:
 
     # The worker's side
 
-    def lease(self, owner: str, seconds: float) -> Row | None:
-        """Take the most urgent job that is due, or None. Counts an attempt."""
+    def lease(self, owner: str, seconds: float, *, before: int | None = None) -> Row | None:
+        """Take the most urgent job that is due, or None. Counts an attempt.
+
+        ``before``: only one that goes before a job of this priority (PRIORITIES).
+        """
         db = self.db
         now = db.clock.ticks()
-        candidate = "SELECT * FROM jobs WHERE state = 'pending' AND next_at <= ? ORDER BY priority, id LIMIT 1"
-        if db.row(candidate, (now,)) is None:  # look before taking the write lock
+        bound = max(PRIORITIES.values()) + 1 if before is None else before
+        candidate = (
+            "SELECT * FROM jobs WHERE state = 'pending' AND next_at <= ? AND priority < ? ORDER BY priority, id LIMIT 1"
+        )
+        if db.row(candidate, (now, bound)) is None:  # look before taking the write lock
             return None
         with db.transaction():
-            job = db.row(candidate, (now,))
+            job = db.row(candidate, (now, bound))
             if job is None:
                 return None
             state = next_job_state(job["state"], JobEvent.lease)

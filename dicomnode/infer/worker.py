@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -59,6 +60,8 @@ class Worker:
         self._decoder = decoder
         self._on_results = on_results
         self._ahead = ahead
+        self._hearts: list[_Heart] = []
+        """Of the jobs at hand: the last is being done, those before it wait for it."""
         self._store = ObjectStore(settings.node.data_dir)
         self._wanted = Wanted(HEADER_KEYS)
         self._log = logs.get()
@@ -77,10 +80,34 @@ class Worker:
         job = self._jobs.lease(self._owner, self._settings.inference.lease_seconds)
         if job is None:
             return False
-        inference = self._settings.inference
-        with _Heart(self._jobs, int(job["id"]), self._owner, inference.lease_seconds, inference.job_seconds):
-            self._guarded(job)
+        self._do(job)
         return True
+
+    def _do(self, job: Row) -> None:
+        inference = self._settings.inference
+        heart = _Heart(self._jobs, int(job["id"]), self._owner, inference.lease_seconds, inference.job_seconds)
+        self._hearts.append(heart)
+        try:
+            with heart:
+                self._guarded(job)
+        finally:
+            self._hearts.pop()
+
+    def _let_pass(self, job: Row, step: str, stood: dict[str, float]) -> None:
+        """Between two batches: jobs that are more urgent are done now, and this one goes on after them.
+
+        ``stood`` collects how long this one stood still, by step.
+        """
+        with self._hearts[-1].standing_still() as stood_still:
+            try:
+                while urgent := self._jobs.lease(
+                    self._owner, self._settings.inference.lease_seconds, before=int(job["priority"])
+                ):
+                    self._log.info("a more urgent job goes first", job=urgent["id"], count=int(job["id"]))
+                    self._do(urgent)
+            except NodeError as error:  # a locked index: the next batch is soon enough
+                self._log.warning("could not look for more urgent jobs", error=str(error))
+        stood[step] = stood.get(step, 0.0) + stood_still()
 
     def _expire(self, dead: tuple[str, ...]) -> None:
         for job in self._jobs.expire(self._settings.inference.max_attempts, dead):
@@ -177,12 +204,17 @@ class Worker:
                 )
         seconds: dict[str, float] = {"wait": max(0.0, started - float(job["last_received_at"]))}
         read_ahead = len(ahead)
+        stood: dict[str, float] = {}
+
+        def between(step: str, _: float) -> None:
+            self._let_pass(job, step, stood)
+
         try:
-            analysis = model.analyse(sources, decoder=self._decoder, ahead=ahead)
+            analysis = model.analyse(sources, decoder=self._decoder, progress=between, ahead=ahead)
         except EngineError as error:
             # The model has passed its golden cases here, so it is this series: not tried without limit.
             raise NodeError(error.operation, error.cause, error.hint, retryable=True) from error
-        seconds.update(analysis.seconds)
+        seconds.update({step: spent - stood.get(step, 0.0) for step, spent in analysis.seconds.items()})
         begin = time.perf_counter()
         identity = self._identity(job, model, analysis)
         objects = self._encode(analysis, identity, model.identity, sources)
@@ -320,19 +352,32 @@ class _Heart:
     def __init__(self, jobs: Jobs, job_id: int, owner: str, seconds: float, limit: float) -> None:
         self._jobs, self._job_id, self._owner, self._seconds = jobs, job_id, owner, seconds
         self._deadline = time.monotonic() + limit
+        self._stands = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> _Heart:
         self._thread.start()
+        return self
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
 
+    @contextmanager
+    def standing_still(self) -> Iterator[Callable[[], float]]:
+        """While a more urgent job is done, this one's time does not run; gives the seconds that it stood."""
+        begin = time.monotonic()
+        self._stands = True
+        try:
+            yield lambda: time.monotonic() - begin
+        finally:
+            self._deadline += time.monotonic() - begin
+            self._stands = False
+
     def _beat(self) -> None:
         while not self._stop.wait(min(self._seconds / 3, max(0.1, self._deadline - time.monotonic()))):
-            if time.monotonic() >= self._deadline:
+            if time.monotonic() >= self._deadline and not self._stands:
                 logs.get().error("job takes too long, the worker is restarted", job=self._job_id)
                 os._exit(EXIT_HUNG)
             try:
