@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
+from dicomnode.infer.bits import Bits
+
 Mask = npt.NDArray[np.bool_]
 Labels = npt.NDArray[np.int32]
 Box = tuple[slice, slice, slice]
@@ -68,7 +70,10 @@ def label(mask: Mask, structure: npt.NDArray[np.bool_] | None = None) -> tuple[L
     """
     labels = np.empty(mask.shape, np.int32)
     found = int(ndimage.label(mask, structure=structure, output=labels))
-    counts = np.bincount(labels.ravel(), minlength=found + 1).astype(np.int64)
+    counts = np.zeros(found + 1, np.int64)
+    for part in labels:  # slice by slice: numpy counts in 64 bits and would make a copy of all in them
+        last = int(part.max())
+        counts[: last + 1] += np.bincount(part.ravel(), minlength=last + 1)
     counts[0] = 0
     return labels, counts
 
@@ -94,14 +99,8 @@ def close_in_plane(mask: Mask, radius: int) -> Mask:
         return mask
     squares = radius * 2 // 5
     crosses = radius - squares
-    padding = ((0, 0), (radius + 1, radius + 1), (radius + 1, radius + 1))
-    grown = np.pad(mask, padding)
-    for structure, count in ((IN_PLANE, crosses), (IN_PLANE_BOX, squares)):
-        if count:
-            grown = ndimage.binary_dilation(grown, structure, iterations=count)
-    for structure, count in ((IN_PLANE, crosses), (IN_PLANE_BOX, squares)):
-        if count:
-            grown = ndimage.binary_erosion(grown, structure, iterations=count)
-    inner = slice(radius + 1, -(radius + 1))
-    result: Mask = grown[:, inner, inner] | mask
+    rim = radius + 1
+    bits = Bits.of(np.pad(mask, ((0, 0), (rim, rim), (rim, rim))))
+    closed = bits.dilated(crosses=crosses, squares=squares).eroded(crosses=crosses, squares=squares).mask()
+    result: Mask = closed[:, rim:-rim, rim:-rim] | mask
     return result

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
+from dicomnode.infer.bits import Bits
 from dicomnode.infer.grid import Labels, Mask, label
 
 WORK_MM = 3.0
@@ -63,13 +64,13 @@ def _markers(depth: npt.NDArray[Any], side: npt.NDArray[np.float64]) -> Labels |
 
 def _grow_back(markers: Labels, mask: Mask) -> Labels:
     """Dilate both markers by one voxel in turn within ``mask`` until nothing changes."""
-    labels = markers.copy()
+    within = Bits.of(mask).words
+    parts = [Bits.of(markers == n) for n in (1, 2)]
     while True:
-        changed = False
-        reached = [ndimage.binary_dilation(labels == n) & mask & (labels == 0) for n in (1, 2)]
-        for number, new in ((1, reached[0]), (2, reached[1] & ~reached[0])):
-            if new.any():
-                labels[new] = number
-                changed = True
-        if not changed:
-            return labels
+        free = within & ~(parts[0].words | parts[1].words)
+        first, second = (part.spread().words & free for part in parts)
+        second &= ~first
+        if not first.any() and not second.any():
+            break
+        parts = [Bits(part.words | new, part.columns) for part, new in zip(parts, (first, second), strict=True)]
+    return np.where(parts[0].mask(), 1, np.where(parts[1].mask(), 2, 0)).astype(np.int32)

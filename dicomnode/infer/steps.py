@@ -22,6 +22,7 @@ from scipy import ndimage
 from dicomnode.errors import BundleError
 from dicomnode.infer import grid
 from dicomnode.infer.airway import AirwaySize, find_airway
+from dicomnode.infer.bits import Bits
 from dicomnode.infer.separate import split_in_two
 from dicomnode.infer.volume import Volume
 
@@ -142,7 +143,8 @@ class InsideBody(_Step):
         step = grid.step_for(state.volume.spacing, self.grid_mm)
         tissue = ~state.mask[:, ::step, ::step]
         cell = step * max(state.volume.spacing[1:])
-        opened = ndimage.binary_opening(tissue, grid.IN_PLANE, iterations=max(1, round(6.0 / cell)))
+        opening = max(1, round(6.0 / cell))
+        opened = Bits.of(tissue).eroded(crosses=opening).dilated(crosses=opening).mask()
         labels, counts = grid.label(opened)
         if counts.sum() == 0:
             return replace(state, mask=np.zeros_like(state.mask)).note("No body was found in the images")
@@ -155,7 +157,7 @@ class InsideBody(_Step):
         state = replace(state, midline_x=state.lps_x(centre))
         if _touches_frame(state.values[:, ::step, ::step], tissue):
             state = state.note("Lung may reach the edge of the field of view; volumes may be incomplete")
-        body = ndimage.binary_erosion(body, grid.IN_PLANE, border_value=1)
+        body = Bits.of(body).eroded(crosses=1, border=True).mask()
         inside = state.mask & grid.enlarge(body, step, state.mask.shape)
         box = grid.bounding_box(inside, margin=4)
         state = replace(state, mask=inside)
@@ -203,12 +205,7 @@ class RemoveAirways(_Step):
             return state.note("The trachea was not found; airways may be included in the lung volumes")
         in_plane = round(self.wall_mm / max(spacing[1:]))
         along = round(self.wall_mm / spacing[0])
-        if in_plane:
-            airway = ndimage.binary_dilation(airway, grid.IN_PLANE, iterations=in_plane)
-        if along:
-            line = np.zeros((3, 3, 3), bool)
-            line[:, 1, 1] = True
-            airway = ndimage.binary_dilation(airway, line, iterations=along)
+        airway = Bits.of(airway).dilated(crosses=in_plane).along(along).mask()
         blocked = grid.enlarge(airway, step, state.mask.shape)
         return replace(state, mask=state.mask & ~blocked, blocked=blocked)
 
@@ -388,7 +385,9 @@ def _centre(mask: grid.Mask) -> tuple[float, float, float] | None:
     total = int(np.count_nonzero(mask))
     if total == 0:
         return None
-    sums = [mask.sum(axis=axes) for axes in ((1, 2), (0, 2), (0, 1))]
+    through: npt.NDArray[np.int64] = mask.view(np.uint8).sum(axis=0, dtype=np.uint32).astype(np.int64)
+    slices = np.array([np.count_nonzero(plane) for plane in mask], np.int64)
+    sums = (slices, through.sum(axis=1), through.sum(axis=0))
     a, b, c = (float(s @ np.arange(len(s))) / total for s in sums)
     return (a, b, c)
 
