@@ -50,6 +50,7 @@ _UNDEFINED = 0xFFFFFFFF
 _LONG_VRS = b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split()
 _SHORT_VRS = b"AE AS AT CS DA DS DT FL FD IS LO LT PN SH SL SS ST TM UI UL US".split()
 _PIXEL_TAGS = frozenset({0x7FE00008, 0x7FE00009, 0x7FE00010})
+_PIXEL_DATA, _BEHIND_PIXELS = 0x7FE00010, 0x7FE10000
 _CHARSET = 0x00080005
 _ITEM, _ITEM_END, _SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
 
@@ -159,6 +160,38 @@ def read_begun_header(data: memoryview, transfer_syntax_uid: str, wanted: Wanted
     except MalformedDataSet:
         return None  # it may only be cut off
     return found if reader.stop < len(data) else None
+
+
+class PixelData(NamedTuple):
+    """Wanted texts, and where the value of Pixel Data (7FE0,0010) lies in the data set."""
+
+    texts: dict[str, str]
+    start: int
+    stop: int
+
+
+def find_pixel_data(data: memoryview, transfer_syntax_uid: str, wanted: Wanted) -> PixelData | None:
+    """As :func:`read_header`, with the place of the pixels: fragments reach to the end of the data.
+
+    None where there are none in little endian, or something cannot be walked.
+    """
+    reader = _Reader(data, transfer_syntax_uid)
+    if transfer_syntax_uid in DEFLATED or reader.order is not _LITTLE:
+        return None
+    try:
+        found: _Found = []
+        at = reader.walk(found, wanted.slots, 0, len(data), _BEHIND_PIXELS, delimited=False)
+        texts = reader._decode(found, str(data[: min(at, MAX_HEAD)], "latin-1"), PLAIN)
+    except MalformedDataSet:
+        return None
+    if at + 12 > len(data) or _LITTLE.word(_LITTLE.pair(data, at)[0]) != _PIXEL_DATA:
+        return None
+    at += 8 if reader.explicit else 4
+    length = _LITTLE.long(data, at)[0]
+    at += 4
+    if length == _UNDEFINED:
+        return PixelData(texts, at, len(data))
+    return PixelData(texts, at, at + length) if length <= len(data) - at else None
 
 
 def _inflate(data: bytes | bytearray | memoryview) -> bytes:

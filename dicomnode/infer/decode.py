@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dicomnode.errors import UnsuitableSeries
+from dicomnode.infer.quick import quick_frame
 from dicomnode.lifeline import die_with_parent, limit_memory
 
 _IN_FLIGHT = 4
@@ -56,6 +57,9 @@ def decode_frame(part10: bytes, rows: int, columns: int) -> Pixels:
     from pydicom import dcmread
     from pydicom.pixels import pixel_array
 
+    plain = quick_frame(part10, rows, columns)
+    if plain is not None:
+        return plain
     try:
         ds = dcmread(io.BytesIO(part10), force=False)
     except Exception as cause:
