@@ -22,6 +22,7 @@ from dicomnode import __version__, doorbell, durable, lifeline, logs, metrics
 from dicomnode.errors import NodeError, OperatorError, SettingsError, StorageError
 from dicomnode.index.database import Database
 from dicomnode.index.operation import BEAT_SECONDS, Events, Processes
+from dicomnode.index.seen import SeenCertificates
 from dicomnode.records import Analysis, EncodedObject, ModelIdentity, ResultIdentity, SourceInstance
 from dicomnode.settings import Settings
 from dicomnode.supervisor import EXIT_CONFIGURATION, Child, Supervisor
@@ -54,6 +55,7 @@ class Shell:
         durable.make_directory(settings.node.data_dir)
         self._lock = lifeline.hold_single_instance(settings.node.data_dir, name) if lock else -1
         self.db = Database(settings.node.data_dir)
+        self._seen = SeenCertificates(self.db, name.partition("-")[0], [peer.name for peer in settings.peers])
         self.detail: Callable[[], dict[str, Any]] = dict
         self.healthy: Callable[[], bool] = lambda: True
         self._state = "starting"
@@ -83,6 +85,8 @@ class Shell:
         self.log.info("ready", pid=os.getpid())
 
     def beat(self) -> None:
+        seen = metrics.peer_certificates()
+        metrics.peer_certificates_known(self._seen.exchange(seen), seen)
         Processes(self.db).beat(self.name, self._state, self.detail(), metrics.snapshot())
 
     def _beat_loop(self) -> None:

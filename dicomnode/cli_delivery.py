@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -14,58 +16,83 @@ commitments_app = typer.Typer(
 )
 notifications_app = typer.Typer(no_args_is_help=True, help="Instance Availability Notifications: list, retry.")
 
+State = Annotated[str | None, typer.Option(help="only this state")]
+Box = Callable[[Any], Any]
+"""What has ``listing`` and ``requeue``, over an index that is open."""
 
-@deliveries_app.command("list")
-def deliveries_list(
-    config: Config = None,
-    as_json: Json = False,
-    limit: Limit = 50,
-    state: Annotated[str | None, typer.Option(help="only this state")] = None,
+_AFTER = {"state": "state", "attempts": "tries", "created_time": "made"}
+
+
+def _list(
+    box: Box,
+    columns: Mapping[str, str],
+    empty: str,
+    selection: tuple[Path | None, bool, int, str | None],
+    more: Callable[[dict[str, Any]], dict[str, Any]] = lambda row: row,
 ) -> None:
-    """Deliveries, newest first: state, attempts and the last answer of the peer."""
+    """Print rows, newest first. ``more`` makes what people see of a row that is none of its columns."""
+    config, as_json, limit, state = selection
+    with index(settings_of(config)) as db:
+        rows = box(db).listing(limit, state)
+    output(rows, as_json, lambda _: table([more(row) for row in rows], {**columns, "last_error": "last error"}, empty))
+
+
+def _retry(box: Box, word: str, number: int, config: Path | None, as_json: bool) -> None:
+    """Send item ``number`` again; the courier is told at once."""
+    from dicomnode import doorbell
+
+    settings = settings_of(config)
+    with index(settings) as db:
+        state = box(db).requeue(number)
+        doorbell.ring(settings.node.data_dir, "courier")
+    data = {word: number} if state is None else {word: number, "state": state}
+    output(
+        data, as_json, lambda _: console.print(f"{word} {number}{' is sent again' if state is None else f': {state}'}")
+    )
+
+
+def _deliveries(db: Any) -> Any:
     from dicomnode.index.outbox import Outbox
 
-    columns = {
-        "id": "delivery", "job_id": "job", "kind": "object", "destination": "to", "state": "state",
-        "attempts": "tries", "created_time": "made", "finished_time": "stored", "last_error": "last error",
-    }  # fmt: skip
-    with index(settings_of(config)) as db:
-        output(
-            Outbox(db, "deliveries").listing(limit, state), as_json, lambda rows: table(rows, columns, "no deliveries")
-        )
+    return Outbox(db, "deliveries")
+
+
+def _commitments(db: Any) -> Any:
+    from dicomnode.index.commitment import Commitments
+
+    return Commitments(db)
+
+
+def _notifications(db: Any) -> Any:
+    from dicomnode.index.notices import Notices
+
+    return Notices(db)
+
+
+@deliveries_app.command("list")
+def deliveries_list(config: Config = None, as_json: Json = False, limit: Limit = 50, state: State = None) -> None:
+    """Deliveries, newest first: state, attempts and the last answer of the peer."""
+    columns = {"id": "delivery", "job_id": "job", "kind": "object", "destination": "to"}
+    columns |= {**_AFTER, "finished_time": "stored"}
+    _list(_deliveries, columns, "no deliveries", (config, as_json, limit, state))
 
 
 @deliveries_app.command("retry")
 def deliveries_retry(delivery: Annotated[int, typer.Argument()], config: Config = None, as_json: Json = False) -> None:
     """Send a rejected delivery again, or a waiting one at once."""
-    from dicomnode import doorbell
-    from dicomnode.index.outbox import Outbox
-
-    settings = settings_of(config)
-    with index(settings) as db:
-        Outbox(db, "deliveries").requeue(delivery)
-        doorbell.ring(settings.node.data_dir, "courier")
-    output({"delivery": delivery}, as_json, lambda _: console.print(f"delivery {delivery} is sent again"))
+    _retry(_deliveries, "delivery", delivery, config, as_json)
 
 
 @commitments_app.command("list")
-def commitments_list(
-    config: Config = None,
-    as_json: Json = False,
-    limit: Limit = 50,
-    state: Annotated[str | None, typer.Option(help="only this state")] = None,
-) -> None:
+def commitments_list(config: Config = None, as_json: Json = False, limit: Limit = 50, state: State = None) -> None:
     """Storage commitment, newest first: by or of whom, of how many objects, state and last error."""
-    from dicomnode.index.commitment import Commitments
+    columns = {"id": "commitment", "asked": "asked", "instances": "objects", "failed": "not committed"}
+    columns |= {**_AFTER, "finished_time": "ended"}
 
-    columns = {
-        "id": "commitment", "asked": "asked", "instances": "objects", "failed": "not committed", "state": "state",
-        "attempts": "tries", "created_time": "made", "finished_time": "ended", "last_error": "last error",
-    }  # fmt: skip
-    with index(settings_of(config)) as db:
-        rows = Commitments(db).listing(limit, state)
-    shown = [{**row, "asked": f"{'by' if row['role'] == 'scp' else 'of'} {row['peer']}"} for row in rows]
-    output(rows, as_json, lambda _: table(shown, columns, "no storage commitment"))
+    def asked(row: dict[str, Any]) -> dict[str, Any]:
+        return {**row, "asked": f"{'by' if row['role'] == 'scp' else 'of'} {row['peer']}"}
+
+    _list(_commitments, columns, "no storage commitment", (config, as_json, limit, state), asked)
 
 
 @commitments_app.command("retry")
@@ -73,35 +100,19 @@ def commitments_retry(
     commitment: Annotated[int, typer.Argument()], config: Config = None, as_json: Json = False
 ) -> None:
     """Send a report again, or ask a peer again that owes one."""
-    from dicomnode import doorbell
-    from dicomnode.index.commitment import Commitments
-
-    settings = settings_of(config)
-    with index(settings) as db:
-        state = Commitments(db).requeue(commitment)
-        doorbell.ring(settings.node.data_dir, "courier")
-    data = {"commitment": commitment, "state": state}
-    output(data, as_json, lambda _: console.print(f"commitment {commitment}: {state}"))
+    _retry(_commitments, "commitment", commitment, config, as_json)
 
 
 @notifications_app.command("list")
-def notifications_list(
-    config: Config = None,
-    as_json: Json = False,
-    limit: Limit = 50,
-    state: Annotated[str | None, typer.Option(help="only this state")] = None,
-) -> None:
+def notifications_list(config: Config = None, as_json: Json = False, limit: Limit = 50, state: State = None) -> None:
     """Notifications, newest first: to whom, where the results are, state and last error."""
-    from dicomnode.index.notices import Notices
+    columns = {"id": "notification", "job_id": "job", "destination": "to", "from": "results at"}
+    columns |= {**_AFTER, "finished_time": "taken"}
 
-    columns = {
-        "id": "notification", "job_id": "job", "destination": "to", "from": "results at", "state": "state",
-        "attempts": "tries", "created_time": "made", "finished_time": "taken", "last_error": "last error",
-    }  # fmt: skip
-    with index(settings_of(config)) as db:
-        rows = Notices(db).listing(limit, state)
-    shown = [{**row, "from": row["retrieve_from"] or "this node"} for row in rows]
-    output(rows, as_json, lambda _: table(shown, columns, "no notifications"))
+    def whence(row: dict[str, Any]) -> dict[str, Any]:
+        return {**row, "from": row["retrieve_from"] or "this node"}
+
+    _list(_notifications, columns, "no notifications", (config, as_json, limit, state), whence)
 
 
 @notifications_app.command("retry")
@@ -109,12 +120,4 @@ def notifications_retry(
     notification: Annotated[int, typer.Argument()], config: Config = None, as_json: Json = False
 ) -> None:
     """Send a rejected notification again, or a waiting one at once."""
-    from dicomnode import doorbell
-    from dicomnode.index.notices import Notices
-
-    settings = settings_of(config)
-    with index(settings) as db:
-        state = Notices(db).requeue(notification)
-        doorbell.ring(settings.node.data_dir, "courier")
-    data = {"notification": notification, "state": state}
-    output(data, as_json, lambda _: console.print(f"notification {notification}: {state}"))
+    _retry(_notifications, "notification", notification, config, as_json)

@@ -16,6 +16,7 @@ from dicomnode.conformance_services import (
     query_keys,
 )
 from dicomnode.conformance_statuses import (
+    ANY_CONTEXT,
     COMMITMENT,
     FAILURE_REASONS,
     PROCEDURE_STEP,
@@ -65,6 +66,7 @@ def verification(classes: Sequence[SopClass]) -> Section:
         (
             class_table("Verification", [c for c in classes if c.uid == Verification]),
             "As SCP for peers with 'echo' in allow, answered with 0x0000. As SCU by 'dicomnode echo'.",
+            _statuses("Requests that do not fit their presentation context: statuses sent", ANY_CONTEXT),
         ),
     )
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from dicomnode import commitment
+from dicomnode.dimse import association
 from dicomnode.receive import ingest, policy
 from dicomnode.serve import exchange, procedure_step
 
@@ -24,6 +25,27 @@ class Status:
     meaning: str
     when: str
 
+
+ANY_CONTEXT: tuple[Status, ...] = (
+    Status(
+        association.SOP_CLASS_NOT_SUPPORTED,
+        "C-ECHO",
+        "Refused: SOP Class not supported",
+        "the command names another class than its presentation context",
+    ),
+    Status(
+        association.UNRECOGNIZED_OPERATION,
+        "any",
+        "Unrecognized operation",
+        "the presentation context is for another service, such as C-ECHO in a context of a storage SOP class",
+    ),
+    Status(
+        association.MISTYPED_ARGUMENT,
+        "any but C-STORE",
+        "Mistyped argument",
+        "the command set lacks a mandatory element",
+    ),
+)
 
 STORAGE: tuple[Status, ...] = (
     Status(ingest.SUCCESS, "C-STORE", "Success", "the object is on stable storage and survives a loss of power"),
@@ -39,6 +61,12 @@ STORAGE: tuple[Status, ...] = (
         "C-STORE",
         "Error: Data Set does not match SOP Class",
         "a UID is missing, is not a UID, or differs between command and data set",
+    ),
+    Status(
+        ingest.UNRECOGNIZED_OPERATION,
+        "C-STORE",
+        "Unrecognized operation",
+        "the presentation context is not for storage",
     ),
     Status(ingest.CANNOT_UNDERSTAND, "C-STORE", "Error: Cannot understand", "the data set cannot be parsed"),
     Status(ingest.PROCESSING_FAILURE, "C-STORE", "Processing failure", "an unexpected fault of this node"),
@@ -85,7 +113,7 @@ QUERY_RETRIEVE: tuple[Status, ...] = (
         exchange.DESTINATION_UNKNOWN,
         "C-MOVE",
         "Refused: Move Destination unknown",
-        "the destination is no configured peer with host and port",
+        "the destination is no configured peer with host and port, or no AE title",
     ),
     Status(
         exchange.IDENTIFIER_MISMATCH,
@@ -205,7 +233,13 @@ COMMITMENT: tuple[Status, ...] = (
     ),
 )
 
-OF_MODULE = {ingest: STORAGE, exchange: QUERY_RETRIEVE, procedure_step: PROCEDURE_STEP, commitment: COMMITMENT}
+OF_MODULE = {
+    association: ANY_CONTEXT,
+    ingest: STORAGE,
+    exchange: QUERY_RETRIEVE,
+    procedure_step: PROCEDURE_STEP,
+    commitment: COMMITMENT,
+}
 """Module with the constants -> what the statement says of them."""
 
 FAILURE_REASONS: dict[commitment.Verdict, str] = {

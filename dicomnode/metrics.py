@@ -11,6 +11,7 @@ a peer's data.
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -140,10 +141,11 @@ SCHEDULED_TIME = Gauge(
 TLS_PEER_EXPIRY = "dicomnode_tls_peer_certificate_expiry_timestamp_seconds"
 TLS_PEER_SECONDS = Gauge(
     TLS_PEER_EXPIRY,
-    "End of the certificate that a configured peer last showed to this process, Unix time",
+    "End of the certificate that a configured peer last showed to a process of this kind, Unix time",
     ["peer"],
     registry=REGISTRY,
 )
+_peers_lock = threading.Lock()
 
 _FIRST_VALUES: Mapping[str, Iterable[tuple[Counter, Iterable[str | tuple[str, ...]]]]] = {
     "receiver": (
@@ -258,7 +260,26 @@ def committed(role: Literal["scp", "scu"], count: int, failed: int) -> None:
 
 def peer_certificate(peer: str, ends_at: float) -> None:
     """``peer`` is a name of the configuration, ``ends_at`` Unix time."""
-    TLS_PEER_SECONDS.labels(peer).set(ends_at)
+    with _peers_lock:
+        TLS_PEER_SECONDS.labels(peer).set(ends_at)
+
+
+def peer_certificates() -> dict[str, float]:
+    """What :func:`peer_certificate` set, by peer."""
+    return {s.labels["peer"]: s.value for family in TLS_PEER_SECONDS.collect() for s in family.samples}
+
+
+def peer_certificates_known(known: Mapping[str, float], before: Mapping[str, float]) -> None:
+    """Show what other processes saw, too; what came here since ``before`` was read is newer and stays."""
+    with _peers_lock:
+        shown = peer_certificates()
+        for peer in {*known, *before}:
+            if shown.get(peer) != before.get(peer):
+                continue
+            if peer in known:
+                TLS_PEER_SECONDS.labels(peer).set(known[peer])
+            else:
+                TLS_PEER_SECONDS.remove(peer)
 
 
 def sync(outcome: SendOutcome) -> None:

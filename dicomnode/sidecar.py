@@ -11,6 +11,7 @@ from aiohttp import web, web_response
 
 from dicomnode import doorbell, lifeline, logs, metrics
 from dicomnode.admin.application import make_app
+from dicomnode.admin.connection import Runner
 from dicomnode.errors import OperatorError
 from dicomnode.index.database import Database
 from dicomnode.index.operation import BEAT_SECONDS, Processes
@@ -44,7 +45,7 @@ async def run_sidecar(settings: Settings, db: Database, *, verify: Callable[[Pat
 async def _serve(settings: Settings, db: Database) -> tuple[web.AppRunner, int]:
     # Also on answers that the parser gives, outside of the application.
     web_response.SERVER_SOFTWARE = "dicomnode"  # type: ignore[attr-defined]
-    runner = web.AppRunner(
+    runner = Runner(
         make_app(db, settings, own_process=NAME),
         access_log=None,
         keepalive_timeout=30.0,

@@ -233,7 +233,7 @@ def test_retry_of_a_delivery(tmp_path: Path, config: Path) -> None:
     box.lease("pacs", "c", 60, 1)
     box.reject(1, "c", "0xC000")
     result = CliRunner().invoke(app, ["deliveries", "retry", "1", "--config", str(config)], catch_exceptions=False)
-    assert result.exit_code == 0 and box.counts()["pending"] == 2
+    assert (result.exit_code, result.stdout) == (0, "delivery 1 is sent again\n") and box.counts()["pending"] == 2
     db.close()
 
 

@@ -8,6 +8,7 @@ primitive or a message reads the socket until it is there.
 from __future__ import annotations
 
 import queue
+import re
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -32,8 +33,15 @@ MOST_WAITING = 64
 LEAST_BYTES = 1024
 """What a message must grow by within ``pdu_seconds``, unless it ends: by single bytes it could go on for weeks."""
 LINGER_SECONDS = 2.0
+SOP_CLASS_NOT_SUPPORTED = 0x0122
+"""To a C-ECHO of another class than its presentation context (PS3.7 9.1.5.1.4)."""
+UNRECOGNIZED_OPERATION = 0x0211
+"""To a request on a presentation context that is not for it (PS3.7 C.5)."""
 MISTYPED_ARGUMENT = 0x0212
 """To a request that lacks a mandatory element of its command set (PS3.7 C.5)."""
+LONGEST_AE_TITLE = 16
+_AE_TITLE = re.compile(r" *[!-\[\]-~][ -\[\]-~]*")
+"""Characters of an AE title, one of which is not a space (PS3.5 table 6.2-1)."""
 
 
 def quiet_pynetdicom() -> None:
@@ -225,7 +233,7 @@ class Messages(DIMSEServiceProvider):  # type: ignore[misc]
                 return
             message, self.message = self.message, None
             evt.trigger(self.assoc, evt.EVT_DIMSE_RECV, {"message": message})
-            request = message.message_to_primitive()
+            request = _primitive(message)
         except Exception:  # noqa: BLE001 whatever a peer's bytes raise in pynetdicom's decoder
             self.dul.event_queue.put("Evt19")
             return
@@ -244,6 +252,22 @@ class Messages(DIMSEServiceProvider):  # type: ignore[misc]
             if waiting + request.node_bytes > self.assoc.wire.limits.max_message:
                 self.assoc.wire.refuse("too many bytes in messages that wait for their answer")
             self.msg_queue.put((message.context_id, request))
+
+
+def _primitive(message: Any) -> Any:
+    """A complete message as pynetdicom's primitive.
+
+    pynetdicom refuses a Move Destination that is no AE title, and with it the message. Here it is
+    the title "", which nobody has, so that the requestor is told (PS3.4 table C.4-2, 0xA801).
+    """
+    destination = message.command_set.get("MoveDestination", "none")
+    text = destination if isinstance(destination, str) else ""
+    if type(message).__name__ != "C_MOVE_RQ" or (len(text) <= LONGEST_AE_TITLE and _AE_TITLE.fullmatch(text)):
+        return message.message_to_primitive()
+    del message.command_set.MoveDestination
+    request = message.message_to_primitive()
+    request._move_destination = ""
+    return request
 
 
 class NodeAssociation(Association):  # type: ignore[misc]

@@ -37,6 +37,16 @@ TURN_SECONDS = 0.0003
 Row = dict[str, Any]
 
 
+def rows_of(connection: apsw.Connection, sql: str, parameters: Sequence[Any] | Row = ()) -> list[Row]:
+    """Run one statement and return its rows as dictionaries."""
+    cursor = connection.execute(sql, parameters)
+    first = cursor.fetchone()
+    if first is None:
+        return []
+    names = [d[0] for d in cursor.get_description()]
+    return [dict(zip(names, values, strict=True)) for values in (first, *cursor)]
+
+
 class Database:
     """One index. Thread-safe: each thread gets its own connection.
 
@@ -101,12 +111,7 @@ class Database:
 
     def rows(self, sql: str, parameters: Sequence[Any] | Row = ()) -> list[Row]:
         """Run one statement and return its rows as dictionaries."""
-        cursor = self._connection().execute(sql, parameters)
-        first = cursor.fetchone()
-        if first is None:
-            return []
-        names = [d[0] for d in cursor.get_description()]
-        return [dict(zip(names, values, strict=True)) for values in (first, *cursor)]
+        return rows_of(self._connection(), sql, parameters)
 
     def row(self, sql: str, parameters: Sequence[Any] | Row = ()) -> Row | None:
         found = self.rows(sql, parameters)

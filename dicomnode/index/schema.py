@@ -385,3 +385,13 @@ def m0007_procedure_steps(db: Database) -> None:
 @migrations()
 def m0008_journals(db: Database) -> None:
     db["journals"].create({"mark": str, "retired": int}, pk="mark", not_null={"retired"})
+
+
+@migrations()
+def m0009_peer_certificates(db: Database) -> None:
+    """See :mod:`dicomnode.index.seen`; ``ends_at`` is Unix time, as it stands in the certificate."""
+    db["peer_certificates"].create(
+        {"process": str, "peer": str, "ends_at": float, "seen_time": str},
+        pk=("process", "peer"),
+        not_null={"ends_at"},
+    )

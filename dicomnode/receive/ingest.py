@@ -38,6 +38,8 @@ CANNOT_UNDERSTAND = 0xC000
 
 PROCESSING_FAILURE = 0x0110
 """PS3.7 C.5.12: a fault of ours, not of the object."""
+UNRECOGNIZED_OPERATION = 0x0211
+"""PS3.7 C.5: C-STORE on a presentation context that is not for it."""
 
 SPILL_BYTES = 1024 * 1024
 """Longer objects go to their file while they come in, in pieces of about this size."""

@@ -11,10 +11,17 @@ from typing import Any
 
 from pynetdicom import AE, evt
 from pynetdicom.association import MODE_ACCEPTOR
+from pynetdicom.dimse_primitives import C_ECHO
+from pynetdicom.sop_class import Verification
 from pynetdicom.transport import AddressInformation
 
 from dicomnode import doorbell, logs, metrics
-from dicomnode.dimse.association import MISTYPED_ARGUMENT, NodeAssociation, quiet_pynetdicom
+from dicomnode.dimse.association import (
+    MISTYPED_ARGUMENT,
+    SOP_CLASS_NOT_SUPPORTED,
+    NodeAssociation,
+    quiet_pynetdicom,
+)
 from dicomnode.dimse.command import StoreCommand
 from dicomnode.dimse.lane import Reply
 from dicomnode.dimse.wire import Limits, Wire
@@ -28,12 +35,14 @@ from dicomnode.index.keys import HEADER_KEYS
 from dicomnode.index.operation import Events, Severity
 from dicomnode.receive.acceptor import Acceptor, Door
 from dicomnode.receive.apply import Applier
+from dicomnode.receive.classes import STORAGE_CLASSES
 from dicomnode.receive.commit import Committer
 from dicomnode.receive.guard import ConnectionCounter, Throttle
 from dicomnode.receive.ingest import (
     OUT_OF_RESOURCES,
     PROCESSING_FAILURE,
     SUCCESS,
+    UNRECOGNIZED_OPERATION,
     Incoming,
     Ingest,
     Safe,
@@ -405,8 +414,17 @@ class _Accepted(NodeAssociation):
         elif service is not None and msg.is_valid_request:
             self.settle()
             service.serve(self, msg, context)
+        elif context is not None and msg.is_valid_request and (refusal := _refusal(msg, context)):
+            self.refuse_request(msg, context_id, refusal)
         else:
             super()._serve_request(msg, context_id)
+
+
+def _refusal(request: Any, context: Any) -> int:
+    """The status of a request that no service takes and that is no C-ECHO as it should be; 0 for one. Pure."""
+    if context.abstract_syntax != Verification or not isinstance(request, C_ECHO):
+        return UNRECOGNIZED_OPERATION
+    return 0 if request.AffectedSOPClassUID == Verification else SOP_CLASS_NOT_SUPPORTED
 
 
 class _StoreSink:
@@ -422,6 +440,11 @@ class _StoreSink:
         self._answer: StoreAnswer | None = None
         self._failed: StoreAnswer | None = None
         self._incoming: Incoming | None = None
+        if context.abstract_syntax not in STORAGE_CLASSES:
+            # Not only wrong (PS3.7 9.3.1.1): its context is what the caller may do, and that is not to store.
+            cause = "C-STORE on a presentation context of another service"
+            self._failed = StoreAnswer(UNRECOGNIZED_OPERATION, cause, "The sender has to propose a storage SOP class")
+            return
         try:
             self._incoming = listener.ingest.begin(listener.store_request(assoc, command, context))
         except Exception as error:  # noqa: BLE001

@@ -14,6 +14,7 @@ import apsw
 import psutil
 
 from benchmarks.tools import LOOPBACK, ROOT, BenchError, family, free_port, running, wait_for
+from dicomnode.index.database import rows_of
 
 AE_TITLE = "DICOMNODE"
 CHEST_RULE = '[[rules]]\nname = "chest"\nmatch = { Modality = "CT" }\nmodels = ["ct-lung"]\nsend_to = ["pacs"]\n'
@@ -94,12 +95,7 @@ class Node:
         connection = apsw.Connection(str(self.data_dir / "index.sqlite"), flags=apsw.SQLITE_OPEN_READONLY)
         try:
             connection.set_busy_timeout(10_000)
-            cursor = connection.execute(sql, parameters)
-            first = cursor.fetchone()
-            if first is None:
-                return []
-            names = [d[0] for d in cursor.get_description()]
-            return [dict(zip(names, values, strict=True)) for values in (first, *cursor)]
+            return rows_of(connection, sql, parameters)
         finally:
             connection.close()
 

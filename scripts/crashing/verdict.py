@@ -18,7 +18,7 @@ from pynetdicom.sop_class import StudyRootQueryRetrieveInformationModelFind as F
 from dicomnode import durable
 from dicomnode.clock import SystemClock
 from dicomnode.custody.sweep import GRACE_SECONDS, Sweeper
-from dicomnode.index.database import Database
+from dicomnode.index.database import Database, rows_of
 from scripts.crashing.kills import Campaign, Setup
 from scripts.crashing.load import Account
 from scripts.crashing.series import Made
@@ -57,23 +57,14 @@ def judge(setup: Setup, campaign: Campaign) -> Verdict:
     connection = apsw.Connection(str(node.data_dir / "index.sqlite"), flags=apsw.SQLITE_OPEN_READONLY)
     try:
         verdict.wrong += _index_whole(connection)
-        rows = _rows(connection, "instances")
+        rows = rows_of(connection, "SELECT * FROM instances")
         verdict.wrong += _stored(node, rows, account, verdict)
-        verdict.wrong += _delivered(setup.pacs.files(), rows, _rows(connection, "results"), verdict)
+        verdict.wrong += _delivered(setup.pacs.files(), rows, rows_of(connection, "SELECT * FROM results"), verdict)
     finally:
         connection.close()
     verdict.wrong += _moved(setup.mover.files(), account)
     verdict.wrong += _swept(node.data_dir, verdict)
     return verdict
-
-
-def _rows(connection: apsw.Connection, table: str) -> list[dict[str, Any]]:
-    cursor = connection.execute(f"SELECT * FROM {table}")
-    found: list[dict[str, Any]] = []
-    for values in cursor:
-        names = [d[0] for d in cursor.get_description()]
-        found.append(dict(zip(names, values, strict=True)))
-    return found
 
 
 def _index_whole(connection: apsw.Connection) -> Iterator[str]:

@@ -23,6 +23,7 @@ import pydicom
 from pydicom.uid import generate_uid
 
 from dicomnode.demo.phantom import EXAMPLE_TIME, Phantom, thorax, to_datasets
+from dicomnode.index.database import rows_of
 from dicomnode.receive.progress import wait_until_visible
 from tests.peers import CT_IMAGE, EXPLICIT_LITTLE, Item, Process, free_port, wait_for
 
@@ -274,15 +275,6 @@ class Node:
         )
         assert done.returncode == code, done.stderr
         return done.stdout + done.stderr if code else done.stdout
-
-
-def rows_of(db: apsw.Connection, sql: str, parameters: Sequence[Any] = ()) -> list[dict[str, Any]]:
-    cursor = db.execute(sql, parameters)
-    first = cursor.fetchone()
-    if first is None:
-        return []
-    names = [d[0] for d in cursor.get_description()]
-    return [dict(zip(names, values, strict=True)) for values in (first, *cursor)]
 
 
 def alive(pid: int) -> bool:

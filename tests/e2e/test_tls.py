@@ -166,6 +166,9 @@ def test_the_end_of_a_peers_certificate_is_known_from_its_call(receiver: SecureN
     found = receiver.wait(lambda: seen().get("ct"), 20, "a heartbeat brings it")
     assert found["not_after"] == site.ct.certificate.not_valid_after_utc.isoformat(timespec="seconds")
     assert (found["state"], found["days_left"]) == ("valid", 89)
+    assert receiver.stop() == 0
+    receiver.start("run", "receiver")
+    assert seen().get("ct") == found, "its next life knows it before the peer calls again"
 
 
 # Attacks

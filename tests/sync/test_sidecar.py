@@ -64,7 +64,8 @@ def test_the_sidecar_does_its_work_and_ends_at_once(tmp_path: Path) -> None:
             assert 'dicomnode_scheduled_runs_total{outcome="ok",process="sidecar",task="model-pull"}' in text
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             writer.write(b"NONSENSE\r\n\r\n")
-            assert b"aiohttp" not in await reader.read()
+            refusal = await reader.read()
+            assert refusal.endswith(b"\r\n\r\n400 Bad Request\n") and b"aiohttp" not in refusal
             writer.close()
             await writer.wait_closed()
             begin = time.monotonic()
