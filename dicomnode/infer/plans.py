@@ -22,6 +22,9 @@ SCHEMA = 1
 """Raised when what is built from the same inputs changes."""
 
 MAX_PLAN_BYTES = 8 << 30
+MAX_TRIES = 5
+"""Builds begun under one key of which none came to an end; stops of the node count as well, so not fewer."""
+
 KEPT = 64
 """Plans beyond this many are removed, the oldest first."""
 
@@ -104,6 +107,21 @@ class PlanStore:
         durable.write_durable(self._meta(key), json.dumps(meta, indent=1, sort_keys=True).encode())
         self._prune()
 
+    def begin(self, key: PlanKey) -> int:
+        """Note that a build begins: how many before it were begun and never ended, not even in failure.
+
+        A build that the kernel ends for lack of memory may take the worker with it.
+        """
+        before = _parsed(_read(self._tries(key), 1 << 10)).get("begun", 0)
+        before = before if isinstance(before, int) else 0
+        self._prepare()
+        durable.write_durable(self._tries(key), json.dumps({"begun": before + 1}).encode())
+        return before
+
+    def ended(self, key: PlanKey) -> None:
+        """The build came to an end, whichever."""
+        durable.remove(self._tries(key))
+
     def discard(self, key: PlanKey) -> None:
         """Remove what lies here under ``key``: it was refused by TensorRT or is damaged."""
         durable.remove(self._meta(key))
@@ -163,6 +181,9 @@ class PlanStore:
 
     def _meta(self, key: PlanKey) -> Path:
         return self.folder / f"{key.digest}.json"
+
+    def _tries(self, key: PlanKey) -> Path:
+        return self.folder / f"{key.digest}.tries"
 
     def _timings(self, name: str) -> Path:
         return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.timing"

@@ -20,7 +20,7 @@ from dicomnode.infer.cuda import driver_library
 from dicomnode.infer.engine import Limits, Ok, Rejected, RejectionCode, Session
 from dicomnode.infer.isolated import ChildCrashed, Isolated, Report, isolated
 from dicomnode.infer.onnxshape import onnx_inputs, profile_ranges
-from dicomnode.infer.plans import PlanKey, PlanStore
+from dicomnode.infer.plans import MAX_TRIES, PlanKey, PlanStore
 from dicomnode.infer.trt_build import (
     BuildOrder,
     Facts,
@@ -115,14 +115,22 @@ class TensorRt:
         order = BuildOrder(key, onnx, precision, workspace)
         with self._building:  # one at a time: they measure the speed of kernels
             begin = time.monotonic()
+            if self._store.begin(key) >= MAX_TRIES:
+                raise EngineError(
+                    "build engine",
+                    "BUILD_FAILED",
+                    f"{MAX_TRIES} builds of it never came to an end: memory?",
+                    f"Remove {self._store.folder.name}/*.tries in data_dir to have it tried again",
+                )
             try:
                 size = self._run_child(
                     build_and_store, self._open_tools, self._data_dir, order, seconds=BUILD_SECONDS, report=report
                 )
             except ChildCrashed as crash:
-                raise EngineError(
-                    "build engine", "BUILD_FAILED", f"the process that built it failed: {crash}"
-                ) from crash
+                text = f"the process that built it failed: {crash}"
+                raise EngineError("build engine", "BUILD_FAILED", text) from crash
+            finally:
+                self._store.ended(key)
             seconds = round(time.monotonic() - begin, 1)
             logs.get().info("engine built", engine=self.name, precision=precision, seconds=seconds, size=size)
 

@@ -82,12 +82,10 @@ class FakeCuda:
         self._enter("allocate")
         if size > self.memory()[0]:
             raise CudaError("allocate device memory", 2, "out of memory")
-        for at, (address, room) in enumerate(self._freed):  # as the driver does: the same address comes again
-            if room >= size:
-                del self._freed[at]
-                break
-        else:
-            address = self._handle() << 20
+        fits = [entry for entry in self._freed if entry[1] >= size]  # as the driver does: the same address comes again
+        if fits:
+            self._freed.remove(fits[-1])
+        address = fits[-1][0] if fits else self._handle() << 20
         self.blocks[address] = np.full(size, 0xCD, np.uint8)
         return address
 

@@ -35,7 +35,7 @@ def test_result_progress_and_errors() -> None:
     with pytest.raises(EngineError) as caught:
         isolated(task, "engine error", seconds=60)
     assert (caught.value.code, caught.value.cause, caught.value.hint) == ("OOM", "OOM: too little", "Buy more")
-    with pytest.raises(ChildCrashed, match="ValueError: first line$"):
+    with pytest.raises(ChildCrashed, match=r"ValueError: first line$"):
         isolated(task, "error", seconds=60)
 
 

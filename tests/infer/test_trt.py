@@ -16,11 +16,14 @@ from dicomnode.infer.cuda import CudaError, Device
 from dicomnode.infer.engine import Limits, Ok, Rejected
 from dicomnode.infer.isolated import inline
 from dicomnode.infer.onnxshape import onnx_inputs, profile_ranges
+from dicomnode.infer.plans import MAX_TRIES
 from dicomnode.infer.trt import TensorRt, missing_here
 from dicomnode.infer.trt_build import Toolkit, least_capability
 from tests.infer.fake_cuda import FakeCuda
 from tests.infer.fake_trt import FakeTrt, open_fake, open_segfault
 from tests.infer.test_engines_contract import ONNX, fake_tensorrt, hu, reference
+
+FAILS = ONNX + b"\x32\x05fails"
 
 
 def counted(name: str, **labels: str) -> float:
@@ -158,7 +161,7 @@ def test_only_api_that_each_version_has(tmp_path: Path) -> None:
     for version, flags, config in (("8.6.0", 1, [0, 12]), ("10.4.0", 2, []), ("11.3.0", 2, [])):
         engine, trt = fake_tensorrt(tmp_path / version, version)
         shares: list[float] = []
-        engine.build(ONNX, "fp16", lambda what, share: shares.append(share))
+        engine.build(ONNX, "fp16", lambda what, share, shares=shares: shares.append(share))
         assert (trt.builds[0]["flags"], trt.builds[0]["config"]) == (flags, config), version
         assert shares == sorted(shares) and shares[-1] == 1.0
         assert trt.builds[0]["workspace"] == int(0.8 * (16 << 30)) // 2
@@ -267,6 +270,20 @@ def test_a_build_that_crashes_is_build_failed_and_a_build_in_a_child_is_kept(tmp
         engine.build(ONNX, "fp16")
     assert caught.value.code == "BUILD_FAILED" and not engine.built(ONNX, "fp16")
     assert os.getpid()  # still here
+
+
+def test_a_build_that_takes_the_worker_with_it_is_not_begun_for_ever(tmp_path: Path) -> None:
+    engine, trt = fake_tensorrt(tmp_path)
+    for _ in range(MAX_TRIES):
+        engine._store.begin(engine._key(ONNX, "fp32"))  # and the kernel ended the process
+    with pytest.raises(EngineError, match="never came to an end") as caught:
+        engine.build(ONNX, "fp32")
+    assert caught.value.code == "BUILD_FAILED" and not trt.builds
+    engine.build(ONNX, "fp16")
+    trt.faults.build = "no implementation"
+    for _ in range(MAX_TRIES + 1):
+        with pytest.raises(EngineError, match="no implementation"):
+            engine.build(FAILS, "fp32")  # a build that fails did come to an end
 
 
 def test_old_cards_are_told_which_extra_serves_them(tmp_path: Path) -> None:
