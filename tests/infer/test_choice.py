@@ -198,6 +198,7 @@ def test_the_next_engine_serves_while_one_is_built_then_they_swap(db: Database, 
     swapped = models.get("ct-lung")
     assert swapped.session.engine == "tensorrt 10.4.0 fp16" and swapped.report.passed
     assert models.report()["building"] == {} and models.get("ct-lung") is swapped
+    models.prepare([])  # between jobs
     assert not cuda.hosts  # the one before gave back what it held
     labels = {"model": "ct-lung", "version": "1.0.0", "engine": "tensorrt", "precision": "fp16"}
     assert metrics.REGISTRY.get_sample_value("dicomnode_inference_engine_info", labels) == 1
@@ -249,7 +250,7 @@ class FailingModel:
         self.session = type("S", (), {"engine": f"{name} 1"})()
         self.identity = type("I", (), {"name": "ct-lung", "version": "1.0.0"})()
 
-    def analyse(self, sources: object, *, decoder: object) -> None:
+    def analyse(self, sources: object, **options: object) -> None:
         self.ran += 1
         raise EngineError("run model", self.code, "CUDA error 700")
 

@@ -22,6 +22,7 @@ from tests.infer.fake_cuda import FakeCuda
 from tests.infer.fake_ort import FakeOrt
 from tests.infer.fake_trt import FakeTrt
 from tests.infer.infer_case import MODEL
+from tests.infer.unet_case import unet
 
 ONNX = (MODEL / "model.onnx").read_bytes()
 
@@ -126,3 +127,27 @@ def test_a_session_may_move_to_another_thread(session: Session) -> None:
     thread.join()
     np.testing.assert_array_equal(found[0], reference(batch))
     np.testing.assert_array_equal(session.run({"hu": batch})["air"], reference(batch))
+
+
+def test_a_network_of_many_layers(engine: Engine) -> None:
+    engine.probe()
+    onnx = unet()
+    session, wanted = engine.load(onnx), OnnxRuntimeCpu().load(onnx)
+    for shape in ((4, 1, 16, 24), (2, 1, 32, 32)):
+        batch = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+        found = session.run({"x": batch})["p"]
+        np.testing.assert_allclose(found.sum(axis=1), 1.0, rtol=1e-5)
+        np.testing.assert_allclose(found, wanted.run({"x": batch})["p"], rtol=1e-3, atol=1e-4)
+    session.close()
+
+
+def test_a_more_urgent_job_between_two_batches_uses_the_same_session(session: Session) -> None:
+    """Streams are nested then; each gets its own outputs, whichever slots the other one had taken."""
+    outer = [hu(n, 4, 1, 16, 16) for n in range(6)]
+    inner = [hu(20 + n, 2, 1, 32, 16) for n in range(4)]
+    for number, air in enumerate(stream(session, ({"hu": b} for b in outer))):
+        np.testing.assert_array_equal(air["air"], reference(outer[number]))
+        if number in (1, 3, 5):
+            found = list(stream(session, ({"hu": b} for b in inner)))
+            for batch, out in zip(inner, found, strict=True):
+                np.testing.assert_array_equal(out["air"], reference(batch))
