@@ -202,33 +202,34 @@ def dimse_services(settings: Settings, db: Database) -> Sequence[Any]:
 
 def run_worker(settings: Settings) -> int:
     """Select complete series and do their jobs; one job at a time on this box's engine."""
+    from dicomnode.infer.choice import EngineChoice
     from dicomnode.infer.decode import PoolDecoder
-    from dicomnode.infer.engine import choose_engine
     from dicomnode.infer.serving import ServingModels
     from dicomnode.infer.worker import Worker
     from dicomnode.select.selector import Selector
 
     shell = Shell(settings, "worker")
     data_dir = settings.node.data_dir
-    engine, rejected = choose_engine(settings.inference.engine.value)
-    for rejection in rejected:
+    choice = EngineChoice.of(settings)
+    for rejection in choice.rejected:
         shell.log.info("engine not used", engine=rejection.engine, code=rejection.code, cause=rejection.text)
+    jobs_bell = threading.Event()
     models = ServingModels(
         shell.db,
-        engine,
+        choice,
         models_dir=settings.inference.models_dir,
         data_dir=data_dir,
         threads=settings.inference.threads,
+        on_better=jobs_bell.set,
     )
     shell.detail = lambda: {
-        "engine": engine.name,
-        "engines_rejected": {r.engine: f"{r.code}: {r.text}" for r in rejected},
+        "engine": choice.engines[0].name,
+        "engines_rejected": {r.engine: f"{r.code}: {r.text}" for r in choice.rejected},
         "models": models.report(),
     }
     store = durable.ObjectStore(data_dir)
     store.prepare()
     bell = doorbell.Doorbell(data_dir, "worker")
-    jobs_bell = threading.Event()
     selector = Selector(settings, shell.db, on_jobs=jobs_bell.set)
     decoder = PoolDecoder(max(1, os.cpu_count() or 1))
     ahead = _read_ahead(settings, shell.db, store, decoder)
@@ -246,6 +247,7 @@ def run_worker(settings: Settings) -> int:
         decoder=decoder,
         on_results=ring_senders,
         ahead=ahead,
+        on_lost=lambda: _leave_device(shell, decoder),
     )
     worker.start()
     wanted = list(dict.fromkeys(m for rule in settings.rules for m in rule.models))
@@ -305,6 +307,15 @@ def _leave_job(shell: Shell, worker: Any, decoder: Any) -> None:
     lifeline.notify("STOPPING=1")
     decoder.kill()
     os._exit(0)
+
+
+def _leave_device(shell: Shell, decoder: Any) -> None:
+    """The accelerator is spoilt for this process and its lease is given back: end, to be started afresh."""
+    from dicomnode.infer.worker import EXIT_LOST
+
+    shell.log.error("the GPU fails every call, the worker is restarted")
+    decoder.kill()
+    os._exit(EXIT_LOST)
 
 
 def _wait_either(first: threading.Event, stop: lifeline.StopFlag, seconds: float) -> None:
@@ -407,13 +418,16 @@ def run_sidecar(settings: Settings) -> int:
     return 0
 
 
-def verify_model(settings: Settings, path: Path) -> None:
-    """Digests and golden cases of a bundle on this box's engine. Raises BundleError or EngineError."""
-    from dicomnode.infer.engine import choose_engine
-    from dicomnode.infer.golden import open_model
+def verify_model(settings: Settings, path: Path, *, build: bool = False) -> None:
+    """Digests and golden cases of a bundle on this box's engine. Raises BundleError or EngineError.
 
-    engine, _ = choose_engine(settings.inference.engine.value)
-    open_model(path, engine, threads=settings.inference.threads).close()
+    With ``build`` the best engine is built first where it is not yet; an engine that was asked
+    for by name always is.
+    """
+    from dicomnode.infer.choice import EngineChoice
+
+    choice = EngineChoice.of(settings)
+    choice.open(path, build=build or not choice.automatic).model.close()
 
 
 def run_process(

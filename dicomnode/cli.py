@@ -138,6 +138,10 @@ def status(config: Config = None, as_json: Json = False) -> None:
         ):
             text = ", ".join(f"{n} {name}" for name, n in counts.items() if n) or "none"
             console.print(f"{title}: {text}")
+        for reference, model in data["models"]["serving"].items():
+            console.print(f"model {reference}: {model['version']} on {model['engine']}")
+        for name, build in data["models"]["building"].items():
+            console.print(f"engine for {name}: {build['step']}, {build['share']:.0%}, {build['seconds']} s")
         console.print(f"TLS: {_tls_line(data['tls'])}")
         disk = data["disk"]
         console.print(f"disk: {disk['free_mb']} MiB free, {disk['reserve_mb']} MiB reserved")
@@ -348,6 +352,7 @@ def models_list(config: Config = None, as_json: Json = False) -> None:
 @models_app.command("verify")
 def models_verify(
     reference: Annotated[str | None, typer.Argument(help="NAME or NAME@VERSION; all when left out")] = None,
+    build: Annotated[bool, typer.Option("--build", help="build TensorRT engines that are missing; minutes")] = False,
     config: Config = None,
     as_json: Json = False,
 ) -> None:
@@ -360,7 +365,7 @@ def models_verify(
     chosen = [resolve(folders, reference, {})] if reference else folders
     rows = []
     for folder in chosen:
-        verify_model(settings, folder.path)
+        verify_model(settings, folder.path, build=build)
         rows.append({"name": folder.name, "version": folder.version, "verified": True})
 
     def show(data: list[dict[str, Any]]) -> None:

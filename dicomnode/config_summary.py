@@ -14,6 +14,11 @@ def summary(settings: Settings, findings: Iterable[Finding]) -> Iterator[str]:
     yield f"AE title {titles}, DICOM on {settings.dimse.host}:{settings.dimse.port}"
     yield _tls(settings)
     yield f"data in {settings.node.data_dir}"
+    inference = settings.inference
+    yield (
+        f"inference on {inference.engine.value}, batches of {inference.max_batch} at most,"
+        f" {inference.gpu_memory_share:.0%} of the GPU's memory for one model"
+    )
     yield f"peers: {', '.join(p.name for p in settings.peers) or 'none: every caller is rejected'}"
     for peer in settings.peers:
         if "commit" in peer.allow and not peer.reachable:

@@ -245,6 +245,7 @@ def _http_port(settings: Settings) -> Iterable[Finding]:
 
 
 def _engine(settings: Settings) -> Iterable[Finding]:
+    from dicomnode.infer.choice import engines_of
     from dicomnode.infer.engine import choose_engine
 
     gpu_wanted = settings.inference.engine not in (EngineName.auto, EngineName.onnxruntime_cpu)
@@ -252,7 +253,7 @@ def _engine(settings: Settings) -> Iterable[Finding]:
     if len(both) == 2:
         hint = "They break each other. Start afresh: rm -r .venv && scripts/setup --extra cpu (or t4, v100)"
         yield Finding(Level.fault, "engine", "onnxruntime and onnxruntime-gpu share one environment", hint)
-    engine, rejected = choose_engine(settings.inference.engine.value)
+    engine, rejected = choose_engine(settings.inference.engine.value, engines_of(settings))
     yield Finding(Level.ok, "engine", f"{engine.name} {engine.version} serves".replace("  ", " "))
     driver = nvidia_driver()
     for rejection in rejected:

@@ -74,6 +74,12 @@ class EngineError(OperatorError):
         super().__init__(operation, f"{code}: {cause}", hint)
 
 
+class DeviceLost(OperatorError):
+    """The accelerator fails every call from now on in this process: it ends once its lease was handed back."""
+
+    retryable = True
+
+
 class InputError(NodeError):
     """The data set itself is the reason; the same input fails the same way each time."""
 

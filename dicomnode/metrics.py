@@ -42,6 +42,7 @@ JobOutcome = Literal["done", "refused", "retried", "failed", "lost"]
 SendOutcome = Literal["stored", "retried", "rejected"]
 ReportOutcome = Literal["done", "retried", "refused"]
 PullOutcome = Literal["activated", "retried", "rejected"]
+InferenceStage = Literal["h2d", "compute", "d2h", "queue"]
 ScheduledOutcome = Literal["ok", "failed", "missed"]
 
 _FAST = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -147,13 +148,65 @@ TLS_PEER_SECONDS = Gauge(
 )
 _peers_lock = threading.Lock()
 
+INFERENCE_SECONDS = Histogram(
+    "dicomnode_inference_seconds",
+    "One batch on an engine, seconds, by stage: h2d and d2h are copies to and from the GPU",
+    ["engine", "precision", "stage"],
+    buckets=_FAST,
+    registry=REGISTRY,
+)
+INFERENCE_BATCH = Histogram(
+    "dicomnode_inference_batch_size",
+    "Rows of the batches given to an engine",
+    ["engine"],
+    buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
+    registry=REGISTRY,
+)
+INFERENCE_ENGINE = Gauge(
+    "dicomnode_inference_engine_info",
+    "1 for the engine, with version and precision, that serves a model",
+    ["model", "version", "engine", "precision"],
+    registry=REGISTRY,
+)
+INFERENCE_FALLBACKS = Counter(
+    "dicomnode_inference_fallbacks",
+    "Times that an engine could not serve, by reason: at start, for a model, or for one job",
+    ["engine", "code"],
+    registry=REGISTRY,
+)
+GOLDEN_ERROR = Gauge(
+    "dicomnode_inference_golden_error",
+    "Worst golden case of a model on an engine: disagreement is a share of voxels, dice is 1 - Dice",
+    ["model", "engine", "precision", "kind"],
+    registry=REGISTRY,
+)
+PLAN_CACHE = Counter(
+    "dicomnode_inference_plan_cache",
+    "Look-ups of a built TensorRT engine: hit, miss, rejected (damaged, foreign, or refused by TensorRT)",
+    ["outcome"],
+    registry=REGISTRY,
+)
+BUILD_SECONDS = Histogram(
+    "dicomnode_inference_build_seconds",
+    "Building an engine beside serving, seconds",
+    ["engine", "outcome"],
+    buckets=_SLOW,
+    registry=REGISTRY,
+)
+GPU_MEMORY = Gauge(
+    "dicomnode_gpu_memory_bytes", "Memory of the GPU, bytes: used by all programs, total", ["kind"], registry=REGISTRY
+)
+
 _FIRST_VALUES: Mapping[str, Iterable[tuple[Counter, Iterable[str | tuple[str, ...]]]]] = {
     "receiver": (
         (STORE_TOTAL, ("0x0000",)),
         (QUERY_TOTAL, (("find", "0x0000"), ("move", "0x0000"), ("get", "0x0000"))),
         (ASSOCIATIONS_TOTAL, ("accepted", "rejected", "released", "aborted", "refused", "lost")),
     ),
-    "worker": ((JOBS_TOTAL, ("done", "refused", "retried", "failed", "lost")),),
+    "worker": (
+        (JOBS_TOTAL, ("done", "refused", "retried", "failed", "lost")),
+        (PLAN_CACHE, ("hit", "miss", "rejected")),
+    ),
     "courier": (
         (DELIVERIES_TOTAL, ("stored", "retried", "rejected")),
         (NOTIFICATIONS_TOTAL, ("stored", "retried", "rejected")),
@@ -178,6 +231,11 @@ def prepare(process: str) -> None:
 @cache
 def _stored_well() -> Any:
     return STORE_TOTAL.labels("0x0000")
+
+
+@cache
+def _inference(engine: str, precision: str, stage: InferenceStage) -> Any:
+    return INFERENCE_SECONDS.labels(engine, precision, stage)
 
 
 @cache
@@ -280,6 +338,47 @@ def peer_certificates_known(known: Mapping[str, float], before: Mapping[str, flo
                 TLS_PEER_SECONDS.labels(peer).set(known[peer])
             else:
                 TLS_PEER_SECONDS.remove(peer)
+
+
+def inference(engine: str, precision: str, stage: InferenceStage, seconds: float) -> None:
+    """Record one stage of one batch."""
+    _inference(engine, precision, stage).observe(max(0.0, seconds))
+
+
+def inference_batch(engine: str, rows: int) -> None:
+    INFERENCE_BATCH.labels(engine).observe(rows)
+
+
+def serves(model: str, version: str, engine: str, precision: str, *, on: bool = True) -> None:
+    """Note which engine serves a model, or with ``on`` false that it does no more."""
+    if on:
+        INFERENCE_ENGINE.labels(model, version, engine, precision).set(1)
+    else:
+        INFERENCE_ENGINE.remove(model, version, engine, precision)
+
+
+def fallback(engine: str, code: str) -> None:
+    INFERENCE_FALLBACKS.labels(engine, code).inc()
+
+
+def golden(model: str, engine: str, precision: str, disagreement: float, dice: float) -> None:
+    """Record the worst golden case: share of voxels that differ, and Dice."""
+    GOLDEN_ERROR.labels(model, engine, precision, "disagreement").set(disagreement)
+    GOLDEN_ERROR.labels(model, engine, precision, "dice").set(1.0 - dice)
+
+
+def plan_cache(outcome: Literal["hit", "miss", "rejected"]) -> None:
+    PLAN_CACHE.labels(outcome).inc()
+
+
+def engine_build(engine: str, outcome: Literal["built", "failed"], seconds: float) -> None:
+    BUILD_SECONDS.labels(engine, outcome).observe(seconds)
+
+
+def gpu_memory(free: int, total: int) -> None:
+    """Bytes, as the driver tells them."""
+    GPU_MEMORY.labels("used").set(total - free)
+    GPU_MEMORY.labels("total").set(total)
 
 
 def sync(outcome: SendOutcome) -> None:

@@ -104,6 +104,15 @@ class Inference(Section):
     engine: EngineName = Field(EngineName.auto, description="which engine runs the models")
     models_dir: Path = Field(Path("models"), description="bundles: <name>/<version>/")
     threads: int = Field(0, ge=0, description="CPU threads of the engine; 0: all cores")
+    max_batch: int = Field(
+        16,
+        ge=1,
+        le=512,
+        description="slices or patches in one batch of an engine; halved while GPU memory is too small",
+    )
+    gpu_memory_share: float = Field(
+        0.8, gt=0, le=1, description="share of the GPU's memory that one model on one engine may take, 0 to 1"
+    )
     lease_seconds: float = Field(60.0, gt=1, description="a job whose worker is silent this long is redone")
     job_seconds: float = Field(
         1800.0, gt=10, description="a job that takes longer ends its worker and counts as an attempt"

@@ -11,7 +11,14 @@ from typing import Any
 import apsw
 
 from dicomnode import durable
-from dicomnode.admin.status import MEBIBYTE, failed_models, serving_models, wanted_models
+from dicomnode.admin.status import (
+    MEBIBYTE,
+    building_engines,
+    failed_models,
+    rejected_engines,
+    serving_models,
+    wanted_models,
+)
 from dicomnode.errors import NodeError, StorageError
 from dicomnode.index.database import Database, Row
 from dicomnode.index.operation import Figures, Processes
@@ -78,8 +85,10 @@ def check_models(processes: list[Row], wanted: frozenset[str]) -> Check:
         failed = failed_models(processes)
         why = "; ".join(f"{name}: {failed.get(name, 'no live worker serves it')}" for name in missing)
         return Check(False, why, "See 'dicomnode models list' and 'journalctl -u dicomnode-worker'")
-    names = sorted({f"{m['name']} {m['version']}" for m in serving.values()})
-    return Check(True, ", ".join(names) or "no rule names a model")
+    names = sorted({f"{m['name']} {m['version']} ({m['engine']})" for m in serving.values()})
+    told = [f"{name}: {b.get('step')} {b.get('share', 0):.0%}" for name, b in building_engines(processes).items()]
+    told += [f"not used: {engine}, {why}" for engine, why in rejected_engines(processes).items()]
+    return Check(True, "; ".join([", ".join(names) or "no rule names a model", *told]))
 
 
 def dimse_address(processes: list[Row], settings: Settings) -> tuple[str, int]:

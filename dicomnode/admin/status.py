@@ -58,6 +58,8 @@ def status_report(db: Database, settings: Settings) -> dict[str, Any]:
             "wanted": sorted(wanted_models(settings)),
             "serving": serving_models(processes),
             "failed": failed_models(processes),
+            "building": building_engines(processes),
+            "engines_rejected": rejected_engines(processes),
             "pulls": models.pulls(),
         },
         "disk": disk(settings),
@@ -114,6 +116,31 @@ def failed_models(processes: list[Row]) -> dict[str, str]:
         for models in _worker_models(processes)
         for reference, why in models.get("failed", {}).items()
     }
+
+
+def building_engines(processes: list[Row]) -> dict[str, dict[str, Any]]:
+    """``name@version`` -> ``step``, ``share`` 0..1 and ``seconds`` of an engine that is built beside serving."""
+    return {
+        str(name): dict(build)
+        for models in _worker_models(processes)
+        for name, build in models.get("building", {}).items()
+        if isinstance(build, Mapping)
+    }
+
+
+def rejected_engines(processes: list[Row]) -> dict[str, str]:
+    """Engine, or reference and engine, -> why live workers do not use it: for every model, or for that one."""
+    found: dict[str, str] = {}
+    for row in processes:
+        if row["alive"] and str(row["name"]).startswith("worker"):
+            found |= {str(k): str(v) for k, v in row["detail"].get("engines_rejected", {}).items()}
+    for models in _worker_models(processes):
+        for reference, entry in models.get("ready", {}).items():
+            for text in entry.get("rejected", ()):
+                engine, _, why = str(text).partition(" ")
+                precision, _, rest = why.partition(" ")
+                found[f"{reference} on {engine} {precision}"] = rest
+    return dict(sorted(found.items()))
 
 
 def _worker_models(processes: list[Row]) -> list[Mapping[str, Any]]:

@@ -7,8 +7,10 @@ name and cannot serve is an error, never a silent fallback.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy.typing as npt
@@ -27,6 +29,8 @@ RejectionCode = Literal[
     "PROVIDER_MISSING",
     "GOLDEN_MISMATCH",
     "OOM",
+    "DEVICE_LOST",
+    "BUILDING",
 ]
 
 
@@ -84,24 +88,29 @@ class Engine(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class NotInThisVersion:
-    """Stands for an engine whose implementation this version does not contain."""
+class Limits:
+    """What one engine may take: rows of a batch, and share (0..1] of the GPU's memory."""
 
-    name: str
-    version: str = ""
+    max_batch: int = 16
+    gpu_memory_share: float = 0.8
 
-    def probe(self) -> Ok | Rejected:
-        return Rejected(self.name, "LIB_MISSING", f"{self.name} is not part of this version of the node")
-
-    def load(self, onnx: bytes, *, threads: int = 0) -> Session:  # noqa: ARG002 - the Protocol's
-        raise EngineError("load model", "LIB_MISSING", f"{self.name} is not part of this version of the node")
+    def gpu_bytes(self, total: int) -> int:
+        """The share of ``total`` bytes."""
+        return int(total * self.gpu_memory_share)
 
 
-def default_engines() -> tuple[Engine, ...]:
-    """The engines in the order in which ``auto`` tries them."""
+def default_engines(data_dir: Path | None = None, limits: Limits | None = None) -> tuple[Engine, ...]:
+    """The engines in the order in which ``auto`` tries them.
+
+    Built engines are kept under ``data_dir``; without one under the user's cache folder.
+    """
     from dicomnode.infer.ort import OnnxRuntimeCpu
+    from dicomnode.infer.ort_gpu import OnnxRuntimeGpu
+    from dicomnode.infer.trt import TensorRt
 
-    return (NotInThisVersion("tensorrt"), NotInThisVersion("onnxruntime-gpu"), OnnxRuntimeCpu())
+    if data_dir is None:
+        data_dir = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dicomnode"
+    return (TensorRt(data_dir, limits), OnnxRuntimeGpu(limits), OnnxRuntimeCpu())
 
 
 def choose_engine(setting: str, engines: Sequence[Engine] | None = None) -> tuple[Engine, tuple[Rejected, ...]]:

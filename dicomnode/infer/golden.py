@@ -32,12 +32,14 @@ class CaseResult:
     """Outcome of one golden case. ``problems`` is empty when it passed.
 
     ``disagreement``: share of voxels with another label. ``dice``: the worst segment's.
+    ``code``: why it failed; that of the engine's error (OOM, DEVICE_LOST) where it raised one.
     """
 
     name: str
     problems: tuple[str, ...]
     disagreement: float
     dice: float
+    code: str = "GOLDEN_MISMATCH"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,11 @@ class GoldenReport:
     @property
     def passed(self) -> bool:
         return bool(self.cases) and all(not case.problems for case in self.cases)
+
+    @property
+    def code(self) -> str:
+        """Of the first case that failed."""
+        return next((case.code for case in self.cases if case.problems), "GOLDEN_MISMATCH")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,15 +93,26 @@ def open_model(path: Path, engine: Engine, *, threads: int = 0) -> ReadyModel:
     not reproduce the golden cases.
     """
     bundle = load_bundle(path)
-    session = engine.load(bundle.read(bundle.manifest.engine.model), threads=threads)
-    report = check_golden(bundle, session)
+    return gate(bundle, engine.load(bundle.read(bundle.manifest.engine.model), threads=threads))
+
+
+def gate(bundle: Bundle, session: Session) -> ReadyModel:
+    """``session`` with ``bundle``'s model, once it has passed the golden cases.
+
+    Raises EngineError (GOLDEN_MISMATCH), and whatever else the session raises; it is closed then.
+    """
+    try:
+        report = check_golden(bundle, session)
+    except BaseException:
+        session.close()
+        raise
     if not report.passed:
         session.close()
         identity = bundle.manifest.identity
         problems = "; ".join(f"{c.name}: {', '.join(c.problems)}" for c in report.cases if c.problems)
         raise EngineError(
             f"verify {identity.name} {identity.version} on {report.engine}",
-            "GOLDEN_MISMATCH",
+            report.code,
             problems,
             "Do not use this model with this engine; choose another engine or another version",
         )
@@ -137,7 +155,8 @@ def _run(bundle: Bundle, session: Session, case: GoldenCase) -> CaseResult:
                 return CaseResult(case.name, (f"output {name} is constant",), 1.0, 0.0)
         analysis = run_bundle(bundle, session, volume)
     except EngineError as cause:
-        return CaseResult(case.name, (cause.cause,), 1.0, 0.0)
+        code = cause.code if cause.code in ("OOM", "DEVICE_LOST") else "GOLDEN_MISMATCH"
+        return CaseResult(case.name, (cause.cause,), 1.0, 0.0, code)
     assert analysis.labels is not None
     by_key = {s.label: s.key for s in bundle.manifest.outputs.segments}
     numbers = {s.key: s.number for s in bundle.manifest.outputs.segments}

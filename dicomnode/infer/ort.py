@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 
+from dicomnode import metrics
 from dicomnode.errors import EngineError
 from dicomnode.infer.engine import Array, Ok, Rejected, Session
 
@@ -68,11 +70,13 @@ class _OrtSession:
     def run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         if self._session is None:
             raise EngineError("run model", "BUILD_FAILED", "the session is closed")
+        begin = perf_counter()
         try:
             values = self._session.run(self._outputs, dict(inputs))
         except Exception as cause:
             code = "OOM" if "alloc" in str(cause).lower() else "BUILD_FAILED"
             raise EngineError("run model", code, _first_line(cause)) from cause
+        metrics.inference("onnxruntime-cpu", "fp32", "compute", perf_counter() - begin)
         return {name: np.asarray(value) for name, value in zip(self._outputs, values, strict=True)}
 
     def close(self) -> None:

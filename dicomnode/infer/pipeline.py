@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dicomnode.errors import EngineError, NodeError
+from dicomnode.infer.batching import stream
 from dicomnode.infer.bundle import Bundle
 from dicomnode.infer.decode import Decoder
 from dicomnode.infer.engine import Session
@@ -88,23 +89,29 @@ def infer(manifest: Manifest, session: Session, volume: Volume, report: Progress
     spec = manifest.engine
     slices = volume.values.shape[0]
     whole: dict[str, Array] = {}
-    for first in range(0, slices, spec.slab_slices):
+
+    def slabs() -> Iterator[Mapping[str, Array]]:
+        """Prepared while the engine computes the slab before."""
+        for first in range(0, slices, spec.slab_slices):
+            slab: Array = volume.values[first : first + spec.slab_slices]
+            for step in manifest.preprocess:
+                slab = step.apply(slab)
+            yield {spec.input: np.ascontiguousarray(slab[:, np.newaxis])}
+
+    for first, result in zip(range(0, slices, spec.slab_slices), stream(session, slabs()), strict=True):
         report("inference", first / slices)
-        slab: Array = volume.values[first : first + spec.slab_slices]
-        for step in manifest.preprocess:
-            slab = step.apply(slab)
-        result = session.run({spec.input: np.ascontiguousarray(slab[:, np.newaxis])})
+        count = min(spec.slab_slices, slices - first)
         for name in spec.outputs:
             if name not in result:
                 raise EngineError("run model", "BUILD_FAILED", f"the model gave no output {name}")
             part = result[name]
-            if part.shape != (slab.shape[0], 1, *slab.shape[1:]):
+            if part.shape != (count, 1, *volume.values.shape[1:]):
                 raise EngineError("run model", "BUILD_FAILED", f"output {name} has shape {part.shape}")
             if part.dtype.kind == "f" and not np.isfinite(part).all():
                 raise EngineError("run model", "GOLDEN_MISMATCH", f"output {name} is not finite")
             if name not in whole:
                 whole[name] = np.empty(volume.values.shape, part.dtype)
-            whole[name][first : first + len(slab)] = part[:, 0]
+            whole[name][first : first + count] = part[:, 0]
     report("inference", 1.0)
     return whole
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cmp_to_key
 from pathlib import Path
 
-from dicomnode import logs
+from dicomnode import logs, metrics
 from dicomnode.errors import BundleError, EngineError
 from dicomnode.index.database import Database
-from dicomnode.index.operation import Events, Models
+from dicomnode.index.operation import Events, Models, Severity
 from dicomnode.infer.bundle import BundleFolder, compare_versions, find_bundles
+from dicomnode.infer.choice import EngineChoice, NotBuilt, engine_name, engine_text
 from dicomnode.infer.engine import Engine
-from dicomnode.infer.golden import ReadyModel, open_model
+from dicomnode.infer.golden import ReadyModel
+from dicomnode.infer.upgrades import Upgrades
 
 
 def bundle_folders(models_dir: Path, data_dir: Path) -> list[BundleFolder]:
@@ -62,13 +64,28 @@ RETRY_SECONDS = 30.0
 class ServingModels:
     """Loads on demand and keeps what is loaded until another version takes its place."""
 
-    def __init__(self, db: Database, engine: Engine, *, models_dir: Path, data_dir: Path, threads: int) -> None:
+    def __init__(
+        self,
+        db: Database,
+        engine: Engine | EngineChoice,
+        *,
+        models_dir: Path,
+        data_dir: Path,
+        threads: int,
+        on_better: Callable[[], None] = lambda: None,
+    ) -> None:
+        """``on_better`` is called, in another thread, when a model can move to a better engine."""
         self._models = Models(db)
         self._events = Events(db)
-        self._engine = engine
+        if not isinstance(engine, EngineChoice):
+            engine = EngineChoice(engine.name, [engine], threads=threads)
+        self._choice = engine
+        self._upgrades = Upgrades(engine, on_better)
+        self._spare: dict[Path, ReadyModel] = {}
+        self._retired: list[ReadyModel] = []
+        """Taken out of service; a job that stands still for a more urgent one may still be in the middle of one."""
         self._models_dir = models_dir
         self._data_dir = data_dir
-        self._threads = threads
         self._ready: dict[str, ReadyModel] = {}
         self._errors: dict[str, str] = {}
         self._not_before: dict[str, float] = {}
@@ -86,7 +103,8 @@ class ServingModels:
         wanted = resolve(folders, reference, self._models.active())
         known = self._ready.get(reference)
         if known is not None and known.identity.version == wanted.version:
-            return known
+            better = self._upgrades.take(wanted.path)
+            return known if better is None else self._swap(reference, better)
         if known is not None and time.monotonic() < self._not_before.get(reference, 0.0):
             return known
         try:
@@ -103,13 +121,43 @@ class ServingModels:
             ready = fallback
         else:
             self._errors.pop(reference, None)
+        return self._swap(reference, ready)
+
+    def _swap(self, reference: str, ready: ReadyModel) -> ReadyModel:
+        known = self._ready.get(reference)
         if known is not None:
-            known.close()
+            _told(known, on=False)
+            self._retired.append(known)
+            if (spare := self._spare.pop(known.bundle.path, None)) is not None:
+                self._retired.append(spare)
         self._ready[reference] = ready
+        _told(ready)
         return ready
 
+    def other(self, model: ReadyModel) -> ReadyModel | None:
+        """The same model on the engine after the one that failed for a job; None when there is none.
+
+        Raises EngineError when the next engine cannot serve it.
+        """
+        if not self._choice.has_other(model):
+            return None
+        path = model.bundle.path
+        if path not in self._spare:
+            self._spare[path] = self._choice.open(path, below=engine_name(model)).model
+        return self._spare[path]
+
     def _open(self, folder: BundleFolder) -> ReadyModel:
-        ready = open_model(folder.path, self._engine, threads=self._threads)
+        """On the best engine that is built; a better one is built beside serving."""
+        ready = self._upgrades.take(folder.path)
+        if ready is None:
+            try:
+                opened = self._choice.open(folder.path)
+            except NotBuilt:
+                self._upgrades.want(folder.path, "")
+                raise
+            ready = opened.model
+            if opened.better:
+                self._upgrades.want(folder.path, engine_text(ready))
         self._log.info(
             "model verified",
             model=folder.name,
@@ -136,7 +184,9 @@ class ServingModels:
         return None
 
     def prepare(self, references: Sequence[str]) -> None:
-        """Verify all of these now; what fails is reported and tried again with its next job."""
+        """Between jobs: verify all of these; what fails is reported and tried again with its next job."""
+        while self._retired:
+            self._retired.pop().close()
         for reference in references:
             if time.monotonic() < self._not_before.get(reference, 0.0):
                 continue
@@ -150,7 +200,8 @@ class ServingModels:
         self._not_before[reference] = time.monotonic() + RETRY_SECONDS
         if self._errors.get(reference) != error:
             self._errors[reference] = error
-            self._events.add("error", "model", reference, error)
+            severity: Severity = "info" if "BUILDING:" in error else "error"
+            self._events.add(severity, "model", reference, error)
 
     def report(self) -> dict[str, object]:
         """For the heartbeat: what serves, with version and engine, and what cannot."""
@@ -161,8 +212,15 @@ class ServingModels:
                     "version": m.identity.version,
                     "engine": m.report.engine,
                     "digest": m.identity.digest,
+                    "rejected": [f"{r.engine} {r.code}: {r.text}" for r in self._choice.refusals(m.bundle.digest)],
                 }
                 for reference, m in self._ready.items()
             },
             "failed": dict(self._errors),
+            "building": self._upgrades.report(),
         }
+
+
+def _told(model: ReadyModel, *, on: bool = True) -> None:
+    engine, _, precision = engine_text(model).partition(" ")
+    metrics.serves(model.identity.name, model.identity.version, engine, precision, on=on)

@@ -13,7 +13,7 @@ from typing import Any
 from dicomnode import durable, logs, metrics
 from dicomnode.clock import iso
 from dicomnode.durable import ObjectStore, SyncFailed
-from dicomnode.errors import EngineError, InputError, LeaseLost, NodeError, OperatorError, UnsuitableSeries
+from dicomnode.errors import DeviceLost, EngineError, InputError, LeaseLost, NodeError, OperatorError, UnsuitableSeries
 from dicomnode.header import Wanted, read_header
 from dicomnode.identity import parameters_digest, result_identity
 from dicomnode.index.catalogue import NewInstance
@@ -22,8 +22,11 @@ from dicomnode.index.jobs import Jobs, Outcome, Result
 from dicomnode.index.keys import HEADER_KEYS
 from dicomnode.index.operation import Events
 from dicomnode.infer.ahead import ReadAhead
+from dicomnode.infer.choice import engine_name
 from dicomnode.infer.decode import Decoder
+from dicomnode.infer.faults import Fault, Remedy, fault_of, leave_engine, remedy
 from dicomnode.infer.golden import ReadyModel
+from dicomnode.infer.pipeline import Progress
 from dicomnode.infer.serving import ServingModels
 from dicomnode.infer.volume import ReadSlice
 from dicomnode.records import Analysis, EncodedObject, ModelIdentity, ResultIdentity, SourceInstance
@@ -33,6 +36,8 @@ Encode = Callable[[Analysis, ResultIdentity, ModelIdentity, Sequence[SourceInsta
 WITHOUT_LIMIT = 1_000_000_000
 EXIT_HUNG = 75
 """EX_TEMPFAIL of sysexits.h."""
+EXIT_LOST = EXIT_HUNG
+"""The accelerator is spoilt for this process; the next one gets a fresh context."""
 
 
 class Worker:
@@ -49,6 +54,7 @@ class Worker:
         decoder: Decoder,
         on_results: Callable[[], None],
         ahead: ReadAhead | None = None,
+        on_lost: Callable[[], None] = lambda: os._exit(EXIT_LOST),
     ) -> None:
         self._settings = settings
         self._db = db
@@ -62,6 +68,8 @@ class Worker:
         self._ahead = ahead
         self._hearts: list[_Heart] = []
         """Of the jobs at hand: the last is being done, those before it wait for it."""
+        self._on_lost = on_lost
+        self._lost = False
         self._store = ObjectStore(settings.node.data_dir)
         self._wanted = Wanted(HEADER_KEYS)
         self._log = logs.get()
@@ -92,6 +100,9 @@ class Worker:
                 self._guarded(job)
         finally:
             self._hearts.pop()
+        if self._lost:
+            self.hand_back()  # the less urgent job that waited for this one: it is not to blame
+            self._on_lost()
 
     def _let_pass(self, job: Row, step: str, stood: dict[str, float]) -> None:
         """Between two batches: jobs that are more urgent are done now, and this one goes on after them.
@@ -137,6 +148,11 @@ class Worker:
             self._events.add("warning", "job-refused", f"job {job_id}", text)
         except SyncFailed as error:
             durable.die(error)
+        except DeviceLost as error:
+            # Handed back and counted: a study that spoils the device each time is parked at last.
+            self._retry(job, str(error), self._settings.inference.max_attempts)
+            self._events.add("error", "device-lost", f"job {job_id}", f"{error.cause}; the worker is restarted")
+            self._lost = True
         except OperatorError as error:
             # A missing model or a full disk: it passes once the operator has acted.
             self._retry(job, str(error), WITHOUT_LIMIT)
@@ -209,11 +225,12 @@ class Worker:
         def between(step: str, _: float) -> None:
             self._let_pass(job, step, stood)
 
+        if leave_engine(int(job["attempts"]), job["last_error"]):
+            model = self._other(model, "DEVICE_LOST") or model
         try:
             analysis = model.analyse(sources, decoder=self._decoder, progress=between, ahead=ahead)
         except EngineError as error:
-            # The model has passed its golden cases here, so it is this series: not tried without limit.
-            raise NodeError(error.operation, error.cause, error.hint, retryable=True) from error
+            model, analysis = self._elsewhere(model, sources, error, between, ahead)
         seconds.update({step: spent - stood.get(step, 0.0) for step, spent in analysis.seconds.items()})
         begin = time.perf_counter()
         identity = self._identity(job, model, analysis)
@@ -238,6 +255,44 @@ class Worker:
             result=[o.kind for o in objects],
             seconds=round(seconds["total"], 3),
         )
+
+    def _elsewhere(
+        self,
+        model: ReadyModel,
+        sources: Sequence[SourceInstance],
+        error: EngineError,
+        progress: Progress,
+        ahead: Mapping[str, ReadSlice],
+    ) -> tuple[ReadyModel, Analysis]:
+        """What the table of faults.py says after smaller batches did not help: another engine, or later."""
+        other: ReadyModel | None = None
+        if fault_of(error.code) is not Fault.lost:
+            other = self._other(model, error.code)
+        step = remedy(error.code, can_shrink=False, has_other=other is not None)
+        if step is Remedy.other_engine and other is not None:
+            try:
+                return other, other.analyse(sources, decoder=self._decoder, progress=progress, ahead=ahead)
+            except EngineError as second:
+                error, step = second, remedy(second.code, can_shrink=False, has_other=False)
+        if step is Remedy.end_process:
+            raise DeviceLost(error.operation, error.cause, "See 'nvidia-smi' and the kernel's log for Xid") from error
+        # The model has passed its golden cases here, so it is this series: not tried without limit.
+        raise NodeError(error.operation, error.cause, error.hint, retryable=True) from error
+
+    def _other(self, model: ReadyModel, code: str) -> ReadyModel | None:
+        """The model on the next engine, for one job."""
+        name = engine_name(model)
+        try:
+            other = self._models.other(model)
+        except EngineError as error:
+            self._log.error("no other engine serves", model=model.identity.name, engine=name, error=str(error))
+            return None
+        if other is not None:
+            metrics.fallback(name, code)
+            self._log.warning(
+                "another engine does this job", model=model.identity.name, engine=other.session.engine, code=code
+            )
+        return other
 
     def _identity(self, job: Row, model: ReadyModel, analysis: Analysis) -> ResultIdentity:
         def make(current: Row) -> Row:

@@ -15,6 +15,8 @@ from aiohttp.test_utils import TestServer
 
 from dicomnode import metrics
 from dicomnode.admin.application import make_app
+from dicomnode.admin.ready import check_models
+from dicomnode.admin.status import status_report
 from dicomnode.commitment import Reference, Request
 from dicomnode.index.database import Database
 from dicomnode.index.jobs import Jobs
@@ -186,6 +188,32 @@ def test_ready_needs_receiver_port_worker_and_disk(db: Database, tmp_path: Path,
         (503, {"receivers", "dimse", "models"}),
         (503, {"dimse"}),
     ]
+
+
+def test_builds_and_rejected_engines_show_in_status_and_ready(db: Database, tmp_path: Path) -> None:
+    ready = {
+        "ct-lung": {
+            "name": "ct-lung",
+            "version": "1.0.0",
+            "engine": "onnxruntime-gpu 1.31.1",
+            "rejected": ["tensorrt fp16 GOLDEN_MISMATCH: 3 % of the voxels"],
+        }
+    }
+    building = {"ct-lung@1.0.0": {"step": "Building Engine", "share": 0.42, "seconds": 90}}
+    detail = {
+        "engines_rejected": {"tensorrt": "LIB_MISSING: not installed"},
+        "models": {"ready": ready, "failed": {}, "building": building},
+    }
+    Processes(db).beat("worker", "ready", detail)
+    models = status_report(db, node(tmp_path))["models"]
+    assert models["building"] == building
+    assert models["engines_rejected"] == {
+        "ct-lung on tensorrt fp16": "GOLDEN_MISMATCH: 3 % of the voxels",
+        "tensorrt": "LIB_MISSING: not installed",
+    }
+    told = check_models(Processes(db).listing(), frozenset(["ct-lung"]))
+    assert told.ok and "ct-lung 1.0.0 (onnxruntime-gpu 1.31.1)" in told.detail
+    assert "ct-lung@1.0.0: Building Engine 42%" in told.detail and "GOLDEN_MISMATCH" in told.detail
 
 
 def test_an_index_that_does_not_answer_is_un_ready(

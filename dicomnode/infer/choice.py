@@ -1,0 +1,286 @@
+"""Which engine serves which model: the first that passes the model's golden cases here.
+
+The choice is made for each model by itself: an engine that serves one may fail the golden
+case of another, or lack the memory for it. With ``auto`` the next one serves then, in FP32
+before another engine where the half-precision file of the bundle was out of tolerance; an
+engine that was asked for by name serves or is an error.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from dicomnode import logs, metrics
+from dicomnode.errors import EngineError
+from dicomnode.infer.batching import CappedSession
+from dicomnode.infer.bundle import Bundle, load_bundle
+from dicomnode.infer.engine import Engine, Limits, Ok, Rejected, Session, choose_engine, default_engines
+from dicomnode.infer.golden import ReadyModel, gate
+from dicomnode.infer.isolated import Report
+from dicomnode.infer.trt import rejection_code
+from dicomnode.infer.trt_build import Precision
+from dicomnode.settings import Settings
+
+FP16_FILE = "fp16mixed.onnx"
+"""In a bundle: the same network in half precision, norms and softmax in single (GPU.md, "TensorRT API")."""
+
+GPU_ENGINES = frozenset({"tensorrt", "onnxruntime-gpu"})
+AGAIN_SECONDS = 600.0
+"""An engine that lacked memory for a model is tried again after this long."""
+
+FOR_EVER = float("inf")
+
+
+@runtime_checkable
+class BuildsEngines(Protocol):
+    """An engine that has to build something, for minutes, before it can load a model."""
+
+    def built(self, onnx: bytes, precision: Precision) -> bool: ...
+
+    def build(self, onnx: bytes, precision: Precision, report: Report | None = None) -> None: ...
+
+    def load(self, onnx: bytes, *, threads: int = 0, precision: Precision = "fp32") -> Session: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One way to run a model."""
+
+    engine: Engine
+    precision: Precision
+
+    @property
+    def text(self) -> str:
+        return f"{self.engine.name} {self.precision}"
+
+
+class NotBuilt(EngineError):
+    """Only an engine that has to be built first may serve this model; nothing else stands in for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A model that serves, and whether a better engine could be built for it."""
+
+    model: ReadyModel
+    better: bool
+
+
+@dataclass(slots=True)
+class _Refusal:
+    rejected: Rejected
+    until: float = field(default=FOR_EVER)
+
+
+def limits_of(settings: Settings) -> Limits:
+    """``[inference]``: what an engine may take."""
+    return Limits(settings.inference.max_batch, settings.inference.gpu_memory_share)
+
+
+def engines_of(settings: Settings) -> tuple[Engine, ...]:
+    """The engines of this box in the order of ``auto``."""
+    return default_engines(settings.node.data_dir, limits_of(settings))
+
+
+def candidates(engines: Iterable[Engine], files: Iterable[str]) -> list[Candidate]:
+    """In the order in which they are tried: half precision first, where bundle and engine have it. Pure."""
+    names = set(files)
+    found: list[Candidate] = []
+    for engine in engines:
+        if FP16_FILE in names and isinstance(engine, BuildsEngines):
+            found.append(Candidate(engine, "fp16"))
+        found.append(Candidate(engine, "fp32"))
+    return found
+
+
+def usable_engines(setting: str, engines: Sequence[Engine]) -> tuple[tuple[Engine, ...], tuple[Rejected, ...]]:
+    """Engines that can serve here, best first, and why the others cannot.
+
+    Raises EngineError when the one that was asked for by name cannot, or none can.
+    """
+    if setting != "auto":
+        return (choose_engine(setting, engines)[0],), ()
+    answers = [(engine, engine.probe()) for engine in engines]
+    usable = tuple(engine for engine, answer in answers if isinstance(answer, Ok))
+    if not usable:
+        choose_engine(setting, engines)  # raises with all the reasons
+    return usable, tuple(answer for _, answer in answers if isinstance(answer, Rejected))
+
+
+class EngineChoice:
+    """Opens models on the best engine and remembers what failed. Used by the worker and by one thread beside it."""
+
+    def __init__(
+        self,
+        setting: str,
+        engines: Sequence[Engine],
+        *,
+        threads: int = 0,
+        limits: Limits | None = None,
+    ) -> None:
+        self.automatic = setting == "auto"
+        self.engines, self.rejected = usable_engines(setting, engines)
+        self._threads = threads
+        self._limits = limits or Limits()
+        self._refusals: dict[tuple[str, str, str], _Refusal] = {}
+        self._lost = False
+        for rejection in self.rejected:
+            metrics.fallback(rejection.engine, rejection.code)
+
+    @classmethod
+    def of(cls, settings: Settings) -> EngineChoice:
+        inference = settings.inference
+        return cls(inference.engine.value, engines_of(settings), threads=inference.threads, limits=limits_of(settings))
+
+    def open(self, path: Path, *, build: bool = False, below: str = "") -> Opened:
+        """The bundle on the first engine that passes; ``below`` names an engine after which to begin.
+
+        Nothing is built unless ``build`` says so: what would have to be is passed over, and NotBuilt
+        raised where nothing else serves. Raises BundleError, or EngineError with every reason.
+        """
+        bundle = load_bundle(path)
+        errors: list[EngineError] = []
+        skipped: list[Candidate] = []
+        for candidate in candidates(self._after(below), bundle.manifest.files):
+            if self._out(bundle, candidate):
+                continue
+            if self._unbuilt(bundle, candidate):
+                if not build:
+                    skipped.append(candidate)
+                    continue
+                if (failed := self._build(bundle, candidate, None)) is not None:
+                    errors.append(failed)
+                    continue
+            try:
+                return Opened(self._load(bundle, candidate), bool(skipped))
+            except EngineError as error:
+                errors.append(self._refuse(bundle, candidate, error))
+        name = f"{bundle.manifest.identity.name} {bundle.manifest.identity.version}"
+        if skipped:
+            raise NotBuilt(
+                f"open {name}", "BUILDING", f"{skipped[0].text} is being built for it", "It serves once built"
+            )
+        if len(errors) == 1 and not self.refusals(bundle.digest)[1:]:
+            raise errors[0]
+        reasons = "; ".join(f"{r.engine} {r.code}: {r.text}" for r in self.refusals(bundle.digest))
+        code = errors[-1].code if errors else "LIB_MISSING"
+        raise EngineError(f"open {name}", code, reasons or "no engine is left", "See 'dicomnode doctor'")
+
+    def upgrade(self, path: Path, than: str, report: Report) -> ReadyModel | None:
+        """Build and open the best engine for the bundle that comes before ``than``; None when none passes.
+
+        Takes minutes: for a thread beside serving. Raises BundleError.
+        """
+        bundle = load_bundle(path)
+        for candidate in candidates(self.engines, bundle.manifest.files):
+            if candidate.text == than:
+                return None
+            if self._out(bundle, candidate):
+                continue
+            if self._unbuilt(bundle, candidate) and self._build(bundle, candidate, report) is not None:
+                continue
+            report("golden cases", 0.99)
+            try:
+                return self._load(bundle, candidate)
+            except EngineError as error:
+                self._refuse(bundle, candidate, error)
+        return None
+
+    def has_other(self, model: ReadyModel) -> bool:
+        """Whether another engine stands in when this one fails for a job."""
+        return self.automatic and bool(self._after(engine_name(model)))
+
+    def refusals(self, digest: str) -> list[Rejected]:
+        """Why engines do not serve the bundle with this digest."""
+        return [r.rejected for (bundle, _, _), r in list(self._refusals.items()) if bundle == digest]
+
+    def _after(self, name: str) -> tuple[Engine, ...]:
+        """The engines after the one of this name; all where there is none such."""
+        names = [engine.name for engine in self.engines]
+        return self.engines[names.index(name) + 1 :] if name in names else self.engines
+
+    def _out(self, bundle: Bundle, candidate: Candidate) -> bool:
+        """Whether this way has failed before; a single one that was asked for by name is always tried."""
+        if self._lost and candidate.engine.name in GPU_ENGINES:
+            return True
+        known = self._refusals.get(_key(bundle, candidate))
+        if known is None:
+            return False
+        last = candidate.engine is self.engines[-1] and candidate.precision == "fp32"
+        if last or time.monotonic() >= known.until:
+            self._refusals.pop(_key(bundle, candidate), None)
+            return False
+        return True
+
+    def _unbuilt(self, bundle: Bundle, candidate: Candidate) -> bool:
+        engine = candidate.engine
+        return isinstance(engine, BuildsEngines) and not engine.built(_onnx(bundle, candidate), candidate.precision)
+
+    def _build(self, bundle: Bundle, candidate: Candidate, report: Report | None) -> EngineError | None:
+        engine = candidate.engine
+        assert isinstance(engine, BuildsEngines)
+        begin = time.monotonic()
+        try:
+            engine.build(_onnx(bundle, candidate), candidate.precision, report)
+        except EngineError as error:
+            metrics.engine_build(engine.name, "failed", time.monotonic() - begin)
+            return self._refuse(bundle, candidate, error)
+        metrics.engine_build(engine.name, "built", time.monotonic() - begin)
+        return None
+
+    def _load(self, bundle: Bundle, candidate: Candidate) -> ReadyModel:
+        onnx, engine = _onnx(bundle, candidate), candidate.engine
+        if isinstance(engine, BuildsEngines):
+            session = engine.load(onnx, threads=self._threads, precision=candidate.precision)
+        else:
+            session = engine.load(onnx, threads=self._threads)
+        model = gate(bundle, CappedSession(session, self._limits.max_batch))
+        metrics.golden(
+            model.identity.name,
+            engine.name,
+            candidate.precision,
+            max(case.disagreement for case in model.report.cases),
+            min(case.dice for case in model.report.cases),
+        )
+        return model
+
+    def _refuse(self, bundle: Bundle, candidate: Candidate, error: EngineError) -> EngineError:
+        identity = bundle.manifest.identity
+        code = rejection_code(error.code)
+        text = error.cause.removeprefix(f"{error.code}: ")
+        until = time.monotonic() + AGAIN_SECONDS if code == "OOM" else FOR_EVER
+        self._refusals[_key(bundle, candidate)] = _Refusal(Rejected(candidate.text, code, text), until)
+        self._lost |= code == "DEVICE_LOST" and candidate.engine.name in GPU_ENGINES
+        metrics.fallback(candidate.engine.name, code)
+        logs.get().warning(
+            "engine does not serve this model",
+            model=identity.name,
+            version=identity.version,
+            engine=candidate.engine.name,
+            precision=candidate.precision,
+            code=code,
+            cause=text,
+        )
+        return error
+
+
+def engine_name(model: ReadyModel) -> str:
+    """Name of the engine that a model runs on, without version."""
+    return model.session.engine.split(" ")[0]
+
+
+def engine_text(model: ReadyModel) -> str:
+    """Engine and precision, as :attr:`Candidate.text`."""
+    return f"{engine_name(model)} {getattr(model.session, 'precision', 'fp32')}"
+
+
+def _key(bundle: Bundle, candidate: Candidate) -> tuple[str, str, str]:
+    return (bundle.digest, candidate.engine.name, candidate.precision)
+
+
+def _onnx(bundle: Bundle, candidate: Candidate) -> bytes:
+    return bundle.read(FP16_FILE if candidate.precision == "fp16" else bundle.manifest.engine.model)
