@@ -15,14 +15,19 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
 from dicomnode import __version__, doorbell, durable, lifeline, logs, metrics
-from dicomnode.errors import NodeError, OperatorError, SettingsError, StorageError
-from dicomnode.index.database import Database
+from dicomnode.clock import iso
+from dicomnode.errors import NodeError, OperatorError, SettingsError, StorageError, UnsuitableSeries
+from dicomnode.identity import derived_uid, failure_identity
+from dicomnode.index.database import Database, Row
+from dicomnode.index.jobs import Jobs
 from dicomnode.index.operation import BEAT_SECONDS, Events, Processes
 from dicomnode.index.seen import SeenCertificates
+from dicomnode.orders import Order
 from dicomnode.records import Analysis, EncodedObject, ModelIdentity, ResultIdentity, SourceInstance
 from dicomnode.settings import Settings
 from dicomnode.supervisor import EXIT_CONFIGURATION, Child, Supervisor
@@ -242,12 +247,13 @@ def run_worker(settings: Settings) -> int:
         settings,
         shell.db,
         models,
-        encoder(settings),
+        encoder(settings, decoder),
         owner="worker",
         decoder=decoder,
         on_results=ring_senders,
         ahead=ahead,
         on_lost=lambda: _leave_device(shell, decoder),
+        report=failure_reporter(settings, shell.db),
     )
     worker.start()
     wanted = list(dict.fromkeys(m for rule in settings.rules for m in rule.models))
@@ -324,11 +330,29 @@ def _wait_either(first: threading.Event, stop: lifeline.StopFlag, seconds: float
         pass
 
 
-def encoder(settings: Settings) -> Callable[..., Sequence[EncodedObject]]:
-    """The encode stage as the worker needs it."""
-    from dicomnode.encode import Station, encode_results
+def encoder(settings: Settings, decoder: Any = None) -> Callable[..., Sequence[EncodedObject]]:
+    """The encode stage as the worker needs it; ``decoder`` reads pixels in a process that may die."""
+    from dicomnode.encode import encode_results
 
-    station = Station(
+    station = _station(settings)
+    options: dict[str, Any] = {} if decoder is None else {"pixels": partial(_pixels, decoder)}
+
+    def encode(
+        analysis: Analysis,
+        identity: ResultIdentity,
+        model: ModelIdentity,
+        sources: Sequence[SourceInstance],
+        order: Order,
+    ) -> Sequence[EncodedObject]:
+        return encode_results(analysis, identity, model, sources, station=station, order=order, **options)
+
+    return encode
+
+
+def _station(settings: Settings) -> Any:
+    from dicomnode.encode import Station
+
+    return Station(
         manufacturer=MANUFACTURER,
         model_name="DICOM AI node",
         software_versions=__version__,
@@ -336,12 +360,52 @@ def encoder(settings: Settings) -> Callable[..., Sequence[EncodedObject]]:
         institution=settings.node.institution,
     )
 
-    def encode(
-        analysis: Analysis, identity: ResultIdentity, model: ModelIdentity, sources: Sequence[SourceInstance]
-    ) -> Sequence[EncodedObject]:
-        return encode_results(analysis, identity, model, sources, station=station)
 
-    return encode
+def _pixels(decoder: Any, source: SourceInstance, frame: int, rows: int, columns: int) -> Any:
+    """Stored values of one image or frame, by the decoder of the infer stage."""
+    from dicomnode.infer.decode import Undecodable
+    from dicomnode.infer.multiframe import single_frames
+
+    try:
+        data = source.path.read_bytes()
+        if frame:
+            (data,) = single_frames(data, [frame])
+        (values,) = decoder.frames([(data, rows, columns)])
+    except Undecodable as cause:
+        raise UnsuitableSeries("make key image", cause.code, cause.text) from cause
+    except OSError as error:
+        raise UnsuitableSeries("make key image", "NO_FILE", f"unreadable ({error.strerror})") from error
+    return values
+
+
+def failure_reporter(settings: Settings, db: Database) -> Callable[..., EncodedObject]:
+    """SR about a job that failed or was refused; its UIDs derive from the job's work and the reason."""
+    from dicomnode.encode import Failure, encode_failure
+
+    station = _station(settings)
+    jobs = Jobs(db)
+
+    def report(job: Row, sources: Sequence[SourceInstance], model: ModelIdentity | None) -> EncodedObject:
+        refused, reason = job["state"] == "refused", str(job["last_error"] or "unknown")
+        name, _, version = str(job["model"]).partition("@")
+        named = model or ModelIdentity(
+            name, version or "unknown", MANUFACTURER, "unknown", derived_uid("model", str(job["model"]))
+        )
+        before = jobs.predecessor(job)
+        identity = failure_identity(
+            inputs=str(job["inputs_sha256"]),
+            model=str(job["model"]),
+            revision=int(job["revision"]),
+            reason=reason.partition(":")[0] if refused else "failed",
+            content_datetime=iso(db.clock.wall()),
+            predecessor_sr=(
+                before["StudyInstanceUID"], before["SeriesInstanceUID"], before["SOPClassUID"], before["SOPInstanceUID"]
+            ) if before else None,
+        )  # fmt: skip
+        failure = Failure(refused, reason, int(job["attempts"]))
+        return encode_failure(failure, identity, named, sources, station=station)
+
+    return report
 
 
 def run_courier(settings: Settings) -> int:

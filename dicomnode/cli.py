@@ -19,7 +19,7 @@ from dicomnode.cli_common import output as _print
 from dicomnode.cli_common import settings_of as _settings
 from dicomnode.cli_common import table as _table
 from dicomnode.cli_conformance import conformance
-from dicomnode.cli_delivery import commitments_app, deliveries_app, notifications_app
+from dicomnode.cli_delivery import alerts_app, commitments_app, deliveries_app, notifications_app
 from dicomnode.errors import NodeError, OperatorError
 from dicomnode.settings import Settings
 
@@ -36,6 +36,7 @@ app.add_typer(jobs_app, name="jobs")
 app.add_typer(deliveries_app, name="deliveries")
 app.add_typer(commitments_app, name="commitments")
 app.add_typer(notifications_app, name="notifications")
+app.add_typer(alerts_app, name="alerts")
 app.add_typer(models_app, name="models")
 app.command()(conformance)
 
@@ -270,7 +271,7 @@ def jobs_list(
 
     columns = {
         "id": "job", "state": "state", "model": "model", "revision": "rev", "instances": "images",
-        "created_time": "made", "reason": "why complete", "last_error": "error",
+        "critical": "critical", "created_time": "made", "reason": "why complete", "last_error": "error",
     }  # fmt: skip
     with _index(_settings(config)) as db:
         _print(Jobs(db).listing(limit, state), as_json, lambda rows: _table(rows, columns, "no jobs"))
@@ -288,6 +289,8 @@ def jobs_show(job: Annotated[int, typer.Argument()], config: Config = None, as_j
         console.print(f"  {data['instances']} images, revision {data['revision']}, rules {', '.join(data['rules'])}")
         if data["last_error"]:
             console.print(f"  error: {data['last_error']}")
+        if data["critical"]:
+            console.print(f"  CRITICAL: {', '.join(data['critical'])}")
         for note in data["notes"] or []:
             console.print(f"  note: {note}")
         for m in (data["summary"] or {}).get("measurements", []):

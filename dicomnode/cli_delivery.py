@@ -14,6 +14,7 @@ deliveries_app = typer.Typer(no_args_is_help=True, help="Results on their way to
 commitments_app = typer.Typer(
     no_args_is_help=True, help="Storage commitment, asked of this node and of its peers: list, retry."
 )
+alerts_app = typer.Typer(no_args_is_help=True, help="Webhook messages of critical results: list, retry.")
 notifications_app = typer.Typer(no_args_is_help=True, help="Instance Availability Notifications: list, retry.")
 
 State = Annotated[str | None, typer.Option(help="only this state")]
@@ -37,14 +38,14 @@ def _list(
     output(rows, as_json, lambda _: table([more(row) for row in rows], {**columns, "last_error": "last error"}, empty))
 
 
-def _retry(box: Box, word: str, number: int, config: Path | None, as_json: bool) -> None:
-    """Send item ``number`` again; the courier is told at once."""
+def _retry(box: Box, word: str, number: int, config: Path | None, as_json: bool, bell: str = "courier") -> None:
+    """Send item ``number`` again; the courier, or who sends it, is told at once."""
     from dicomnode import doorbell
 
     settings = settings_of(config)
     with index(settings) as db:
         state = box(db).requeue(number)
-        doorbell.ring(settings.node.data_dir, "courier")
+        doorbell.ring(settings.node.data_dir, bell)
     data = {word: number} if state is None else {word: number, "state": state}
     output(
         data, as_json, lambda _: console.print(f"{word} {number}{' is sent again' if state is None else f': {state}'}")
@@ -69,11 +70,17 @@ def _notifications(db: Any) -> Any:
     return Notices(db)
 
 
+def _alerts(db: Any) -> Any:
+    from dicomnode.index.urgency import Alerts
+
+    return Alerts(db)
+
+
 @deliveries_app.command("list")
 def deliveries_list(config: Config = None, as_json: Json = False, limit: Limit = 50, state: State = None) -> None:
     """Deliveries, newest first: state, attempts and the last answer of the peer."""
     columns = {"id": "delivery", "job_id": "job", "kind": "object", "destination": "to"}
-    columns |= {**_AFTER, "finished_time": "stored"}
+    columns |= {"instead_of": "instead of", **_AFTER, "finished_time": "stored"}
     _list(_deliveries, columns, "no deliveries", (config, as_json, limit, state))
 
 
@@ -121,3 +128,22 @@ def notifications_retry(
 ) -> None:
     """Send a rejected notification again, or a waiting one at once."""
     _retry(_notifications, "notification", notification, config, as_json)
+
+
+@alerts_app.command("list")
+def alerts_list(config: Config = None, as_json: Json = False, limit: Limit = 50, state: State = None) -> None:
+    """Alerts, newest first: of which job, why, state and last error."""
+    columns = {"id": "alert", "job_id": "job", "why": "critical", **_AFTER, "finished_time": "taken"}
+    _list(
+        _alerts,
+        columns,
+        "no alerts",
+        (config, as_json, limit, state),
+        lambda row: {**row, "why": ", ".join(row["keys"])},
+    )
+
+
+@alerts_app.command("retry")
+def alerts_retry(alert: Annotated[int, typer.Argument()], config: Config = None, as_json: Json = False) -> None:
+    """Send a rejected alert again, or a waiting one at once."""
+    _retry(_alerts, "alert", alert, config, as_json, bell="sidecar")

@@ -50,6 +50,7 @@ def result_identity(
     segment_numbers: Iterable[int],
     content_datetime: str,
     predecessor_sr: tuple[str, str, str, str] | None = None,
+    predecessor_labelmap_sr: tuple[str, str, str, str] | None = None,
 ) -> ResultIdentity:
     """Identity from input set, model digest, parameters and revision (ARCHITECTURE.md).
 
@@ -62,6 +63,33 @@ def result_identity(
         sr_series_uid=derived_uid(*base, "SR-series"),
         sr_uid=derived_uid(*base, "SR"),
         tracking_uids={n: derived_uid(*base, "tracking", str(n)) for n in segment_numbers},
+        content_datetime=content_datetime,
+        revision=revision,
+        predecessor_sr=predecessor_sr,
+        predecessor_labelmap_sr=predecessor_labelmap_sr,
+    )
+
+
+def failure_identity(
+    *,
+    inputs: str,
+    model: str,
+    revision: int,
+    reason: str,
+    content_datetime: str,
+    predecessor_sr: tuple[str, str, str, str] | None = None,
+) -> ResultIdentity:
+    """Identity of a report of failure, from input set, model as the rule names it, revision and kind of reason.
+
+    The model's digest takes no part: there may be no model that can be read.
+    """
+    base = ("failure", inputs, model, str(revision), reason)
+    return ResultIdentity(
+        seg_series_uid=derived_uid(*base, "SEG-series"),
+        seg_uid=derived_uid(*base, "SEG"),
+        sr_series_uid=derived_uid(*base, "SR-series"),
+        sr_uid=derived_uid(*base, "SR"),
+        tracking_uids={},
         content_datetime=content_datetime,
         revision=revision,
         predecessor_sr=predecessor_sr,

@@ -53,6 +53,31 @@ class Measurement:
 
 
 @dataclass(frozen=True, slots=True)
+class Finding:
+    """One answer of a classification.
+
+    ``key`` is the stable name in JSON and rules. ``value`` is the coded answer, such as
+    Present or Absent. ``probability`` and ``threshold`` lie in 0..1. ``text``: a remark.
+    """
+
+    key: str
+    name: Code
+    value: Code | None
+    probability: float | None
+    threshold: float | None
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ProbabilityMap:
+    """Probability of each voxel: float16 or float32 array (slices, rows, columns), 0..1."""
+
+    key: str
+    name: Code
+    values: npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
 class ModelIdentity:
     """What the provenance of a result names.
 
@@ -81,6 +106,9 @@ class Analysis:
     ``excluded_uids``: instances of the series that were left out, ``notes`` say why.
     ``engine``: engine name with version, e.g. ``onnxruntime-cpu 1.32.0``.
     ``seconds``: duration of each step by name (``read``, ``inference``, ``postprocess``).
+    ``findings``: answers about the whole series. ``probability_maps``: in the geometry of ``labels``.
+    ``source_frames``: frame number, from 1, of each slice within its instance of
+    ``source_uids``; empty where the instances have one frame each.
     """
 
     labels: npt.NDArray[np.uint8] | None
@@ -91,6 +119,9 @@ class Analysis:
     excluded_uids: tuple[str, ...] = ()
     engine: str = ""
     seconds: Mapping[str, float] = field(default_factory=dict)
+    findings: tuple[Finding, ...] = ()
+    probability_maps: tuple[ProbabilityMap, ...] = ()
+    source_frames: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +131,8 @@ class ResultIdentity:
     ``tracking_uids`` maps SegmentNumber to the Tracking UID shared by SEG and SR.
     ``content_datetime`` is ISO 8601 with offset; dates and times in the objects are its
     local parts. ``predecessor_sr`` is (StudyInstanceUID, SeriesInstanceUID, SOPClassUID,
-    SOPInstanceUID) of the SR that this revision replaces.
+    SOPInstanceUID) of the SR that this revision replaces, ``predecessor_labelmap_sr`` the same
+    of the SR that goes with a label map. UIDs of further objects derive from ``sr_uid``.
     """
 
     seg_series_uid: str
@@ -111,6 +143,7 @@ class ResultIdentity:
     content_datetime: str
     revision: int = 1
     predecessor_sr: tuple[str, str, str, str] | None = None
+    predecessor_labelmap_sr: tuple[str, str, str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +161,7 @@ class SourceInstance:
 class EncodedObject:
     """A finished DICOM object as a Part 10 file in memory.
 
-    ``kind`` is ``SEG`` or ``SR``.
+    ``kind`` is one of :data:`dicomnode.orders.KINDS`, or ``LABELMAP`` or ``LABELMAP-SR``.
     """
 
     kind: str

@@ -179,6 +179,29 @@ class Range(Section):
         return self
 
 
+class Alerts(Section):
+    """Webhook for critical findings; see :mod:`dicomnode.sync.alerts`."""
+
+    url: str = Field("", description="address that is told of critical findings by POST; empty: nobody is")
+    secret_file: Path | None = Field(None, description="file with the secret of the HMAC-SHA-256 signature")
+    identify: Literal["hash", "uid"] = Field("hash", description="hash: UIDs are hashed with the secret; uid: as is")
+    ca_file: Path | None = Field(None, description="PEM file with the authorities to trust")
+    timeout_seconds: float = Field(10.0, gt=0, description="time for one request")
+
+    @field_validator("url")
+    @classmethod
+    def _http(cls, value: str) -> str:
+        if value and not re.match(r"^https?://", value):
+            raise ValueError("must begin with https:// (or http:// on loopback)")
+        return value
+
+    @model_validator(mode="after")
+    def _signed(self) -> Self:
+        if self.url and self.secret_file is None:
+            raise ValueError("url needs secret_file: an alert that nobody can check is worth nothing")
+        return self
+
+
 class Rule(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_. -]{0,63}$", description="shown with each job")
     match: dict[str, MatchScalar | tuple[MatchScalar, ...] | Range] = Field(
@@ -188,6 +211,27 @@ class Rule(Section):
     priority: Priority = Field("routine", description="stat before routine before batch")
     send_to: tuple[str, ...] = Field((), description="peer names that get the results")
     notify: tuple[str, ...] = Field((), description="peer names that are told where the results are (IAN)")
+    results: tuple[Literal["SEG", "SR", "GSPS", "SC", "KOS", "PM"], ...] = Field(
+        ("SEG", "SR"), min_length=1, description="kinds of objects that are made and sent"
+    )
+    seg: Literal["binary", "labelmap"] = Field(
+        "binary", description="labelmap: a peer that refuses Label Map Segmentation gets the binary SEG instead"
+    )
+    report_failures: bool = Field(False, description="an SR says why where an analysis failed or was impossible")
+    critical: dict[str, Range | bool | str] = Field(
+        default_factory=dict, description="key of a measurement or finding -> {min, max}, true, or a coded value"
+    )
+
+    @field_validator("critical")
+    @classmethod
+    def _conditions(cls, value: dict[str, Range | bool | str]) -> dict[str, Range | bool | str]:
+        for key, condition in value.items():
+            if isinstance(condition, Range):
+                if any(isinstance(bound, str) for bound in (condition.min, condition.max)):
+                    raise ValueError(f"'{key}': min and max must be numbers")
+            elif not condition or condition == "*":
+                raise ValueError(f"'{key}': give {{ min, max }}, true, or a code or meaning")
+        return value
 
     @field_validator("match")
     @classmethod
@@ -225,6 +269,7 @@ class Settings(BaseSettings):
     inference: Inference = Inference()
     delivery: Delivery = Delivery()
     cloud: Cloud = Cloud()
+    alerts: Alerts = Alerts()
     logging: Logging = Logging()
     rules: tuple[Rule, ...] = ()
 
@@ -369,6 +414,9 @@ def _anchored(settings: Settings, base: Path) -> Settings:
     cloud = settings.cloud.model_copy(
         update={k: absolute(v) for k in ("token_file", "ca_file") if (v := getattr(settings.cloud, k)) is not None}
     )
+    alerts = settings.alerts.model_copy(
+        update={k: absolute(v) for k in ("secret_file", "ca_file") if (v := getattr(settings.alerts, k)) is not None}
+    )
     tls = settings.tls.model_copy(
         update={
             key: absolute(path)
@@ -376,4 +424,6 @@ def _anchored(settings: Settings, base: Path) -> Settings:
             if (path := getattr(settings.tls, key)) is not None
         }
     )
-    return settings.model_copy(update={"node": node, "inference": inference, "cloud": cloud, "tls": tls})
+    return settings.model_copy(
+        update={"node": node, "inference": inference, "cloud": cloud, "alerts": alerts, "tls": tls}
+    )

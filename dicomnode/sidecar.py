@@ -16,11 +16,13 @@ from dicomnode.errors import OperatorError
 from dicomnode.index.database import Database
 from dicomnode.index.operation import BEAT_SECONDS, Processes
 from dicomnode.settings import Settings
+from dicomnode.sync.alerts import AlertSender
 from dicomnode.sync.pull import ModelPuller
 from dicomnode.sync.schedule import Schedule
 from dicomnode.sync.stow import StowSender
 
 NAME = "sidecar"
+ALERT_SECONDS = 2.0
 SYNC_SECONDS = 5.0
 PULL_SECONDS = 30.0
 REMEMBER_SECONDS = 60.0
@@ -70,6 +72,7 @@ async def _work(
     log, loop = logs.get(), asyncio.get_running_loop()
     processes, schedule = Processes(db), Schedule()
     sender, puller = StowSender(settings, db, NAME), ModelPuller(settings, db, verify)
+    alerts = AlertSender(settings, db)
     await asyncio.to_thread(sender.start)
     await asyncio.to_thread(puller.start)
 
@@ -88,6 +91,8 @@ async def _work(
     schedule.every("remember-time", REMEMBER_SECONDS, remember)
     if settings.cloud.stow_url:
         schedule.every("cloud-sync", SYNC_SECONDS, sender.flush)
+    if settings.alerts.url:
+        schedule.every("alerts", ALERT_SECONDS, alerts.flush)
     if settings.cloud.models:
         schedule.every("model-pull", PULL_SECONDS, puller.run_once)
     bell = doorbell.Doorbell(settings.node.data_dir, NAME)
@@ -96,6 +101,8 @@ async def _work(
         bell.wait(0.0)
         if settings.cloud.stow_url:
             schedule.soon("cloud-sync")
+        if settings.alerts.url:
+            schedule.soon("alerts")
 
     loop.add_reader(bell.fileno(), rung)
     schedule.start()

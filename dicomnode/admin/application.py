@@ -26,6 +26,7 @@ from dicomnode.index.jobs import Jobs
 from dicomnode.index.notices import Notices, NoticeState
 from dicomnode.index.outbox import Outbox
 from dicomnode.index.states import JobState, SendState
+from dicomnode.index.urgency import Alerts
 from dicomnode.settings import Settings
 
 READY_KEPT_SECONDS = 1.0
@@ -152,6 +153,16 @@ class Admin:
         doorbell.ring(self.settings.node.data_dir, "courier")
         return json_response({"id": notice_id, "state": state}, status=202)
 
+    async def alerts(self, request: web.Request) -> web.Response:
+        limit, state = _listing_query(request, SendState)
+        return json_response({"alerts": await self.blocking(Alerts(self.db).listing, limit, state)})
+
+    async def retry_alert(self, request: web.Request) -> web.Response:
+        alert_id = int(request.match_info["id"])
+        await self.blocking(Alerts(self.db).requeue, alert_id)
+        doorbell.ring(self.settings.node.data_dir, "sidecar")
+        return json_response({"id": alert_id, "state": SendState.pending}, status=202)
+
     async def commitments(self, request: web.Request) -> web.Response:
         limit, state = _listing_query(request, PromiseState, AskState)
         rows = await self.blocking(Commitments(self.db).listing, limit, state)
@@ -198,6 +209,8 @@ def make_app(db: Database, settings: Settings, *, own_process: str = "sidecar") 
     app.router.add_post(f"/api/v1/deliveries/{_ITEM}/retry", admin.retry_item("deliveries", "courier"))
     app.router.add_get("/api/v1/notifications", admin.notifications)
     app.router.add_post(f"/api/v1/notifications/{_ITEM}/retry", admin.retry_notification)
+    app.router.add_get("/api/v1/alerts", admin.alerts)
+    app.router.add_post(f"/api/v1/alerts/{_ITEM}/retry", admin.retry_alert)
     app.router.add_get("/api/v1/commitments", admin.commitments)
     app.router.add_post(f"/api/v1/commitments/{_ITEM}/retry", admin.retry_commitment)
     app.router.add_get("/api/v1/sync", admin.outbox("sync_items", "items"))

@@ -151,7 +151,9 @@ def _jobs(view: View, w: Words) -> Markup:
             str(job["revision"]),
             str(job["instances"]),
             w(priorities.get(job["priority"], "")),
-            _pill(job["state"], w),
+            join(_pill(job["state"], w), " ", element("b", w("critical"), class_="pill bad"))
+            if job["critical"]
+            else _pill(job["state"], w),
             job["reason"] or "",
             _error(job["last_error"]),
             _time(job["created_time"]),

@@ -23,6 +23,7 @@ from dicomnode.index.notices import Notices
 from dicomnode.index.operation import Events, Figures, Models, Processes
 from dicomnode.index.outbox import Outbox
 from dicomnode.index.procedure import Steps
+from dicomnode.index.urgency import Alerts
 from dicomnode.settings import Settings
 
 RECENT_EVENTS = 20
@@ -51,6 +52,7 @@ def status_report(db: Database, settings: Settings) -> dict[str, Any]:
         "sync_items": Outbox(db, "sync_items").counts(),
         "commitments": Commitments(db).counts(),
         "notifications": Notices(db).counts(),
+        "alerts": Alerts(db).counts(),
         "procedure_steps": Steps(db).counts(),
         "destinations": [*_destinations(figures, "deliveries"), *_destinations(figures, "sync_items")],
         "models": {

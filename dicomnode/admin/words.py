@@ -34,6 +34,7 @@ WORDS: Mapping[str, tuple[str, str]] = {
     "waiting_sync": ("Cloud items waiting", "等待上云的结果"),
     "disk_free": ("Disk free", "磁盘可用"),
     "jobs": ("Jobs", "任务"),
+    "critical": ("CRITICAL", "危急"),
     "deliveries": ("Deliveries", "投递"),
     "sync": ("Cloud", "云同步"),
     "notifications": ("Notifications (IAN)", "可用性通知 (IAN)"),

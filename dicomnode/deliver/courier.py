@@ -13,6 +13,7 @@ from dicomnode.errors import PeerError
 from dicomnode.index.database import Database, Row
 from dicomnode.index.operation import Events
 from dicomnode.index.outbox import Outbox
+from dicomnode.orders import LABELMAP
 from dicomnode.settings import Peer, Settings
 from dicomnode.tls import Transport
 
@@ -87,6 +88,7 @@ class Courier:
                 i["TransferSyntaxUID"],
                 i["SOPInstanceUID"],
                 i["StudyInstanceUID"],
+                fallback=i["fallback_result_id"] is not None and i["kind"] == LABELMAP,
             )
             for i in items
         ]
@@ -115,8 +117,20 @@ class Courier:
             )
         elif outcome.sent is Sent.retry:
             self._retry(item, outcome.cause)
+        elif outcome.sent is Sent.fallback and self._fall_back(item, peer, outcome.cause):
+            pass
         else:
             self._reject(item, peer, outcome.cause)
+
+    def _fall_back(self, item: Row, peer: Peer, cause: str) -> bool:
+        """Whether the peer gets what stands in for the object, with the next association."""
+        told = f"binary SEG instead of the label map: {cause}"
+        if not self._outbox.fall_back(item["id"], self._owner, told):
+            return False
+        metrics.delivery("retried")
+        self._log.warning("peer takes no label map", peer=peer.name, delivery=item["id"], cause=cause)
+        self._events.add("warning", "delivery-fallback", peer.name, f"delivery {item['id']}: {told}")
+        return True
 
     def _intact(self, item: Row) -> bool:
         try:

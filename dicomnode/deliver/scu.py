@@ -26,7 +26,8 @@ from dicomnode.tls import Transport
 class Outgoing:
     """A Part 10 file to send; ``key`` comes back with its outcome.
 
-    Order is kept within a ``group`` (a study).
+    Order is kept within a ``group`` (a study). ``fallback``: another object stands ready should
+    the peer refuse this one for good; what follows in its group waits for that.
     """
 
     key: int
@@ -35,11 +36,13 @@ class Outgoing:
     transfer_syntax_uid: str
     sop_instance_uid: str
     group: str = ""
+    fallback: bool = False
 
 
 class Sent(StrEnum):
     stored = "stored"
     retry = "retry"
+    fallback = "fallback"  # refused, and another object stands ready
     rejected = "rejected"
 
 
@@ -111,7 +114,9 @@ def send_batch(
                 on_outcome(SendOutcome(outgoing.key, Sent.retry, "an earlier object of its study has to go first"))
                 continue
             outcome = _send(assoc, number % 65535 + 1, outgoing, accepted, delivery.response_seconds)
-            if outcome.sent is Sent.retry:
+            if outcome.sent is Sent.rejected and outgoing.fallback:
+                outcome = SendOutcome(outcome.key, Sent.fallback, outcome.cause)
+            if outcome.sent in (Sent.retry, Sent.fallback):
                 held.add(outgoing.group)
             on_outcome(outcome)
         if assoc.usable():

@@ -1,6 +1,7 @@
-"""Results as DICOM: SEG, SR, provenance. Imports nothing of another stage."""
+"""Results as DICOM: SEG, SR, GSPS, SC, KOS, parametric maps. Imports nothing of another stage."""
 
+from dicomnode.encode.failure import Failure, encode_failure
 from dicomnode.encode.results import encode_results
 from dicomnode.encode.station import Station
 
-__all__ = ["Station", "encode_results"]
+__all__ = ["Failure", "Station", "encode_failure", "encode_results"]

@@ -172,6 +172,12 @@ def finish(ds: Dataset, kind: str, context: Context, tail: bytes = b"") -> Encod
     )
 
 
+def say_laterality(ds: Dataset, context: Context) -> None:
+    """Laterality (Type 2C, PS3.3 C.7.3.1) is empty where no Body Part Examined says that it is not needed."""
+    if not context.headers.common.get("BodyPartExamined"):
+        ds.Laterality = ""
+
+
 def _is_ascii(ds: Dataset) -> bool:
     """Whether all text fits the default repertoire; per-frame groups hold no free text."""
     for element in ds:

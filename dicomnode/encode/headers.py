@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import pydicom
 from pydicom.datadict import dictionary_VR, tag_for_keyword
@@ -19,6 +19,7 @@ from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
 from pydicom.valuerep import PersonName
 
+from dicomnode.encode.multiframe import Frames, read_frames
 from dicomnode.errors import MalformedDataSet, NodeError, StorageError, UnsuitableSeries
 from dicomnode.geometry import SlicePlane, analyse_stack
 from dicomnode.header import Wanted
@@ -90,13 +91,23 @@ class SourceHeaders:
     study_uid: str
     series_uid: str
     notes: tuple[str, ...] = ()
+    frames: Frames = field(default_factory=dict)
+
+    def place(self, index: int) -> tuple[str, int]:
+        """SOPInstanceUID of slice ``index`` (from 0) and its frame number, 0 for a single-frame image."""
+        uid = str(self.slices[index].SOPInstanceUID)
+        known = self.frames.get(uid)
+        return known[:2] if known else (uid, 0)
 
 
-def read_headers(source_uids: Sequence[str], sources: Sequence[SourceInstance]) -> SourceHeaders:
+def read_headers(
+    source_uids: Sequence[str], sources: Sequence[SourceInstance], source_frames: Sequence[int] = ()
+) -> SourceHeaders:
     """Read the headers of ``source_uids``, the first one in full, the others' geometry.
 
     Call it inside ``quiet_pydicom``. With no ``source_uids`` the first of ``sources`` serves
-    for patient and study. Raises ``NodeError`` when a UID is not among ``sources``,
+    for patient and study. ``source_frames`` as in ``Analysis``: with it each slice is a frame, and
+    ``frames`` says what the UIDs of ``slices`` stand for. Raises ``NodeError`` when a UID is not among ``sources``,
     ``StorageError`` when a file cannot be opened, ``MalformedDataSet`` when it cannot be read,
     ``UnsuitableSeries`` when the slices belong to different series or differ in size.
     """
@@ -107,10 +118,28 @@ def read_headers(source_uids: Sequence[str], sources: Sequence[SourceInstance]) 
     if missing:
         raise NodeError(OPERATION, f"{missing} analysed slice(s) are not among the source instances")
     chosen = [by_uid[uid] for uid in source_uids] or [sources[0]]
+    if source_frames:
+        return _frame_headers(chosen, source_frames)
     first = _read(chosen[0], _FIRST_KEYWORDS)
     shared: _Shared = {}
     raw = [first, *(_read_slice(source, shared) for source in chosen[1:])]
     return normalise_headers(raw, with_slices=bool(source_uids))
+
+
+def _frame_headers(chosen: Sequence[SourceInstance], numbers: Sequence[int]) -> SourceHeaders:
+    if len(numbers) != len(chosen):
+        raise NodeError(OPERATION, f"{len(numbers)} frame numbers for {len(chosen)} slices")
+    wanted: dict[str, list[int]] = {}
+    for source, number in zip(chosen, numbers, strict=True):
+        wanted.setdefault(source.sop_instance_uid, []).append(number)
+    by_uid = {source.sop_instance_uid: source for source in chosen}
+    flat: dict[tuple[str, int], Dataset] = {}
+    for uid, of_one in wanted.items():
+        flat |= {(uid, n): ds for n, ds in zip(of_one, read_frames(by_uid[uid], of_one), strict=True)}
+    raw = [flat[source.sop_instance_uid, number] for source, number in zip(chosen, numbers, strict=True)]
+    headers = normalise_headers(raw, with_slices=True)
+    frames = {str(ds.SOPInstanceUID): (*place, by_uid[place[0]].sop_class_uid) for place, ds in flat.items()}
+    return replace(headers, frames=frames)
 
 
 def normalise_headers(raw: Sequence[Dataset], *, with_slices: bool) -> SourceHeaders:
@@ -189,7 +218,7 @@ def _refuse_mixture(raw: Sequence[Dataset]) -> None:
     if len({(ds.get("Rows"), ds.get("Columns")) for ds in raw}) > 1:
         raise UnsuitableSeries(OPERATION, "MIXED_SIZE", "the slices differ in rows or columns")
     if any(_number(_clean(ds, "NumberOfFrames")) > 1 for ds in raw):
-        raise UnsuitableSeries(OPERATION, "MULTI_FRAME", "multi-frame sources are not supported yet")
+        raise UnsuitableSeries(OPERATION, "MULTI_FRAME", "the analysis does not say which frames it looked at")
 
 
 def with_empty_patient(ds: Dataset) -> Dataset:

@@ -1,4 +1,4 @@
-"""From an analysis to the objects that are delivered: SEG where something was found, and SR."""
+"""From an analysis to the objects that its job was asked for."""
 
 from __future__ import annotations
 
@@ -7,12 +7,20 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from dicomnode.critical import Hit, critical_hits
 from dicomnode.encode.common import Context, Provenance, quiet_pydicom
+from dicomnode.encode.gsps import encode_gsps
 from dicomnode.encode.headers import SourceHeaders, read_headers
-from dicomnode.encode.seg import encode_seg
-from dicomnode.encode.sr import encode_sr
+from dicomnode.encode.keys import key_slices
+from dicomnode.encode.kos import encode_kos
+from dicomnode.encode.pixels import Pixels, read_pixels
+from dicomnode.encode.pm import encode_pm
+from dicomnode.encode.sc import encode_key_images
+from dicomnode.encode.seg import encode_labelmap, encode_seg
+from dicomnode.encode.sr import Segmentation, encode_sr
 from dicomnode.encode.station import Station
-from dicomnode.errors import NodeError
+from dicomnode.errors import InputError, NodeError
+from dicomnode.orders import LABELMAP, Order
 from dicomnode.records import (
     Analysis,
     EncodedObject,
@@ -22,6 +30,8 @@ from dicomnode.records import (
     SourceInstance,
 )
 
+DEFAULT_ORDER = Order()
+
 
 def encode_results(
     analysis: Analysis,
@@ -30,8 +40,14 @@ def encode_results(
     sources: Sequence[SourceInstance],
     *,
     station: Station,
+    order: Order = DEFAULT_ORDER,
+    pixels: Pixels = read_pixels,
 ) -> tuple[EncodedObject, ...]:
-    """SEG (unless nothing was found) and SR of one analysis, in this order, as Part 10 files.
+    """The objects of one analysis that ``order`` asks for, in the order of sending, as Part 10 files.
+
+    SEG, presentation state, key images, their selection and probability maps are made where there
+    is something to show; an SR always says what was found, or that nothing was. A label map comes
+    beside the binary SEG that stands in for it, with a report of its own.
 
     ``sources``: every instance of the analysed series, excluded ones too; their headers are
     read from their files. The same arguments give the same bytes, in any process. Raises
@@ -42,16 +58,104 @@ def encode_results(
     untracked = {segment.number for segment in analysis.segments} - set(identity.tracking_uids)
     if untracked:
         raise NodeError("encode result", f"segments {sorted(untracked)} have no tracking UID")
-    wanted = analysis.source_uids if found else analysis.source_uids[:1]
+    keys = key_slices(analysis, found)
+    every = bool(found or keys or analysis.probability_maps)
+    wanted = analysis.source_uids if every else analysis.source_uids[:1]
+    frames = analysis.source_frames if every else analysis.source_frames[:1]
     with quiet_pydicom():
-        headers = read_headers(wanted, sources)
+        headers = read_headers(wanted, sources, frames)
         provenance = Provenance.of(model, identity, analysis.engine)
         context = Context(identity, model, provenance, headers, tuple(sources), station)
-        objects = []
-        if found:
-            objects.append(encode_seg(_fitting_labels(analysis, headers), found, context))
-        objects.append(encode_sr(analysis, found, context))
-    return tuple(objects)
+        hits = critical_hits(analysis, order.critical)
+        remarks: list[str] = []
+        pictures = _pictures(analysis, found, keys, context, order, pixels, hits, remarks)
+        maps = _maps(analysis, context, order, remarks)
+        reports = _segmentations_and_reports(analysis, found, context, order, hits, remarks)
+    return (*reports, *pictures, *maps)
+
+
+def _segmentations_and_reports(
+    analysis: Analysis,
+    found: Sequence[SegmentDefinition],
+    context: Context,
+    order: Order,
+    hits: Sequence[Hit],
+    remarks: Sequence[str],
+) -> list[EncodedObject]:
+    """Each segmentation before the report that refers to it."""
+    out: list[EncodedObject] = []
+    seg: Segmentation | None = None
+    if found and "SEG" in order.made:
+        labels = _fitting_labels(analysis, context.headers)
+        if order.labelmap:
+            labelmap = encode_labelmap(labels, found, context)
+            out.append(labelmap)
+            if "SR" in order.made:
+                out.append(
+                    encode_sr(
+                        analysis,
+                        found,
+                        context,
+                        segmentation=_of(labelmap),
+                        variant=LABELMAP,
+                        hits=hits,
+                        remarks=remarks,
+                    )
+                )
+        out.append(encode_seg(labels, found, context))
+        seg = _of(out[-1])
+    if "SR" in order.made:
+        variant = "plain" if found and seg is None else ""
+        out.append(encode_sr(analysis, found, context, segmentation=seg, variant=variant, hits=hits, remarks=remarks))
+    return out
+
+
+def _pictures(
+    analysis: Analysis,
+    found: Sequence[SegmentDefinition],
+    keys: Sequence[int],
+    context: Context,
+    order: Order,
+    pixels: Pixels,
+    hits: Sequence[Hit],
+    remarks: list[str],
+) -> list[EncodedObject]:
+    """GSPS, SC and KOS. An image that cannot be shown costs its picture, not the result: ``remarks`` say so."""
+    out: list[EncodedObject] = []
+    images: list[EncodedObject] = []
+    if not keys:
+        return out
+    if "GSPS" in order.made and found:
+        try:
+            out.append(encode_gsps(analysis, found, keys[0], context))
+        except InputError as error:
+            remarks.append(f"No presentation state could be made: {error.cause}.")
+    if "SC" in order.made:
+        try:
+            images = encode_key_images(analysis, found, keys, context, pixels, hits)
+        except InputError as error:
+            remarks.append(f"No key image could be made: {error.cause}.")
+        out += images
+    if "KOS" in order.made:
+        try:
+            out.append(encode_kos(keys, images if order.together("KOS", "SC") else [], context))
+        except InputError as error:
+            remarks.append(f"No selection of key images could be made: {error.cause}.")
+    return out
+
+
+def _maps(analysis: Analysis, context: Context, order: Order, remarks: list[str]) -> list[EncodedObject]:
+    if "PM" not in order.made:
+        return []
+    try:
+        return [encode_pm(one, context) for one in analysis.probability_maps]
+    except InputError as error:
+        remarks.append(f"No probability map could be made: {error.cause}.")
+        return []
+
+
+def _of(encoded: EncodedObject) -> Segmentation:
+    return Segmentation(encoded.sop_class_uid, encoded.sop_instance_uid, encoded.series_instance_uid)
 
 
 def _fitting_labels(analysis: Analysis, headers: SourceHeaders) -> npt.NDArray[np.uint8]:

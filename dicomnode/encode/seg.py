@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 import highdicom as hd
 import numpy as np
 import numpy.typing as npt
+from highdicom.seg import SegmentationTypeValues
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 from pydicom.filebase import DicomBytesIO
@@ -26,11 +28,14 @@ from dicomnode.encode.common import (
 )
 from dicomnode.encode.frames import PER_FRAME, PIXEL_DATA, Plane, element, frame_group, make_frames
 from dicomnode.encode.headers import with_empty_patient
+from dicomnode.encode.multiframe import name_frames
 from dicomnode.errors import NodeError
 from dicomnode.identity import derived_uid
+from dicomnode.orders import LABELMAP
 from dicomnode.records import EncodedObject, ResultIdentity, SegmentDefinition
 
 SERIES_NUMBER_BASE = 1000
+LABELMAP_SERIES_NUMBER = 3000
 
 
 def tracking_id(provenance: Provenance, segment: SegmentDefinition) -> str:
@@ -53,13 +58,39 @@ def encode_seg(
     fitting = _renumbered(labels, found)
     with refuse_what_the_library_refuses("encode SEG"):
         order = _growing_positions(images)
-        if order is None or labels.shape[1] * labels.shape[2] < len(found):
+        if order is None or context.headers.frames or labels.shape[1] * labels.shape[2] < len(found):
             return _finished(_build(fitting, images, found, context), context)
         return _in_bytes(fitting, images, order, found, context)
 
 
+def encode_labelmap(
+    labels: npt.NDArray[np.uint8], found: Sequence[SegmentDefinition], context: Context
+) -> EncodedObject:
+    """The same segments as a Label Map Segmentation (PS3.3 A.90): one value per voxel, none for the background.
+
+    For viewers and archives that take it; where one does not, the binary SEG goes there.
+    """
+    images = context.headers.slices
+    identity = replace(
+        context.identity,
+        seg_uid=derived_uid(context.identity.seg_uid, LABELMAP),
+        seg_series_uid=derived_uid(context.identity.seg_series_uid, LABELMAP),
+    )
+    context = replace(context, identity=identity)
+    with refuse_what_the_library_refuses("encode label map"):
+        seg = _build(
+            _renumbered(labels, found), images, found, context, SegmentationTypeValues.LABELMAP, LABELMAP_SERIES_NUMBER
+        )
+    return _finished(seg, context, kind=LABELMAP)
+
+
 def _build(
-    labels: npt.NDArray[np.uint8], images: Sequence[Dataset], found: Sequence[SegmentDefinition], context: Context
+    labels: npt.NDArray[np.uint8],
+    images: Sequence[Dataset],
+    found: Sequence[SegmentDefinition],
+    context: Context,
+    form: SegmentationTypeValues = SegmentationTypeValues.BINARY,
+    series_number: int = SERIES_NUMBER_BASE,
 ) -> hd.seg.Segmentation:
     """The object as the library makes it; ``labels`` are numbered as ``found``."""
     identity, provenance = context.identity, context.provenance
@@ -67,12 +98,12 @@ def _build(
     return hd.seg.Segmentation(
         source_images=[with_empty_patient(images[0]), *images[1:]],
         pixel_array=labels,
-        segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
+        segmentation_type=form,
         segment_descriptions=[
             _description(number, segment, identity, provenance) for number, segment in enumerate(found, start=1)
         ],
         series_instance_uid=identity.seg_series_uid,
-        series_number=SERIES_NUMBER_BASE + max(headers.series_number, 0),
+        series_number=series_number + max(headers.series_number, 0),
         sop_instance_uid=identity.seg_uid,
         instance_number=identity.revision,
         manufacturer=long_string(station.manufacturer),
@@ -87,7 +118,7 @@ def _build(
     )
 
 
-def _finished(seg: Dataset, context: Context, tail: bytes = b"") -> EncodedObject:
+def _finished(seg: Dataset, context: Context, tail: bytes = b"", kind: str = "SEG") -> EncodedObject:
     headers, identity = context.headers, context.identity
     # A person name (PN) with a given name
     seg.ContentCreatorName = re.sub(r"[\^=]", " ", context.provenance.name)[:60] + "^AI"
@@ -95,7 +126,8 @@ def _finished(seg: Dataset, context: Context, tail: bytes = b"") -> EncodedObjec
         seg.PatientOrientation = headers.slices[0].get("PatientOrientation", "")
     _fix_dimension_uid(seg, identity)
     _segment_number_per_frame(seg)
-    return finish(seg, "SEG", context, tail)
+    name_frames(seg, headers.frames)
+    return finish(seg, kind, context, tail)
 
 
 def _in_bytes(

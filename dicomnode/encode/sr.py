@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import highdicom as hd
 from highdicom.sr import (
@@ -15,8 +16,9 @@ from highdicom.sr import (
     TextContentItem,
 )
 from pydicom.dataset import Dataset
-from pydicom.uid import ExplicitVRLittleEndian, SegmentationStorage
+from pydicom.uid import ExplicitVRLittleEndian
 
+from dicomnode.critical import Hit, is_positive
 from dicomnode.encode.common import (
     ANATOMICAL_STRUCTURE,
     ARTIFICIAL_INTELLIGENCE,
@@ -33,9 +35,12 @@ from dicomnode.encode.procedures import procedure_reported
 from dicomnode.encode.seg import SERIES_NUMBER_BASE, tracking_id
 from dicomnode.errors import NodeError
 from dicomnode.identity import derived_uid
+from dicomnode.orders import LABELMAP, LABELMAP_SR
 from dicomnode.records import (
     Analysis,
+    Code,
     EncodedObject,
+    Finding,
     Measurement,
     ResultIdentity,
     SegmentDefinition,
@@ -52,27 +57,50 @@ _LATERALITIES = {("7771000", "SCT"), ("24028007", "SCT"), ("51440002", "SCT"), (
 _NOT_A_NUMBER = CodedConcept("114000", "DCM", "Not a number")  # CID 42
 _POSITIVE_INFINITY = CodedConcept("114002", "DCM", "Positive Infinity")
 _NEGATIVE_INFINITY = CodedConcept("114001", "DCM", "Negative Infinity")
+_FINDING = CodedConcept("121071", "DCM", "Finding")
+_ACTIONABLE = CodedConcept("RID49480", "RADLEX", "ACR Category 1 Actionable Finding")  # CID 7035
+_PROBABILITY = Code("122157", "DCM", "Probability")
+_NO_UNITS = Code("1", "UCUM", "no units")
 SIGNIFICANT_DIGITS = 8
+LABELMAP_SR_SERIES_NUMBER = 8000
+
+
+@dataclass(frozen=True, slots=True)
+class Segmentation:
+    """The SEG that a report refers to."""
+
+    sop_class_uid: str
+    sop_instance_uid: str
+    series_instance_uid: str
 
 
 def encode_sr(
     analysis: Analysis,
     found: Sequence[SegmentDefinition],
     context: Context,
+    *,
+    segmentation: Segmentation | None,
+    variant: str = "",
+    hits: Sequence[Hit] = (),
+    remarks: Sequence[str] = (),
 ) -> EncodedObject:
-    """SR with a group per segment and one for what concerns the whole series.
+    """SR with a group per segment, one per finding, and one for measurements of the whole series.
 
     ``found``: the segments that have voxels, in the order in which the SEG numbers them.
+    ``segmentation``: that SEG, ``None`` where none is made. ``variant``: "" for the report beside
+    the binary SEG, else what sets its UIDs apart (``plain``: without one, ``LABELMAP``).
     Every instance of ``context.sources`` is listed as evidence, and so is the SEG.
     Measured numbers are written with 8 significant digits and, unrounded, as FD.
     """
-    identity, provenance, headers = context.identity, context.provenance, context.headers
+    identity, provenance = context.identity, context.provenance
     numbers = {segment.number: position for position, segment in enumerate(found, start=1)}
     groups: list[Dataset] = []
     for segment in analysis.segments:
         measured = [m for m in analysis.measurements if m.segment == segment.number]
         reference = numbers.get(segment.number)
-        groups += _segment_group(segment, reference, measured, context)
+        groups += _segment_group(segment, reference, measured, context, segmentation)
+    for finding in analysis.findings:
+        groups += _finding_group(finding, context)
     series_wide = [m for m in analysis.measurements if m.segment is None]
     if series_wide:
         groups += _series_group(series_wide, identity, provenance)
@@ -80,39 +108,65 @@ def encode_sr(
     if unknown:
         raise NodeError("encode SR", f"measurements name undefined segments {sorted(map(str, unknown))}")
 
-    content = [*hd.sr.LanguageOfContentItemAndDescendants(CodedConcept("en-US", "RFC5646", "English (United States)"))]
-    content += _observer(provenance)
-    content.append(
-        CodeContentItem(
-            CodedConcept("121058", "DCM", "Procedure reported"),
-            procedure_reported(headers),
-            RelationshipTypeValues.HAS_CONCEPT_MOD,
-        )
-    )
+    content = report_head(context)
     if groups:
         content.append(_container(CodedConcept("126010", "DCM", "Imaging Measurements"), groups))
-    remarks = _evaluations(analysis, found, context)
-    content.append(_container(CodedConcept("C0034375", "UMLS", "Qualitative Evaluations"), remarks))
+    evaluations = _critical(hits) + _evaluations(analysis, found, context, remarks)
+    content.append(_container(CodedConcept("C0034375", "UMLS", "Qualitative Evaluations"), evaluations))
+    title = f"AI {provenance.name} {provenance.version} report"
+    return build_report(
+        content,
+        evidence=_evidence(context, segmentation if found else None),
+        description=f"CRITICAL: {title}" if hits else title,
+        context=context,
+        variant=variant,
+    )
+
+
+def build_report(
+    content: Sequence[Dataset], *, evidence: Sequence[Dataset], description: str, context: Context, variant: str = ""
+) -> EncodedObject:
+    """Comprehensive 3D SR with root TID 1500 around ``content``; ``variant`` as in :func:`encode_sr`."""
+    identity, headers = context.identity, context.headers
+    labelmap = variant == LABELMAP
     root = ContainerContentItem(CodedConcept("126000", "DCM", "Imaging Measurement Report"), template_id="1500")
     root.ContentSequence = ContentSequence(content)
     with refuse_what_the_library_refuses("encode SR"):
         sr = hd.sr.Comprehensive3DSR(
-            evidence=_evidence(context, identity.seg_uid if found else None),
+            evidence=evidence,
             content=root,
-            series_instance_uid=identity.sr_series_uid,
-            series_number=2 * SERIES_NUMBER_BASE + max(headers.series_number, 0),
-            sop_instance_uid=identity.sr_uid,
+            series_instance_uid=_varied(identity.sr_series_uid, variant),
+            series_number=(LABELMAP_SR_SERIES_NUMBER if labelmap else 2 * SERIES_NUMBER_BASE)
+            + max(headers.series_number, 0),
+            sop_instance_uid=_varied(identity.sr_uid, variant),
             instance_number=identity.revision,
             manufacturer=long_string(context.station.manufacturer),
-            series_description=long_string(f"AI {provenance.name} {provenance.version} report"),
+            series_description=long_string(description),
             is_complete=True,
             is_verified=False,
-            previous_versions=_predecessor(identity),
+            previous_versions=_predecessor(identity, labelmap=labelmap),
             transfer_syntax_uid=ExplicitVRLittleEndian,
             specific_character_set=None,
         )
     _without_false_values(sr)
-    return finish(sr, "SR", context)
+    return finish(sr, LABELMAP_SR if labelmap else "SR", context)
+
+
+def report_head(context: Context) -> list[Dataset]:
+    """Language, observer and procedure: what every report begins with (TID 1500)."""
+    return [
+        *hd.sr.LanguageOfContentItemAndDescendants(CodedConcept("en-US", "RFC5646", "English (United States)")),
+        *_observer(context.provenance),
+        CodeContentItem(
+            CodedConcept("121058", "DCM", "Procedure reported"),
+            procedure_reported(context.headers),
+            RelationshipTypeValues.HAS_CONCEPT_MOD,
+        ),
+    ]
+
+
+def _varied(uid: str, variant: str) -> str:
+    return derived_uid(uid, variant) if variant else uid
 
 
 def _container(name: CodedConcept, items: Sequence[Dataset]) -> ContainerContentItem:
@@ -122,24 +176,29 @@ def _container(name: CodedConcept, items: Sequence[Dataset]) -> ContainerContent
 
 
 def _observer(provenance: Provenance) -> list[Dataset]:
-    """TID 1001 with the model as device observer (TID 1004); no person has looked at it."""
+    """TID 1001 with the model as device observer; no person has looked at it."""
+    return list(hd.sr.ObservationContext(observer_device_context=observer_device(provenance)))
+
+
+def observer_device(provenance: Provenance) -> hd.sr.ObserverContext:
+    """TID 1004."""
     device = hd.sr.DeviceObserverIdentifyingAttributes(
         uid=provenance.device_uid,
         name=f"{provenance.name} {provenance.version}",
         manufacturer_name=provenance.manufacturer,
         model_name=provenance.name,
     )
-    observer = hd.sr.ObserverContext(CodedConcept("121007", "DCM", "Device"), device)
-    return list(hd.sr.ObservationContext(observer_device_context=observer))
+    return hd.sr.ObserverContext(CodedConcept("121007", "DCM", "Device"), device)
 
 
-def _algorithm(provenance: Provenance) -> hd.sr.AlgorithmIdentification:
+def _algorithm(provenance: Provenance, parameters: Sequence[str] | None = None) -> hd.sr.AlgorithmIdentification:
     """TID 4019; name, version and manufacturer equal Contributing Equipment."""
     return hd.sr.AlgorithmIdentification(
         name=provenance.name,
         version=provenance.version,
         family=ARTIFICIAL_INTELLIGENCE,
         manufacturer=provenance.manufacturer,
+        parameters=parameters,
     )
 
 
@@ -148,6 +207,7 @@ def _segment_group(
     number: int | None,
     measured: Sequence[Measurement],
     context: Context,
+    segmentation: Segmentation | None,
 ) -> list[Dataset]:
     """TID 1411 for a segment of the SEG (its ``number`` there), else TID 1501: looked for, not found."""
     identity, provenance = context.identity, context.provenance
@@ -161,10 +221,12 @@ def _segment_group(
         "algorithm_id": _algorithm(provenance),
         "measurements": [_measurement(m) for m in measured],
     }
-    if number is not None:
+    if number is not None and segmentation is None:
+        return list(hd.sr.MeasurementsAndQualitativeEvaluations(**common))
+    if number is not None and segmentation is not None:
         reference = hd.sr.ReferencedSegment(
-            sop_class_uid=SegmentationStorage,
-            sop_instance_uid=identity.seg_uid,
+            sop_class_uid=segmentation.sop_class_uid,
+            sop_instance_uid=segmentation.sop_instance_uid,
             segment_number=number,
             source_series=hd.sr.SourceSeriesForSegmentation(context.headers.series_uid),
         )
@@ -175,6 +237,42 @@ def _segment_group(
     text = f"Not found: the model marked no voxel as {clean_text(segment.label)}."
     group[0].ContentSequence.append(TextContentItem(_COMMENT, text, _CONTAINS))
     return list(group)
+
+
+def _finding_group(finding: Finding, context: Context) -> list[Dataset]:
+    """TID 1501 for an answer about the whole series: the finding, its value, its probability."""
+    identity, provenance = context.identity, context.provenance
+    threshold = [f"threshold of {finding.key}: {finding.threshold:.6g}"] if finding.threshold is not None else None
+    measurements = []
+    if finding.probability is not None:
+        measurements.append(Measurement(finding.key, _PROBABILITY, finding.probability, _NO_UNITS))
+    evaluations = []
+    if finding.value is not None:
+        evaluations.append(hd.sr.QualitativeEvaluation(_PRESENCE, concept(finding.value)))
+    group = hd.sr.MeasurementsAndQualitativeEvaluations(
+        tracking_identifier=hd.sr.TrackingIdentifier(
+            derived_uid(identity.sr_uid, "tracking", "finding", finding.key),
+            long_string(f"{provenance.name}: {finding.key}"),
+        ),
+        finding_type=concept(finding.name),
+        algorithm_id=_algorithm(provenance, threshold),
+        measurements=[_measurement(m) for m in measurements] or None,
+        qualitative_evaluations=evaluations or None,
+    )
+    if finding.text.strip():
+        group[0].ContentSequence.append(TextContentItem(_COMMENT, clean_text(finding.text), _CONTAINS))
+    return list(group)
+
+
+def _critical(hits: Sequence[Hit]) -> list[Dataset]:
+    """The mark of a critical result: a finding of CID 7035 and what met the site's conditions."""
+    if not hits:
+        return []
+    texts = [f"CRITICAL by the rules of this site: {clean_text(hit.text)}." for hit in hits]
+    return [
+        CodeContentItem(_FINDING, _ACTIONABLE, _CONTAINS),
+        *[TextContentItem(_COMMENT, text, _CONTAINS) for text in texts],
+    ]
 
 
 def _series_group(measured: Sequence[Measurement], identity: ResultIdentity, provenance: Provenance) -> list[Dataset]:
@@ -237,13 +335,19 @@ def _evaluations(
     analysis: Analysis,
     found: Sequence[SegmentDefinition],
     context: Context,
+    more: Sequence[str] = (),
 ) -> list[Dataset]:
     """Rows 12 to 14 of TID 1500: the outcome in a code, then remarks for the reader."""
     items: list[Dataset] = []
-    if analysis.segments:
-        items.append(CodeContentItem(_SUMMARY, _WITH_FINDINGS if found else _NO_FINDINGS, _CONTAINS))
-    remarks = [] if found or not analysis.segments else ["No finding: the model marked no voxel in this series."]
-    remarks += [*analysis.notes, *context.headers.notes]
+    positive = [f for f in analysis.findings if is_positive(f)]
+    remarks: list[str] = []
+    if analysis.segments or analysis.findings:
+        items.append(CodeContentItem(_SUMMARY, _WITH_FINDINGS if found or positive else _NO_FINDINGS, _CONTAINS))
+    if analysis.segments and not found:
+        remarks.append("No finding: the model marked no voxel in this series.")
+    elif analysis.findings and not positive and not found:
+        remarks.append("No finding: no answer of the model is positive.")
+    remarks += [*analysis.notes, *context.headers.notes, *more]
     if context.model.intended_use:
         remarks.append(f"Intended use of {context.provenance.name}: {context.model.intended_use}")
     remarks.append("Made by software and not verified by a person.")
@@ -251,18 +355,33 @@ def _evaluations(
     return items
 
 
-def _evidence(context: Context, seg_uid: str | None) -> list[Dataset]:
+def source_evidence(context: Context) -> list[Dataset]:
+    """Every source instance, for Current Requested Procedure Evidence."""
+    return _evidence(context, None)
+
+
+def _evidence(context: Context, segmentation: Segmentation | None) -> list[Dataset]:
     """Every source instance and the SEG, for Current Requested Procedure Evidence."""
     study, series = context.headers.study_uid, context.headers.series_uid
     evidence = [_reference(study, series, s.sop_class_uid, s.sop_instance_uid) for s in context.sources]
-    if seg_uid:
-        evidence.append(_reference(study, context.identity.seg_series_uid, str(SegmentationStorage), seg_uid))
+    if segmentation:
+        evidence.append(
+            _reference(
+                study,
+                segmentation.series_instance_uid,
+                segmentation.sop_class_uid,
+                segmentation.sop_instance_uid,
+            )
+        )
     evidence[0] = with_empty_patient(evidence[0])
     return evidence
 
 
-def _predecessor(identity: ResultIdentity) -> list[Dataset] | None:
-    return [_reference(*identity.predecessor_sr)] if identity.predecessor_sr else None
+def _predecessor(identity: ResultIdentity, *, labelmap: bool) -> list[Dataset] | None:
+    before = identity.predecessor_sr
+    if labelmap:
+        before = identity.predecessor_labelmap_sr or before
+    return [_reference(*before)] if before else None
 
 
 def _reference(study: str, series: str, sop_class: str, sop_instance: str) -> Dataset:

@@ -18,8 +18,12 @@ from dicomnode.index.catalogue import Catalogue, NewInstance
 from dicomnode.index.database import Database, Row
 from dicomnode.index.notices import make_notices
 from dicomnode.index.states import JobEvent, JobState, backoff_seconds, next_job_state
+from dicomnode.index.urgency import hurry, raise_alert
+from dicomnode.orders import Order, dump, load, shares
 
 PRIORITIES: Mapping[str, int] = {"stat": 0, "routine": 1, "batch": 2}
+REPORT_TRIES = 3
+"""A report of failure that takes its worker down is not tried for ever."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +35,12 @@ class Request:
     destinations: tuple[str, ...]
     priority: str
     notify: tuple[str, ...] = ()
+    order: Order = field(default_factory=Order)
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A finished object of a job, its file durable. ``kind`` is ``SEG`` or ``SR``."""
+    """A finished object of a job, its file durable. ``kind`` as in ``EncodedObject``."""
 
     kind: str
     instance: NewInstance
@@ -49,6 +54,10 @@ class Outcome:
     notes: Sequence[str] = ()
     summary: Mapping[str, Any] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
+    critical: Sequence[str] = ()
+    """Keys of the conditions that the findings meet; such results go first."""
+    alert: bool = True
+    """Whether a webhook is told of critical results."""
 
 
 class Jobs:
@@ -121,6 +130,7 @@ class Jobs:
                 "rules": json.dumps(request.rules),
                 "destinations": json.dumps(request.destinations),
                 "notify": json.dumps(request.notify),
+                "wishes": dump(request.order),
                 "priority": PRIORITIES[request.priority],
                 "revision": int(latest["revision"]) + 1 if latest else 1,
                 "inputs_sha256": digest,
@@ -188,57 +198,29 @@ class Jobs:
             )
             return identity
 
-    def predecessor(self, job: Row) -> Row | None:
-        """The SR that the latest finished earlier revision for the same series and model made."""
+    def predecessor(self, job: Row, kind: str = "SR") -> Row | None:
+        """The latest SR for the same series and model: of an earlier revision, or this one's report of failure."""
         return self.db.row(
-            "SELECT r.*, st.StudyInstanceUID FROM jobs j JOIN results r ON r.job_id = j.id AND r.kind = 'SR'"
+            "SELECT r.*, st.StudyInstanceUID FROM jobs j JOIN results r ON r.job_id = j.id AND r.kind = ?"
             " JOIN series se ON se.id = j.series_id JOIN studies st ON st.id = se.study_id"
-            " WHERE j.series_id = ? AND j.model = ? AND j.revision < ? AND j.state = 'done'"
-            " ORDER BY j.revision DESC LIMIT 1",
-            (job["series_id"], job["model"], job["revision"]),
+            " WHERE j.series_id = ? AND j.model = ? AND j.revision <= ?"
+            " ORDER BY j.revision DESC, r.id DESC LIMIT 1",
+            (kind, job["series_id"], job["model"], job["revision"]),
         )
 
     def finish(self, job_id: int, owner: str, outcome: Outcome, *, sync_destination: str = "") -> None:
         """Commit results, deliveries, cloud items and notices together with the end of the job."""
         db = self.db
-        now, moment = db.clock.ticks(), iso(db.clock.wall())
         with db.transaction():
             job = self._owned(job_id, owner)
-            study_id = db.value("SELECT study_id FROM series WHERE id = ?", (job["series_id"],))
-            made: dict[int, str] = {}
-            for result in outcome.results:
-                result_id = self._result(job_id, result, moment)
-                made[result_id] = result.instance.attributes["SOPInstanceUID"]
-                wanted = [("deliveries", d) for d in json.loads(job["destinations"])]
-                wanted += [("sync_items", sync_destination)] if sync_destination else []
-                for table, destination in wanted:
-                    db.insert(
-                        table,
-                        {
-                            "result_id": result_id,
-                            "job_id": job_id,
-                            "study_id": study_id,
-                            "destination": destination,
-                            "state": "pending",
-                            "created_at": now,
-                            "created_time": moment,
-                        },
-                        conflict="OR IGNORE",
-                    )
-            if made:
-                make_notices(
-                    db,
-                    job_id=job_id,
-                    study_id=study_id,
-                    results=made,
-                    notify=json.loads(job["notify"] or "[]"),
-                    destinations=json.loads(job["destinations"]),
-                )
+            now, moment = db.clock.ticks(), iso(db.clock.wall())
+            self._hand_over(job, outcome, load(job["wishes"]), json.loads(job["destinations"]), sync_destination)
             self._leave(job, JobEvent.finish)
             db.execute(
-                "UPDATE jobs SET notes = ?, summary = ?, seconds = ?, last_error = NULL, finished_at = ?,"
+                "UPDATE jobs SET critical = ?, notes = ?, summary = ?, seconds = ?, last_error = NULL, finished_at = ?,"
                 " finished_time = ? WHERE id = ?",
                 (
+                    json.dumps(list(outcome.critical)) if outcome.critical else None,
                     json.dumps(list(outcome.notes)),
                     json.dumps(dict(outcome.summary)),
                     json.dumps(dict(outcome.seconds)),
@@ -247,6 +229,52 @@ class Jobs:
                     job_id,
                 ),
             )
+
+    def _hand_over(
+        self, job: Row, outcome: Outcome, order: Order, destinations: Sequence[str], sync_destination: str
+    ) -> None:
+        """Inside a transaction: rows of the results, and of everything that carries or tells of them."""
+        db = self.db
+        now, moment = db.clock.ticks(), iso(db.clock.wall())
+        job_id = int(job["id"])
+        study_id = int(db.value("SELECT study_id FROM series WHERE id = ?", (job["series_id"],)))
+        uids: dict[int, str] = {}
+        made: list[tuple[int, str]] = []
+        for result in outcome.results:
+            result_id = self._result(job_id, result, moment)
+            uids[result_id] = result.instance.attributes["SOPInstanceUID"]
+            made.append((result_id, result.kind))
+        wanted = [("deliveries", d, shares(made, order, d)) for d in destinations]
+        if sync_destination:
+            everything = Order(kinds={"": order.made})
+            wanted.append(("sync_items", sync_destination, shares(made, everything, "")))
+        for table, destination, items in wanted:
+            for result_id, fallback in items:
+                row = {
+                    "result_id": result_id,
+                    "job_id": job_id,
+                    "study_id": study_id,
+                    "destination": destination,
+                    "state": "pending",
+                    "created_at": now,
+                    "created_time": moment,
+                }
+                db.insert(table, row | ({"fallback_result_id": fallback} if fallback else {}), conflict="OR IGNORE")
+        if outcome.critical:
+            hurry(db, study_id)
+            if outcome.alert:
+                raise_alert(db, job_id=job_id, study_id=study_id, keys=outcome.critical)
+        for place in destinations or ("",):
+            share = {result: uids[result] for result, _ in shares(made, order, place)}
+            if share:
+                make_notices(
+                    db,
+                    job_id=job_id,
+                    study_id=study_id,
+                    results=share,
+                    notify=json.loads(job["notify"] or "[]"),
+                    destinations=(place,) if place else (),
+                )
 
     def _result(self, job_id: int, result: Result, moment: str) -> int:
         """Row of a result; the one that is there when another job made the same object.
@@ -285,11 +313,42 @@ class Jobs:
             job = self._owned(job_id, owner)
             event = JobEvent.give_up if job["attempts"] >= max_attempts else JobEvent.retry
             state = self._leave(job, event, error)
-            self.db.execute(
-                "UPDATE jobs SET next_at = ? WHERE id = ?",
-                (self.db.clock.ticks() + backoff_seconds(job["attempts"], backoff, 300.0), job_id),
-            )
+            wait = backoff_seconds(job["attempts"], backoff, 300.0) if state is JobState.pending else 0.0
+            self.db.execute("UPDATE jobs SET next_at = ? WHERE id = ?", (self.db.clock.ticks() + wait, job_id))
             return state
+
+    def owed_report(self) -> Row | None:
+        """A job that ended without a result and whose rule asks for a report of that; counts a try.
+
+        Committed before the report is made, so one that takes the worker with it ends some time.
+        """
+        query = (
+            "SELECT * FROM jobs WHERE report_owed > 0 AND state IN ('refused', 'failed')"
+            " AND next_at <= ? ORDER BY id LIMIT 1"
+        )
+        now = self.db.clock.ticks()
+        if self.db.row(query, (now,)) is None:
+            return None
+        with self.db.transaction():
+            job = self.db.row(query, (now,))
+            if job is not None:
+                self.db.execute(
+                    "UPDATE jobs SET report_owed = report_owed - 1, next_at = ? WHERE id = ?", (now + 10.0, job["id"])
+                )
+            return job
+
+    def reported(self, job_id: int, outcome: Outcome, *, sync_destination: str = "") -> bool:
+        """Commit the report of a failure with its deliveries; False when the job has changed meanwhile."""
+        with self.db.transaction():
+            job = self.db.row("SELECT * FROM jobs WHERE id = ? AND state IN ('refused', 'failed')", (job_id,))
+            if job is None:
+                return False
+            order = load(job["wishes"])
+            destinations = [d for d in order.report_to if d]
+            report = Order(kinds=dict.fromkeys((*destinations, ""), ("SR",)))
+            self._hand_over({**job, "notify": "[]"}, outcome, report, destinations, sync_destination)
+            self.db.execute("UPDATE jobs SET report_owed = 0 WHERE id = ?", (job_id,))
+        return True
 
     def hand_back(self, owner: str) -> int:
         """The worker is told to stop: what it holds waits again, and the attempt does not count."""
@@ -328,13 +387,14 @@ class Jobs:
             if job is None:
                 raise OperatorError("retry job", f"there is no job {job_id}", "See 'dicomnode jobs list'")
             self._leave(job, JobEvent.requeue)
-            self.db.execute("UPDATE jobs SET attempts = 0, next_at = 0 WHERE id = ?", (job_id,))
+            self.db.execute("UPDATE jobs SET attempts = 0, next_at = 0, report_owed = 0 WHERE id = ?", (job_id,))
 
     def listing(self, limit: int = 100, state: str | None = None) -> list[Row]:
         where, parameters = ("WHERE j.state = ?", [state]) if state else ("", [])
         return self.db.rows(
             "SELECT j.id, j.state, j.model, j.model_version, j.revision, j.priority, j.reason, j.attempts,"
-            " j.last_error, j.created_time, j.finished_time, j.rules, st.StudyInstanceUID, se.SeriesInstanceUID,"
+            " j.last_error, j.created_time, j.finished_time, j.rules, j.critical,"
+            " st.StudyInstanceUID, se.SeriesInstanceUID,"
             " (SELECT count(*) FROM job_inputs i WHERE i.job_id = j.id) AS instances"
             " FROM jobs j JOIN series se ON se.id = j.series_id JOIN studies st ON st.id = se.study_id"
             f" {where} ORDER BY j.id DESC LIMIT ?",
@@ -350,7 +410,17 @@ class Jobs:
         )
         if job is None:
             return None
-        for column in ("rules", "destinations", "notify", "identity", "notes", "summary", "seconds"):
+        for column in (
+            "rules",
+            "destinations",
+            "notify",
+            "wishes",
+            "critical",
+            "identity",
+            "notes",
+            "summary",
+            "seconds",
+        ):
             job[column] = json.loads(job[column]) if job[column] else None
         job["instances"] = self.db.value("SELECT count(*) FROM job_inputs WHERE job_id = ?", (job_id,))
         job["results"] = self.db.rows("SELECT * FROM results WHERE job_id = ? ORDER BY id", (job_id,))
@@ -389,4 +459,6 @@ class Jobs:
             " WHERE id = ?",
             (state, error, job["id"]),
         )
+        if event in (JobEvent.refuse, JobEvent.give_up) and load(job["wishes"]).report_to:
+            self.db.execute("UPDATE jobs SET report_owed = ? WHERE id = ?", (REPORT_TRIES, job["id"]))
         return state

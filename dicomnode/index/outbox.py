@@ -6,6 +6,7 @@ the cause can pass.
 
 from __future__ import annotations
 
+import json
 from typing import Literal
 
 from dicomnode.clock import iso
@@ -49,7 +50,7 @@ class Outbox:
         return None if soonest is None else float(soonest) - now
 
     def lease(self, destination: str, owner: str, seconds: float, limit: int) -> list[Row]:
-        """Take up to ``limit`` due items for one destination, oldest first.
+        """Take up to ``limit`` due items for one destination, critical ones first, then the oldest.
 
         Order is kept per study: an item waits while an older one of its study for the same
         destination is unfinished and not due.
@@ -61,7 +62,7 @@ class Outbox:
                 f"SELECT d.id, d.state FROM {self.table} d WHERE d.destination = ? AND d.state = 'pending'"
                 f" AND d.next_at <= ? AND NOT EXISTS (SELECT 1 FROM {self.table} o WHERE o.destination = d.destination"
                 " AND o.study_id = d.study_id AND o.id < d.id AND (o.state = 'sending' OR"
-                " (o.state = 'pending' AND o.next_at > ?))) ORDER BY d.id LIMIT ?",
+                " (o.state = 'pending' AND o.next_at > ?))) ORDER BY d.priority, d.id LIMIT ?",
                 (destination, now, now, limit),
             )
             for item in due:
@@ -73,7 +74,7 @@ class Outbox:
                 )
             ids = [item["id"] for item in due]
             marks = ", ".join("?" * len(ids))
-            return db.rows(f"{self._joined} WHERE d.id IN ({marks}) ORDER BY d.id", ids) if ids else []
+            return db.rows(f"{self._joined} WHERE d.id IN ({marks}) ORDER BY d.priority, d.id", ids) if ids else []
 
     def extend(self, ids: list[int], owner: str, seconds: float) -> None:
         marks = ", ".join("?" * len(ids))
@@ -103,6 +104,45 @@ class Outbox:
         """Refused for good: parked with its reason until requeued by hand."""
         with self.db.transaction():
             self._leave(item_id, owner, SendEvent.reject, error, 0.0)
+
+    def fall_back(self, item_id: int, owner: str, error: str) -> bool:
+        """The peer does not take this kind of object: send what stands in for it, now.
+
+        The other objects of the job that refer to it are exchanged in the same transaction,
+        and so are they in notices that wait for them. False when there is no fallback or the
+        lease ran out.
+        """
+        db = self.db
+        with db.transaction():
+            refused = db.row(
+                "SELECT job_id, destination FROM deliveries WHERE id = ? AND lease_owner = ? AND state = 'sending'"
+                " AND fallback_result_id IS NOT NULL",
+                (item_id, owner),
+            )
+            if refused is None:
+                return False
+            affected = db.rows(
+                "SELECT d.id, d.state, d.result_id, d.fallback_result_id, r.kind FROM deliveries d"
+                " JOIN results r ON r.id = d.result_id WHERE d.job_id = ? AND d.destination = ?"
+                " AND d.fallback_result_id IS NOT NULL AND d.state IN ('pending', 'sending')",
+                (refused["job_id"], refused["destination"]),
+            )
+            for item in affected:
+                if item["state"] == SendState.sending:
+                    next_send_state(item["state"], SendEvent.retry)
+                db.execute(
+                    "UPDATE deliveries SET result_id = fallback_result_id, fallback_result_id = NULL, instead_of = ?,"
+                    " state = 'pending', lease_owner = NULL, next_at = 0, attempts = 0, last_error = ? WHERE id = ?",
+                    (item["kind"], error, item["id"]),
+                )
+            exchanged = {int(i["result_id"]): int(i["fallback_result_id"]) for i in affected}
+            for notice in db.rows(
+                "SELECT id, results FROM notifications WHERE job_id = ? AND retrieve_from = ? AND state = 'waiting'",
+                (refused["job_id"], refused["destination"]),
+            ):
+                results = sorted(exchanged.get(r, r) for r in json.loads(notice["results"]))
+                db.execute("UPDATE notifications SET results = ? WHERE id = ?", (json.dumps(results), notice["id"]))
+        return True
 
     def expire(self, own: str | None = None) -> int:
         """Take back items whose lease ran out, or all of ``own``'s former life."""

@@ -395,3 +395,38 @@ def m0009_peer_certificates(db: Database) -> None:
         pk=("process", "peer"),
         not_null={"ends_at"},
     )
+
+
+@migrations()
+def m0011_orders(db: Database) -> None:
+    """What each job was asked for, fallbacks of deliveries, and alerts of critical findings."""
+    db["jobs"].add_column("wishes", str)
+    db["jobs"].add_column("critical", str)
+    db["jobs"].add_column("report_owed", int, not_null_default=0)
+    db.execute("CREATE INDEX idx_jobs_report_owed ON jobs(id) WHERE report_owed > 0")
+    for table in ("deliveries", "sync_items"):
+        db[table].add_column("priority", int, not_null_default=1)
+    db["deliveries"].add_column("fallback_result_id", int)
+    db["deliveries"].add_column("instead_of", str)
+    db["alerts"].create(
+        {
+            "id": int,
+            "job_id": int,
+            "study_id": int,
+            "uuid": str,
+            "keys": str,
+            "state": str,
+            "attempts": int,
+            "next_at": float,
+            "last_error": str,
+            "created_at": float,
+            "created_time": str,
+            "finished_time": str,
+        },
+        pk="id",
+        foreign_keys=[("job_id", "jobs", "id"), ("study_id", "studies", "id")],
+        not_null={"job_id", "study_id", "uuid", "keys", "state"},
+        defaults={"attempts": 0, "next_at": 0.0},
+    )
+    db["alerts"].create_index(["job_id"], unique=True)
+    db["alerts"].create_index(["state", "next_at"])

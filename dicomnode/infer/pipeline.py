@@ -74,6 +74,7 @@ def run_bundle(bundle: Bundle, session: Session, volume: Volume, progress: Progr
     return Analysis(
         labels=labels,
         source_uids=volume.source_uids,
+        source_frames=volume.source_frames,
         segments=tuple(s.definition(n) for n, s in enumerate(found, start=1)),
         measurements=tuple(measurements),
         notes=(*volume.notes, *state.notes),

@@ -1,4 +1,4 @@
-"""A series of single-frame images as one volume, or a plain reason why it is none."""
+"""A series of images as one volume, or a plain reason why it is none."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from dicomnode.geometry import SlicePlane, StackReport, analyse_stack
 from dicomnode.header import Wanted, inflates_within_limit
 from dicomnode.infer.contract import InputContract
 from dicomnode.infer.decode import Decoder, InlineDecoder, Pixels, Undecodable
+from dicomnode.infer.multiframe import GROUP_TAGS, SINGLE_FRAME_CLASS, flatten, single_frames, split_frame_uid
 from dicomnode.part10 import HEAD_BYTES, begun_header
 from dicomnode.records import SourceInstance
 
@@ -73,6 +74,8 @@ class Volume:
     source_uids: tuple[str, ...]
     excluded_uids: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    source_frames: tuple[int, ...] = ()
+    """Frame number, from 1, of each slice within its instance; empty for single-frame images."""
 
     @property
     def voxel_ml(self) -> float:
@@ -127,16 +130,21 @@ def read_volume(
     for instance in instances:
         path = instance if isinstance(instance, Path) else instance.path
         read = known.get(instance.sop_instance_uid) if isinstance(instance, SourceInstance) else None
-        header = read.header if read is not None else read_header(read_bytes(path))
-        if isinstance(instance, SourceInstance) and header.uid != instance.sop_instance_uid:
+        if read is not None and read.header.frames == 1 and read.header.sop_class_uid not in SINGLE_FRAME_CLASS:
+            found = [read.header]
+        else:
+            found = read_headers(read_bytes(path), contract)
+        uid = split_frame_uid(found[0].uid)[0]
+        if isinstance(instance, SourceInstance) and uid != instance.sop_instance_uid:
             raise MalformedDataSet("read series", "a file holds another SOP Instance UID than the index says")
-        if header.uid in paths:
+        if uid in paths:
             raise refuse("DUPLICATE_INSTANCE", "the same SOP Instance UID occurs twice in the input")
-        paths[header.uid] = path
-        headers.append(header)
+        paths[uid] = path
+        headers += found
     plan = plan_stack(headers, contract)
+    places = [split_frame_uid(h.uid) for h in plan.headers]
     try:
-        frames = _frames(plan, known, decoder or InlineDecoder(), lambda uid: read_bytes(paths[uid]))
+        frames = _frames(plan, places, known, decoder or InlineDecoder(), lambda uid: read_bytes(paths[uid]))
         values = _assemble(plan, frames)
     except Undecodable as cause:
         raise refuse(cause.code, cause.text, "Ask the sender to send the series again") from cause
@@ -144,18 +152,23 @@ def read_volume(
         values=values,
         affine=plan.affine,
         spacing=plan.spacing,
-        source_uids=tuple(h.uid for h in plan.headers),
-        excluded_uids=plan.excluded_uids,
+        source_uids=tuple(uid for uid, _ in places),
+        excluded_uids=_left_out(plan, places),
         notes=plan.notes,
+        source_frames=tuple(frame or 1 for _, frame in places) if any(frame for _, frame in places) else (),
     )
 
 
 def _frames(
-    plan: StackPlan, ahead: Mapping[str, ReadSlice], decoder: Decoder, read: Callable[[str], bytes]
+    plan: StackPlan,
+    places: Sequence[tuple[str, int]],
+    ahead: Mapping[str, ReadSlice],
+    decoder: Decoder,
+    read: Callable[[str], bytes],
 ) -> Iterator[Pixels]:
     """Stored values of each slice in order: those that were read ahead, the others decoded now, on all cores."""
-    late = [h for h in plan.headers if h.uid not in ahead]
-    decoded = decoder.frames((read(h.uid), h.rows, h.columns) for h in late)
+    late = [(h, place) for h, place in zip(plan.headers, places, strict=True) if h.uid not in ahead]
+    decoded = decoder.frames(_files(late, read))
     for h in plan.headers:
         if h.uid not in ahead:
             yield next(decoded)
@@ -164,6 +177,44 @@ def _frames(
         if values is None or values.shape != (h.rows, h.columns):
             values = next(iter(decoder.frames([(read(h.uid), h.rows, h.columns)])))
         yield values
+
+
+def _left_out(plan: StackPlan, places: Sequence[tuple[str, int]]) -> tuple[str, ...]:
+    """Instances of which no frame is used."""
+    used = {uid for uid, _ in places}
+    return tuple(dict.fromkeys(uid for uid, _ in map(split_frame_uid, plan.excluded_uids) if uid not in used))
+
+
+def _files(
+    slices: Sequence[tuple[SliceHeader, tuple[str, int]]], read: Callable[[str], bytes]
+) -> Iterator[tuple[bytes, int, int]]:
+    """What the decoder gets, slice by slice; a multi-frame object is read once and taken apart."""
+    frames: dict[int, bytes] = {}
+    opened = ""
+    for h, (uid, frame) in slices:
+        if not frame:
+            yield read(uid), h.rows, h.columns
+            continue
+        if opened != uid:
+            numbers = [n for _, (other, n) in slices if other == uid]
+            frames = dict(zip(numbers, single_frames(read(uid), numbers), strict=True))
+            opened = uid
+        yield frames.pop(frame), h.rows, h.columns
+
+
+def read_headers(part10: bytes, contract: InputContract) -> list[SliceHeader]:
+    """One header, or one for each frame of an enhanced multi-frame image of a class that the model takes."""
+    from pydicom import dcmread
+
+    header = read_header(part10)
+    if header.sop_class_uid in SINGLE_FRAME_CLASS and (
+        {header.sop_class_uid, SINGLE_FRAME_CLASS[header.sop_class_uid]} & set(contract.sop_classes)
+    ):
+        ds = dcmread(io.BytesIO(part10), stop_before_pixels=True, specific_tags=[*_TAGS, *GROUP_TAGS])
+        if len(ds.get("PerFrameFunctionalGroupsSequence") or []) > contract.max_slices:
+            raise refuse("TOO_LARGE", f"a multi-frame image has more than {contract.max_slices} frames")
+        return [header_of(frame) for frame in flatten(ds, contract.sop_classes)]
+    return [header]
 
 
 def read_header(part10: bytes) -> SliceHeader:
@@ -178,6 +229,14 @@ def read_header(part10: bytes) -> SliceHeader:
         raise refuse("TOO_LARGE", "a deflated file becomes too large", "Send it in another transfer syntax")
     try:
         ds = dcmread(io.BytesIO(part10), stop_before_pixels=True, specific_tags=list(_TAGS))
+    except Exception as cause:
+        raise MalformedDataSet("read series", f"a file is no readable DICOM file ({type(cause).__name__})") from cause
+    return header_of(ds)
+
+
+def header_of(ds: Any) -> SliceHeader:
+    """The attributes of one image as read; raises MalformedDataSet where one is no number."""
+    try:
         uid = str(ds.get("SOPInstanceUID", ""))
         position = _numbers(ds.get("ImagePositionPatient"), 3)
         orientation = _numbers(ds.get("ImageOrientationPatient"), 6)

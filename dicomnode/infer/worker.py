@@ -12,6 +12,7 @@ from typing import Any
 
 from dicomnode import durable, logs, metrics
 from dicomnode.clock import iso
+from dicomnode.critical import Hit, critical_hits, unknown_keys
 from dicomnode.durable import ObjectStore, SyncFailed
 from dicomnode.errors import DeviceLost, EngineError, InputError, LeaseLost, NodeError, OperatorError, UnsuitableSeries
 from dicomnode.header import Wanted, read_header
@@ -29,10 +30,14 @@ from dicomnode.infer.golden import ReadyModel
 from dicomnode.infer.pipeline import Progress
 from dicomnode.infer.serving import ServingModels
 from dicomnode.infer.volume import ReadSlice
+from dicomnode.orders import LABELMAP_SR, Order, load
 from dicomnode.records import Analysis, EncodedObject, ModelIdentity, ResultIdentity, SourceInstance
 from dicomnode.settings import Settings
 
-Encode = Callable[[Analysis, ResultIdentity, ModelIdentity, Sequence[SourceInstance]], Sequence[EncodedObject]]
+Encode = Callable[[Analysis, ResultIdentity, ModelIdentity, Sequence[SourceInstance], Order], Sequence[EncodedObject]]
+ReportFailure = Callable[[Row, Sequence[SourceInstance], ModelIdentity | None], EncodedObject]
+"""(job that failed or was refused, its sources, its model where that can serve) -> SR."""
+
 WITHOUT_LIMIT = 1_000_000_000
 EXIT_HUNG = 75
 """EX_TEMPFAIL of sysexits.h."""
@@ -55,6 +60,7 @@ class Worker:
         on_results: Callable[[], None],
         ahead: ReadAhead | None = None,
         on_lost: Callable[[], None] = lambda: os._exit(EXIT_LOST),
+        report: ReportFailure | None = None,
     ) -> None:
         self._settings = settings
         self._db = db
@@ -70,6 +76,7 @@ class Worker:
         """Of the jobs at hand: the last is being done, those before it wait for it."""
         self._on_lost = on_lost
         self._lost = False
+        self._report = report
         self._store = ObjectStore(settings.node.data_dir)
         self._wanted = Wanted(HEADER_KEYS)
         self._log = logs.get()
@@ -85,6 +92,8 @@ class Worker:
     def run_once(self) -> bool:
         """Do one job if one is due; False when there was none."""
         self._expire(())
+        if self._report is not None and self._report_failure(self._report):
+            return True
         job = self._jobs.lease(self._owner, self._settings.inference.lease_seconds)
         if job is None:
             return False
@@ -119,6 +128,38 @@ class Worker:
             except NodeError as error:  # a locked index: the next batch is soon enough
                 self._log.warning("could not look for more urgent jobs", error=str(error))
         stood[step] = stood.get(step, 0.0) + stood_still()
+
+    def _report_failure(self, report: ReportFailure) -> bool:
+        """Make the report that a failed or refused job owes, if one does; False when none does.
+
+        It may owe one for longer than this process lives: the debt is in the job's row.
+        """
+        job = self._jobs.owed_report()
+        if job is None:
+            return False
+        try:
+            staged = self._staged([report(job, self._sources(job), self._known_model(str(job["model"])))])
+            self._keep(
+                staged, lambda results: self._jobs.reported(job["id"], Outcome(results), sync_destination=self._cloud)
+            )
+        except SyncFailed as error:
+            durable.die(error)
+        except Exception as error:  # noqa: BLE001 the failure of a report must not stop the next study
+            cause = str(error) if isinstance(error, NodeError) else type(error).__name__
+            self._log.error("failure not reported", job=job["id"], exc_type=type(error).__name__, error=cause)
+            if int(job["report_owed"]) <= 1:  # as it was before this try
+                self._events.add("error", "report-impossible", f"job {job['id']}", cause)
+            return True
+        self._log.info("failure reported", job=job["id"], model=job["model"], state=job["state"])
+        self._on_results()
+        return True
+
+    def _known_model(self, reference: str) -> ModelIdentity | None:
+        """The model as it would serve; None when it cannot, which may be the failure itself."""
+        try:
+            return self._models.get(reference).identity
+        except Exception:  # noqa: BLE001 whatever keeps it from serving is told by its own event
+            return None
 
     def _expire(self, dead: tuple[str, ...]) -> None:
         for job in self._jobs.expire(self._settings.inference.max_attempts, dead):
@@ -178,14 +219,17 @@ class Worker:
         except LeaseLost as error:
             self._log.info("job was taken over", cause=error.cause)
 
-    def _work(self, job: Row) -> None:
-        started = self._db.clock.ticks()
-        sources = [
+    def _sources(self, job: Row) -> list[SourceInstance]:
+        return [
             SourceInstance(
                 r["SOPInstanceUID"], r["SOPClassUID"], r["TransferSyntaxUID"], self._store.path(r["file"]), r["sha256"]
             )
             for r in self._jobs.inputs(int(job["id"]))
         ]
+
+    def _work(self, job: Row) -> None:
+        started = self._db.clock.ticks()
+        sources = self._sources(job)
         if len(sources) != self._jobs.input_count(int(job["id"])):
             raise NodeError(
                 "read inputs",
@@ -234,10 +278,12 @@ class Worker:
         seconds.update({step: spent - stood.get(step, 0.0) for step, spent in analysis.seconds.items()})
         begin = time.perf_counter()
         identity = self._identity(job, model, analysis)
-        objects = self._encode(analysis, identity, model.identity, sources)
+        order = load(job["wishes"])
+        objects = self._encode(analysis, identity, model.identity, sources, order)
         seconds["encode"] = time.perf_counter() - begin
         begin = time.perf_counter()
-        self._commit(job, objects, analysis, seconds)
+        hits = critical_hits(analysis, order.critical)
+        self._commit(job, objects, analysis, seconds, hits)
         seconds["commit"] = time.perf_counter() - begin
         seconds["total"] = self._db.clock.ticks() - float(job["last_received_at"])
         for stage in ("wait", "read", "inference", "postprocess", "encode", "commit", "total"):
@@ -245,6 +291,7 @@ class Worker:
                 metrics.observe(stage, seconds[stage])
         metrics.job("done")
         self._on_results()
+        self._tell_of_conditions(job, hits, unknown_keys(analysis, order.critical))
         self._log.info(
             "job done",
             job=job["id"],
@@ -297,6 +344,7 @@ class Worker:
     def _identity(self, job: Row, model: ReadyModel, analysis: Analysis) -> ResultIdentity:
         def make(current: Row) -> Row:
             before = self._jobs.predecessor(current)
+            labelmap = self._jobs.predecessor(current, LABELMAP_SR)
             return asdict(
                 result_identity(
                     inputs=current["inputs_sha256"],
@@ -305,41 +353,36 @@ class Worker:
                     revision=int(current["revision"]),
                     segment_numbers=[s.number for s in analysis.segments],
                     content_datetime=iso(self._db.clock.wall()),
-                    predecessor_sr=(
-                        (
-                            before["StudyInstanceUID"],
-                            before["SeriesInstanceUID"],
-                            before["SOPClassUID"],
-                            before["SOPInstanceUID"],
-                        )
-                        if before
-                        else None
-                    ),
+                    predecessor_sr=_named(before),
+                    predecessor_labelmap_sr=_named(labelmap),
                 )
             )
 
         stored = self._jobs.fix_identity(
             int(job["id"]), self._owner, version=model.identity.version, digest=model.identity.digest, make=make
         )
-        before = stored["predecessor_sr"]
+        before, labelmap = stored["predecessor_sr"], stored.get("predecessor_labelmap_sr")
         return ResultIdentity(
             **{
                 **stored,
                 "tracking_uids": {int(n): uid for n, uid in stored["tracking_uids"].items()},
                 "predecessor_sr": tuple(before) if before else None,
+                "predecessor_labelmap_sr": tuple(labelmap) if labelmap else None,
             }
         )
 
     def _commit(
-        self, job: Row, objects: Sequence[EncodedObject], analysis: Analysis, seconds: dict[str, float]
+        self,
+        job: Row,
+        objects: Sequence[EncodedObject],
+        analysis: Analysis,
+        seconds: dict[str, float],
+        hits: Sequence[Hit],
     ) -> None:
         """Files durable first, then one transaction with rows, deliveries and the job's end."""
-        results = [self._stage(o) for o in objects]
-        paths = [self._store.path(r.instance.file) for r in results]
-        try:
-            for folder in {p.parent for p in paths}:
-                durable.sync_directory(folder)
-            self._jobs.finish(
+        self._keep(
+            self._staged(objects),
+            lambda results: self._jobs.finish(
                 int(job["id"]),
                 self._owner,
                 Outcome(
@@ -350,15 +393,48 @@ class Worker:
                         "slices": len(analysis.source_uids),
                         "segments": [s.label for s in analysis.segments],
                         "measurements": [_measurement(m, analysis) for m in analysis.measurements],
+                        "findings": [
+                            {"key": f.key, "value": f.value.meaning if f.value else None, "probability": f.probability}
+                            for f in analysis.findings
+                        ],
                     },
                     seconds=seconds,
+                    critical=[hit.key for hit in hits],
+                    alert=bool(self._settings.alerts.url),
                 ),
-                sync_destination="cloud" if self._settings.cloud.stow_url else "",
-            )
+                sync_destination=self._cloud,
+            ),
+        )
+
+    @property
+    def _cloud(self) -> str:
+        return "cloud" if self._settings.cloud.stow_url else ""
+
+    def _staged(self, objects: Sequence[EncodedObject]) -> list[Result]:
+        return [self._stage(o) for o in objects]
+
+    def _keep(self, results: Sequence[Result], commit: Callable[[Sequence[Result]], object]) -> None:
+        """Commit staged files; when that fails or is refused by returning False, they go."""
+        paths = [self._store.path(r.instance.file) for r in results]
+        try:
+            for folder in {p.parent for p in paths}:
+                durable.sync_directory(folder)
+            kept = commit(results)
         except NodeError:
             for path in paths:
                 durable.remove(path)
             raise
+        if kept is False:
+            for path in paths:
+                durable.remove(path)
+
+    def _tell_of_conditions(self, job: Row, hits: Sequence[Hit], unknown: Sequence[str]) -> None:
+        if hits:
+            keys = ", ".join(dict.fromkeys(hit.key for hit in hits))
+            self._log.warning("critical result", job=job["id"], model=job["model"], count=len(hits))
+            self._events.add("warning", "critical-result", f"job {job['id']}", f"critical by its rule: {keys}")
+        if unknown:
+            self._log.info("critical conditions without a value", job=job["id"], key=list(unknown))
 
     def _stage(self, encoded: EncodedObject) -> Result:
         name = self._store.new_name(encoded.series_instance_uid)
@@ -377,6 +453,13 @@ class Worker:
                 origin="result",
             ),
         )
+
+
+def _named(row: Row | None) -> tuple[str, str, str, str] | None:
+    """An SR as Predecessor Documents Sequence names it."""
+    if row is None:
+        return None
+    return row["StudyInstanceUID"], row["SeriesInstanceUID"], row["SOPClassUID"], row["SOPInstanceUID"]
 
 
 def data_set_of(part10: bytes) -> memoryview:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dicomnode.index.jobs import PRIORITIES, Request
+from dicomnode.orders import Condition, Order, join, order_for
 from dicomnode.settings import Range, Rule
 
 
@@ -74,7 +75,8 @@ def requests_for(rules: Sequence[Rule], attributes: Mapping[str, Any]) -> list[R
     """One request for each model that a matching rule names.
 
     Rules that name the same model share one analysis: it has the highest of their
-    priorities, goes to all their destinations, and all their peers are notified.
+    priorities, goes to all their destinations, and all their peers are notified. Each
+    destination gets the kinds of objects that its own rules ask for.
     """
     found: dict[str, Request] = {}
     for rule in rules:
@@ -89,6 +91,7 @@ def requests_for(rules: Sequence[Rule], attributes: Mapping[str, Any]) -> list[R
                     tuple(dict.fromkeys(rule.send_to)),
                     rule.priority,
                     tuple(dict.fromkeys(rule.notify)),
+                    order_of(rule),
                 )
                 continue
             found[model] = Request(
@@ -97,5 +100,24 @@ def requests_for(rules: Sequence[Rule], attributes: Mapping[str, Any]) -> list[R
                 tuple(dict.fromkeys((*known.destinations, *rule.send_to))),
                 min(known.priority, rule.priority, key=lambda p: PRIORITIES[p]),
                 tuple(dict.fromkeys((*known.notify, *rule.notify))),
+                join(known.order, order_of(rule)),
             )
     return list(found.values())
+
+
+def order_of(rule: Rule) -> Order:
+    """What the rule asks of its jobs."""
+    return order_for(
+        rule.send_to,
+        rule.results,
+        rule.seg,
+        report_failures=rule.report_failures,
+        critical=[_condition(key, wanted) for key, wanted in rule.critical.items()],
+    )
+
+
+def _condition(key: str, wanted: Range | bool | str) -> Condition:
+    if isinstance(wanted, Range):
+        low, high = (None if bound is None else float(bound) for bound in (wanted.min, wanted.max))
+        return Condition(key, low, high)
+    return Condition(key, value="*" if wanted is True else str(wanted))
