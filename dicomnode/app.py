@@ -21,7 +21,7 @@ from typing import Any, TextIO
 
 from dicomnode import __version__, doorbell, durable, lifeline, logs, metrics
 from dicomnode.clock import iso
-from dicomnode.errors import NodeError, OperatorError, SettingsError, StorageError, UnsuitableSeries
+from dicomnode.errors import EngineError, NodeError, OperatorError, SettingsError, StorageError, UnsuitableSeries
 from dicomnode.identity import derived_uid, failure_identity
 from dicomnode.index.database import Database, Row
 from dicomnode.index.jobs import Jobs
@@ -29,7 +29,7 @@ from dicomnode.index.operation import BEAT_SECONDS, Events, Processes
 from dicomnode.index.seen import SeenCertificates
 from dicomnode.orders import Order
 from dicomnode.records import Analysis, EncodedObject, ModelIdentity, ResultIdentity, SourceInstance
-from dicomnode.settings import Settings
+from dicomnode.settings import EngineName, Settings
 from dicomnode.supervisor import EXIT_CONFIGURATION, Child, Supervisor
 from dicomnode.tls import Transport
 
@@ -207,31 +207,15 @@ def dimse_services(settings: Settings, db: Database) -> Sequence[Any]:
 
 def run_worker(settings: Settings) -> int:
     """Select complete series and do their jobs; one job at a time on this box's engine."""
-    from dicomnode.infer.choice import EngineChoice
     from dicomnode.infer.decode import PoolDecoder
-    from dicomnode.infer.serving import ServingModels
     from dicomnode.infer.worker import Worker
     from dicomnode.select.selector import Selector
 
     shell = Shell(settings, "worker")
     data_dir = settings.node.data_dir
-    choice = EngineChoice.of(settings)
-    for rejection in choice.rejected:
-        shell.log.info("engine not used", engine=rejection.engine, code=rejection.code, cause=rejection.text)
     jobs_bell = threading.Event()
-    models = ServingModels(
-        shell.db,
-        choice,
-        models_dir=settings.inference.models_dir,
-        data_dir=data_dir,
-        threads=settings.inference.threads,
-        on_better=jobs_bell.set,
-    )
-    shell.detail = lambda: {
-        "engine": choice.engines[0].name,
-        "engines_rejected": {r.engine: f"{r.code}: {r.text}" for r in choice.rejected},
-        "models": models.report(),
-    }
+    models, about = _serving(shell, jobs_bell.set)
+    shell.detail = lambda: {**about, "models": models.report()}
     store = durable.ObjectStore(data_dir)
     store.prepare()
     bell = doorbell.Doorbell(data_dir, "worker")
@@ -301,6 +285,44 @@ def _read_ahead(settings: Settings, db: Database, store: durable.ObjectStore, de
         return bool(requests_for(settings.rules, attributes))
 
     return ReadAhead(db, store, decoder, wanted, max_bytes=settings.inference.read_ahead_mb << 20)
+
+
+def _serving(shell: Shell, on_better: Callable[[], None]) -> tuple[Any, dict[str, Any]]:
+    """The models as the worker needs them, and what the heartbeat says of the engine.
+
+    With endpoints configured (``inference.places``) each job goes to the best place; a box
+    without an engine of its own that works then leaves everything to them.
+    """
+    from dicomnode.infer.choice import EngineChoice
+    from dicomnode.infer.placing import placed_models
+    from dicomnode.infer.serving import ServingModels
+
+    settings, inference = shell.settings, shell.settings.inference
+    choice: EngineChoice | None = None
+    if inference.engine is not EngineName.kserve:
+        try:
+            choice = EngineChoice.of(settings)
+        except EngineError as error:
+            if not inference.places:
+                raise
+            shell.log.warning("no engine on this box, the endpoints serve", cause=error.cause)
+    if choice is None:
+        return placed_models(settings, shell.db, None), {"engine": "kserve", "engines_rejected": {}}
+    for rejection in choice.rejected:
+        shell.log.info("engine not used", engine=rejection.engine, code=rejection.code, cause=rejection.text)
+    local = ServingModels(
+        shell.db,
+        choice,
+        models_dir=inference.models_dir,
+        data_dir=settings.node.data_dir,
+        threads=inference.threads,
+        on_better=on_better,
+    )
+    about = {
+        "engine": choice.engines[0].name,
+        "engines_rejected": {r.engine: f"{r.code}: {r.text}" for r in choice.rejected},
+    }
+    return placed_models(settings, shell.db, local) if inference.places else local, about
 
 
 def _leave_job(shell: Shell, worker: Any, decoder: Any) -> None:
@@ -483,13 +505,17 @@ def run_sidecar(settings: Settings) -> int:
 
 
 def verify_model(settings: Settings, path: Path, *, build: bool = False) -> None:
-    """Digests and golden cases of a bundle on this box's engine. Raises BundleError or EngineError.
+    """Digests and golden cases of a bundle on the engine that serves: this box's, or an endpoint's.
 
     With ``build`` the best engine is built first where it is not yet; an engine that was asked
-    for by name always is.
+    for by name always is. Raises BundleError or EngineError; PeerAway when every endpoint is away.
     """
     from dicomnode.infer.choice import EngineChoice
+    from dicomnode.infer.placing import verify_at_endpoints
 
+    if settings.inference.engine is EngineName.kserve:
+        verify_at_endpoints(settings, path)
+        return
     choice = EngineChoice.of(settings)
     choice.open(path, build=build or not choice.automatic).model.close()
 

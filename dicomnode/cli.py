@@ -85,11 +85,13 @@ def run(
 def check_config(config: Config = None, as_json: Json = False) -> None:
     """Read the configuration, check every key and say what it means; exit 78 when it is wrong."""
     from dicomnode.config_summary import summary
+    from dicomnode.endpoint_settings import endpoint_findings
     from dicomnode.findings import Level
     from dicomnode.tls_check import tls_findings
 
     settings = _settings(config)
-    findings = list(tls_findings(settings))
+    inference = settings.inference
+    findings = [*tls_findings(settings), *endpoint_findings(inference.endpoints, used=bool(inference.places))]
     wrong = [f for f in findings if f.level is Level.fault]
 
     def show(_: dict[str, Any]) -> None:
@@ -281,6 +283,7 @@ def jobs_list(
 def jobs_show(job: Annotated[int, typer.Argument()], config: Config = None, as_json: Json = False) -> None:
     """One job: why it ran, on what, what it found, how long each stage took, where results went."""
     from dicomnode.index.jobs import Jobs
+    from dicomnode.infer.placement import told
 
     def show(data: dict[str, Any]) -> None:
         console.print(f"job {data['id']}: {data['state']}, {data['model']} {data['model_version'] or ''}")
@@ -291,6 +294,10 @@ def jobs_show(job: Annotated[int, typer.Argument()], config: Config = None, as_j
             console.print(f"  error: {data['last_error']}")
         if data["critical"]:
             console.print(f"  CRITICAL: {', '.join(data['critical'])}")
+        if data["placement"]:
+            console.print(f"  placed: {data['placement']['chosen'] or 'nowhere'}")
+            for line in told(data["placement"]):
+                console.print(f"    {line}")
         for note in data["notes"] or []:
             console.print(f"  note: {note}")
         for m in (data["summary"] or {}).get("measurements", []):

@@ -26,6 +26,9 @@ def summary(settings: Settings, findings: Iterable[Finding]) -> Iterator[str]:
                 f"note: peer {peer.name} has no host and port: it gets a report of storage commitment only on the"
                 " association of its request"
             )
+    if settings.inference.places:
+        places = ", ".join(f"{e.name} ({e.url})" for e in settings.inference.places)
+        yield f"inference: {settings.inference.engine.value}, endpoints {places}"
     for rule in settings.rules:
         yield f"rule {rule.name}: {', '.join(rule.models)} -> {', '.join(rule.send_to) or 'nowhere'}"
     if not settings.rules:

@@ -56,6 +56,7 @@ def examine(settings: Settings) -> list[Finding]:
         ("TLS", tls_findings),
         ("HTTP port", _http_port),
         ("engine", _engine),
+        ("endpoints", _endpoints),
         ("models", _models),
         ("rules", _rules),
         ("peers", _peers),
@@ -248,6 +249,9 @@ def _engine(settings: Settings) -> Iterable[Finding]:
     from dicomnode.infer.choice import engines_of
     from dicomnode.infer.engine import choose_engine
 
+    if settings.inference.engine is EngineName.kserve:
+        yield Finding(Level.ok, "engine", "kserve: models run on the endpoints, none on this box")
+        return
     gpu_wanted = settings.inference.engine not in (EngineName.auto, EngineName.onnxruntime_cpu)
     both = [n for n in ("onnxruntime", "onnxruntime-gpu") if _distribution(n)]
     if len(both) == 2:
@@ -263,6 +267,32 @@ def _engine(settings: Settings) -> Iterable[Finding]:
         yield Finding(Level.ok, "GPU", f"NVIDIA driver {driver}")
     else:
         yield Finding(Level.fault if gpu_wanted else Level.note, "GPU", "no NVIDIA driver here: models run on the CPU")
+
+
+def _endpoints(settings: Settings) -> Iterable[Finding]:
+    """The files of each endpoint, and whether its server says that it is ready."""
+    from dicomnode.endpoint_settings import endpoint_findings
+    from dicomnode.infer.engine import Ok
+    from dicomnode.infer.kserve import KServe
+
+    places = settings.inference.places
+    yield from endpoint_findings(settings.inference.endpoints, used=bool(places))
+    for endpoint in places:
+        engine = KServe(endpoint)
+        begin = time.perf_counter()
+        try:
+            answer = engine.probe()
+        finally:
+            engine.close()
+        seconds = time.perf_counter() - begin
+        if isinstance(answer, Ok):
+            server = f" ({engine.version})" if engine.version else ""
+            text = f"{endpoint.name} at {endpoint.url}{server} is ready ({seconds:.2f} s)"
+            yield Finding(Level.ok, "endpoints", text)
+            continue
+        alone = settings.inference.engine is EngineName.kserve and len(places) == 1
+        hint = f"Check inference.endpoints.url ({endpoint.url}), the firewall and the server; jobs wait meanwhile"
+        yield Finding(Level.fault if alone else Level.warn, "endpoints", answer.text, hint)
 
 
 def _distribution(name: str) -> bool:

@@ -39,6 +39,7 @@ Stage = Literal[
 ]
 AssociationOutcome = Literal["accepted", "rejected", "released", "aborted", "refused", "lost"]
 JobOutcome = Literal["done", "refused", "retried", "failed", "lost"]
+EndpointOutcome = Literal["ok", "away", "error"]
 SendOutcome = Literal["stored", "retried", "rejected"]
 ReportOutcome = Literal["done", "retried", "refused"]
 PullOutcome = Literal["activated", "retried", "rejected"]
@@ -92,6 +93,25 @@ STAGE_SECONDS = Histogram(
     registry=REGISTRY,
 )
 JOBS_TOTAL = Counter("dicomnode_jobs", "Ends of attempts at a job", ["outcome"], registry=REGISTRY)
+ENDPOINT_REQUESTS_TOTAL = Counter(
+    "dicomnode_inference_endpoint_requests",
+    "Inference requests to a KServe endpoint: answered, away, or answered with what could not be used",
+    ["endpoint", "outcome"],
+    registry=REGISTRY,
+)
+ENDPOINT_SECONDS = Histogram(
+    "dicomnode_inference_endpoint_seconds",
+    "Time of an inference request to a KServe endpoint, seconds",
+    ["endpoint"],
+    buckets=_SLOW,
+    registry=REGISTRY,
+)
+PLACEMENTS_TOTAL = Counter(
+    "dicomnode_placements",
+    "Jobs by the engine or endpoint that was chosen; none: every one was away or too busy",
+    ["place"],
+    registry=REGISTRY,
+)
 DELIVERIES_TOTAL = Counter(
     "dicomnode_deliveries", "Attempts to send a result to a DICOM peer", ["outcome"], registry=REGISTRY
 )
@@ -287,6 +307,17 @@ def timed(stage: Stage) -> Iterator[None]:
 
 def job(outcome: JobOutcome) -> None:
     JOBS_TOTAL.labels(outcome).inc()
+
+
+def endpoint(name: str, outcome: EndpointOutcome, seconds: float) -> None:
+    """Count one inference request; ``name`` is an endpoint of the configuration."""
+    ENDPOINT_REQUESTS_TOTAL.labels(name, outcome).inc()
+    ENDPOINT_SECONDS.labels(name).observe(seconds)
+
+
+def placed(place: str) -> None:
+    """Count one decision; ``place`` is ``local``, an endpoint of the configuration, or ``none``."""
+    PLACEMENTS_TOTAL.labels(place).inc()
 
 
 def delivery(outcome: SendOutcome) -> None:

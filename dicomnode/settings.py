@@ -16,6 +16,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
+from dicomnode.endpoint_settings import Endpoint, check_endpoints
 from dicomnode.errors import SettingsError
 from dicomnode.peer_settings import (
     AETitle,
@@ -40,6 +41,7 @@ class EngineName(StrEnum):
     tensorrt = "tensorrt"
     onnxruntime_gpu = "onnxruntime-gpu"
     onnxruntime_cpu = "onnxruntime-cpu"
+    kserve = "kserve"
 
 
 class Node(Section):
@@ -121,6 +123,25 @@ class Inference(Section):
         1024, ge=0, description="memory for slices that are decoded while their series arrives; 0: none are"
     )
     max_attempts: int = Field(10, ge=1, description="crashes or errors before a job is parked as failed")
+    endpoints: tuple[Endpoint, ...] = Field((), description="KServe v2 / Triton servers that may take jobs")
+    local_cost: float = Field(0.0, ge=0, le=1, description="price of this box's own engine, 0 (free) to 1 (dearest)")
+    placement_locality: float = Field(0.4, ge=0, description="weight of data locality where several could take a job")
+    placement_fit: float = Field(0.3, ge=0, description="weight of resource fit: GPU or CPU, memory")
+    placement_load: float = Field(0.2, ge=0, description="weight of idleness")
+    placement_cost: float = Field(0.1, ge=0, description="weight of cheapness")
+    placement_max_load: float = Field(0.9, gt=0, le=1, description="an engine or endpoint above this load is skipped")
+
+    @model_validator(mode="after")
+    def _placement(self) -> Self:
+        check_endpoints(self.endpoints, needed=self.engine is EngineName.kserve)
+        if not self.placement_locality + self.placement_fit + self.placement_load + self.placement_cost:
+            raise ValueError("one of the placement weights must be above 0")
+        return self
+
+    @property
+    def places(self) -> tuple[Endpoint, ...]:
+        """The endpoints that jobs may go to: those configured, where the engine is auto or kserve."""
+        return self.endpoints if self.engine in (EngineName.auto, EngineName.kserve) else ()
 
 
 class Delivery(Section):
@@ -389,7 +410,7 @@ def _near(loc: tuple[int | str, ...]) -> str:
     for part in loc[:-1]:
         if isinstance(part, int):
             continue
-        model = {"peers": Peer, "rules": Rule, "models": ModelPull}.get(str(part)) or (
+        model = {"peers": Peer, "rules": Rule, "models": ModelPull, "endpoints": Endpoint}.get(str(part)) or (
             model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else None
         )
         if model is None:
@@ -410,7 +431,13 @@ def _anchored(settings: Settings, base: Path) -> Settings:
     if not models_dir.is_absolute() and not (base / models_dir).is_dir():
         shipped = Path(__file__).resolve().parent.parent / models_dir
         models_dir = shipped if shipped.is_dir() else models_dir
-    inference = settings.inference.model_copy(update={"models_dir": absolute(models_dir)})
+    endpoints = tuple(
+        e.model_copy(
+            update={k: absolute(v) for k in ("token_file", "ca_file") if (v := getattr(e, k)) is not None},
+        )
+        for e in settings.inference.endpoints
+    )
+    inference = settings.inference.model_copy(update={"models_dir": absolute(models_dir), "endpoints": endpoints})
     cloud = settings.cloud.model_copy(
         update={k: absolute(v) for k in ("token_file", "ca_file") if (v := getattr(settings.cloud, k)) is not None}
     )

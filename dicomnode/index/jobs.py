@@ -198,6 +198,12 @@ class Jobs:
             )
             return identity
 
+    def place(self, job_id: int, owner: str, decision: Mapping[str, Any]) -> None:
+        """Keep where the job runs and why; a later decision replaces an earlier one. Raises LeaseLost."""
+        with self.db.transaction():
+            self._owned(job_id, owner)
+            self.db.execute("UPDATE jobs SET placement = ? WHERE id = ?", (json.dumps(dict(decision)), job_id))
+
     def predecessor(self, job: Row, kind: str = "SR") -> Row | None:
         """The latest SR for the same series and model: of an earlier revision, or this one's report of failure."""
         return self.db.row(
@@ -420,6 +426,7 @@ class Jobs:
             "notes",
             "summary",
             "seconds",
+            "placement",
         ):
             job[column] = json.loads(job[column]) if job[column] else None
         job["instances"] = self.db.value("SELECT count(*) FROM job_inputs WHERE job_id = ?", (job_id,))

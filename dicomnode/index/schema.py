@@ -398,6 +398,12 @@ def m0009_peer_certificates(db: Database) -> None:
 
 
 @migrations()
+def m0010_placement(db: Database) -> None:
+    """Which engine or endpoint took the job, and the scores: JSON, see :mod:`dicomnode.infer.placement`."""
+    db["jobs"].add_column("placement", str)
+
+
+@migrations()
 def m0011_orders(db: Database) -> None:
     """What each job was asked for, fallbacks of deliveries, and alerts of critical findings."""
     db["jobs"].add_column("wishes", str)

@@ -18,7 +18,7 @@ from dicomnode import logs, metrics
 from dicomnode.errors import EngineError
 from dicomnode.infer.batching import CappedSession
 from dicomnode.infer.bundle import Bundle, load_bundle
-from dicomnode.infer.engine import Engine, Limits, Ok, Rejected, Session, choose_engine, default_engines
+from dicomnode.infer.engine import ByName, Engine, Limits, Ok, Rejected, Session, choose_engine, default_engines
 from dicomnode.infer.golden import ReadyModel, gate
 from dicomnode.infer.isolated import Report
 from dicomnode.infer.trt import rejection_code
@@ -56,6 +56,11 @@ class Candidate:
     @property
     def text(self) -> str:
         return f"{self.engine.name} {self.precision}"
+
+
+class HasSession(Protocol):
+    @property
+    def session(self) -> Session: ...
 
 
 class NotBuilt(EngineError):
@@ -237,6 +242,8 @@ class EngineChoice:
         if isinstance(engine, BuildsEngines):
             session = engine.load(onnx, threads=self._threads, precision=candidate.precision)
         else:
+            if isinstance(engine, ByName):
+                engine = engine.for_model(bundle.manifest.identity.name, bundle.manifest.identity.version)
             session = engine.load(onnx, threads=self._threads)
         model = gate(bundle, CappedSession(session, self._limits.max_batch))
         metrics.golden(
@@ -268,7 +275,7 @@ class EngineChoice:
         return error
 
 
-def engine_name(model: ReadyModel) -> str:
+def engine_name(model: HasSession) -> str:
     """Name of the engine that a model runs on, without version."""
     return model.session.engine.split(" ")[0]
 

@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy.typing as npt
 
@@ -31,6 +31,9 @@ RejectionCode = Literal[
     "OOM",
     "DEVICE_LOST",
     "BUILDING",
+    "ENDPOINT_AWAY",
+    "ENDPOINT_REFUSED",
+    "MODEL_MISMATCH",
 ]
 
 
@@ -85,6 +88,13 @@ class Engine(Protocol):
     def load(self, onnx: bytes, *, threads: int = 0) -> Session:
         """A session for the model; ``threads`` 0 means the engine's default. Raises EngineError."""
         ...
+
+
+@runtime_checkable
+class ByName(Protocol):
+    """An engine that is told which model to run by the bundle's name and version."""
+
+    def for_model(self, name: str, version: str) -> Engine: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from dicomnode.errors import BundleError, EngineError
 from dicomnode.infer.bundle import Bundle, load_bundle
 from dicomnode.infer.decode import Decoder
-from dicomnode.infer.engine import Engine, Session
+from dicomnode.infer.engine import ByName, Engine, Session
 from dicomnode.infer.manifest import GoldenCase
 from dicomnode.infer.pipeline import Progress, analyse_series, infer, run_bundle
 from dicomnode.infer.volume import ReadSlice, Volume
@@ -93,7 +93,7 @@ def open_model(path: Path, engine: Engine, *, threads: int = 0) -> ReadyModel:
     not reproduce the golden cases.
     """
     bundle = load_bundle(path)
-    return gate(bundle, engine.load(bundle.read(bundle.manifest.engine.model), threads=threads))
+    return gate(bundle, open_session(bundle, engine, threads=threads))
 
 
 def gate(bundle: Bundle, session: Session) -> ReadyModel:
@@ -119,11 +119,18 @@ def gate(bundle: Bundle, session: Session) -> ReadyModel:
     return ReadyModel(bundle, session, report)
 
 
+def open_session(bundle: Bundle, engine: Engine, *, threads: int = 0) -> Session:
+    """The bundle's model on ``engine``, not yet shown to compute the right thing. Raises EngineError, PeerAway."""
+    if isinstance(engine, ByName):
+        engine = engine.for_model(bundle.manifest.identity.name, bundle.manifest.identity.version)
+    return engine.load(bundle.read(bundle.manifest.engine.model), threads=threads)
+
+
 def verify_bundle(bundle: Bundle, engine: Engine, *, threads: int = 0) -> GoldenReport:
     """Digests again, then every golden case on a fresh session; never raises for a mismatch."""
     for name in bundle.manifest.files:
         bundle.read(name)
-    session = engine.load(bundle.read(bundle.manifest.engine.model), threads=threads)
+    session = open_session(bundle, engine, threads=threads)
     try:
         return check_golden(bundle, session)
     finally:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cmp_to_key
 from pathlib import Path
+from typing import Any
 
 from dicomnode import logs, metrics
 from dicomnode.errors import BundleError, EngineError
@@ -145,6 +146,20 @@ class ServingModels:
         if path not in self._spare:
             self._spare[path] = self._choice.open(path, below=engine_name(model)).model
         return self._spare[path]
+
+    def for_job(self, reference: str, record: Callable[[Mapping[str, Any]], None]) -> ReadyModel:
+        """``get``; with one engine there is no decision to ``record``."""
+        del record
+        return self.get(reference)
+
+    def forget(self, reference: str = "") -> None:
+        """Take out of service what is loaded, of one reference or of all: it is verified again before it serves."""
+        for name in [reference] if reference else list(self._ready):
+            known = self._ready.pop(name, None)
+            if known is not None:
+                _told(known, on=False)
+                self._retired.append(known)
+            self._not_before.pop(name, None)
 
     def _open(self, folder: BundleFolder) -> ReadyModel:
         """On the best engine that is built; a better one is built beside serving."""

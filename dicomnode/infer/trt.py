@@ -204,6 +204,9 @@ def rejection_code(code: str) -> RejectionCode:
         "PROVIDER_MISSING": "PROVIDER_MISSING",
         "GOLDEN_MISMATCH": "GOLDEN_MISMATCH",
         "OOM": "OOM",
+        "ENDPOINT_AWAY": "ENDPOINT_AWAY",
+        "ENDPOINT_REFUSED": "ENDPOINT_REFUSED",
+        "MODEL_MISMATCH": "MODEL_MISMATCH",
         "DEVICE_LOST": "DEVICE_LOST",
         "BUILDING": "BUILDING",
     }

@@ -14,7 +14,16 @@ from dicomnode import durable, logs, metrics
 from dicomnode.clock import iso
 from dicomnode.critical import Hit, critical_hits, unknown_keys
 from dicomnode.durable import ObjectStore, SyncFailed
-from dicomnode.errors import DeviceLost, EngineError, InputError, LeaseLost, NodeError, OperatorError, UnsuitableSeries
+from dicomnode.errors import (
+    DeviceLost,
+    EngineError,
+    InputError,
+    LeaseLost,
+    NodeError,
+    OperatorError,
+    PeerAway,
+    UnsuitableSeries,
+)
 from dicomnode.header import Wanted, read_header
 from dicomnode.identity import parameters_digest, result_identity
 from dicomnode.index.catalogue import NewInstance
@@ -28,6 +37,7 @@ from dicomnode.infer.decode import Decoder
 from dicomnode.infer.faults import Fault, Remedy, fault_of, leave_engine, remedy
 from dicomnode.infer.golden import ReadyModel
 from dicomnode.infer.pipeline import Progress
+from dicomnode.infer.placing import PlacedModel, PlacedModels
 from dicomnode.infer.serving import ServingModels
 from dicomnode.infer.volume import ReadSlice
 from dicomnode.orders import LABELMAP_SR, Order, load
@@ -38,6 +48,7 @@ Encode = Callable[[Analysis, ResultIdentity, ModelIdentity, Sequence[SourceInsta
 ReportFailure = Callable[[Row, Sequence[SourceInstance], ModelIdentity | None], EncodedObject]
 """(job that failed or was refused, its sources, its model where that can serve) -> SR."""
 
+Servable = ReadyModel | PlacedModel
 WITHOUT_LIMIT = 1_000_000_000
 EXIT_HUNG = 75
 """EX_TEMPFAIL of sysexits.h."""
@@ -52,7 +63,7 @@ class Worker:
         self,
         settings: Settings,
         db: Database,
-        models: ServingModels,
+        models: ServingModels | PlacedModels,
         encode: Encode,
         *,
         owner: str,
@@ -194,8 +205,8 @@ class Worker:
             self._retry(job, str(error), self._settings.inference.max_attempts)
             self._events.add("error", "device-lost", f"job {job_id}", f"{error.cause}; the worker is restarted")
             self._lost = True
-        except OperatorError as error:
-            # A missing model or a full disk: it passes once the operator has acted.
+        except (OperatorError, PeerAway) as error:
+            # A missing model, a full disk, an endpoint that is away: it passes, if only once the operator has acted.
             self._retry(job, str(error), WITHOUT_LIMIT)
         except NodeError as error:
             self._retry(job, str(error), self._settings.inference.max_attempts)
@@ -237,7 +248,8 @@ class Worker:
                 "A newer revision follows",
                 retryable=True,
             )
-        model = self._models.get(str(job["model"]))
+        job_id = int(job["id"])
+        model = self._models.for_job(str(job["model"]), lambda d: self._jobs.place(job_id, self._owner, d))
         ahead = self._ahead.take(sources) if self._ahead else {}
         try:
             self._analyse(job, model, sources, ahead, started)
@@ -248,7 +260,7 @@ class Worker:
     def _analyse(
         self,
         job: Row,
-        model: ReadyModel,
+        model: Servable,
         sources: Sequence[SourceInstance],
         ahead: Mapping[str, ReadSlice],
         started: float,
@@ -305,14 +317,14 @@ class Worker:
 
     def _elsewhere(
         self,
-        model: ReadyModel,
+        model: Servable,
         sources: Sequence[SourceInstance],
         error: EngineError,
         progress: Progress,
         ahead: Mapping[str, ReadSlice],
-    ) -> tuple[ReadyModel, Analysis]:
+    ) -> tuple[Servable, Analysis]:
         """What the table of faults.py says after smaller batches did not help: another engine, or later."""
-        other: ReadyModel | None = None
+        other: Servable | None = None
         if fault_of(error.code) is not Fault.lost:
             other = self._other(model, error.code)
         step = remedy(error.code, can_shrink=False, has_other=other is not None)
@@ -326,11 +338,12 @@ class Worker:
         # The model has passed its golden cases here, so it is this series: not tried without limit.
         raise NodeError(error.operation, error.cause, error.hint, retryable=True) from error
 
-    def _other(self, model: ReadyModel, code: str) -> ReadyModel | None:
+    def _other(self, model: Servable, code: str) -> Servable | None:
         """The model on the next engine, for one job."""
         name = engine_name(model)
         try:
-            other = self._models.other(model)
+            given: Any = model  # of the kind that these models gave
+            other: Servable | None = self._models.other(given)
         except EngineError as error:
             self._log.error("no other engine serves", model=model.identity.name, engine=name, error=str(error))
             return None
@@ -341,7 +354,7 @@ class Worker:
             )
         return other
 
-    def _identity(self, job: Row, model: ReadyModel, analysis: Analysis) -> ResultIdentity:
+    def _identity(self, job: Row, model: Servable, analysis: Analysis) -> ResultIdentity:
         def make(current: Row) -> Row:
             before = self._jobs.predecessor(current)
             labelmap = self._jobs.predecessor(current, LABELMAP_SR)
