@@ -16,11 +16,17 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from dicomnode.admin.exposition import metric_names
+from dicomnode.endpoint_settings import Endpoint
 from dicomnode.settings import ModelPull, Peer, Range, Rule, Section, Settings, load_settings
 
 CONFIG = Path(__file__).parent.parent / "config"
 EXAMPLE = CONFIG / "dicomnode.toml"
-LISTS: dict[str, type[BaseModel]] = {"peers": Peer, "rules": Rule, "cloud.models": ModelPull}
+LISTS: dict[str, type[BaseModel]] = {
+    "peers": Peer,
+    "rules": Rule,
+    "cloud.models": ModelPull,
+    "inference.endpoints": Endpoint,
+}
 TEXT = EXAMPLE.read_text(encoding="utf-8")
 
 
@@ -60,10 +66,9 @@ def test_each_list_entry_shows_each_key(name: str) -> None:
     for key, field in LISTS[name].model_fields.items():
         assert re.search(rf"^(# )?{key} = ", text, re.M), f"{name}.{key} is missing"
         if field.default is not PydanticUndefined and field.default is not None:
-            shown = {"()": "none", "0": "0", "False": "false", "": "", "routine": "routine"}.get(
-                str(field.default),
-                ", ".join(field.default).lower() if isinstance(field.default, tuple) else field.default,
-            )
+            default = field.default
+            told = ", ".join(default) if isinstance(default, tuple) and default else str(default)
+            shown = {"()": "none"}.get(told, told.lower())
             comments = "\n".join(line for line in text.splitlines() if line.startswith("#"))
             assert shown in comments.lower(), f"the default of {name}.{key} is not told"
 
@@ -97,11 +102,16 @@ def test_example_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         TEXT,
         flags=re.M,
     )
+    head, rest = uncommented.split("# [[inference.endpoints]]")
+    entry, rest = rest.split("[delivery]")
+    uncommented = f"{head}[[inference.endpoints]]{re.sub(r'^# ', '', entry, flags=re.M)}[delivery]{rest}"
     path = tmp_path / "dicomnode.toml"
     path.write_text(uncommented, encoding="utf-8")
     full = load_settings(path)
     assert [m.name for m in full.cloud.models] == ["ct-lung"]
     assert full.cloud.token_file is not None
+    assert full.inference.endpoints[0].remote("ct-lung", "1.0.0") == ("ct_lung", "1")
+    assert [e.name for e in full.inference.places] == ["gpu1"]
     assert (full.tls.port, full.peers[1].tls, full.peers[1].bound) == (2762, True, True)
     assert Range.model_fields.keys() == {"min", "max"}
 

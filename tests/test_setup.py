@@ -76,7 +76,7 @@ def test_files_cover_the_project() -> None:
     wanted = {
         HASHED[0]: project["project"]["dependencies"],
         LISTS / "build.txt": project["build-system"]["requires"],
-        **{LISTS / f"{name}.txt": extras[name] for name in ("cpu", "dev", "t4", "v100")},
+        **{LISTS / f"{name}.txt": extras[name] for name in ("cpu", "dev", "kserve", "t4", "v100")},
     }
     for path, lines in wanted.items():
         names = {re.match(r"[A-Za-z0-9._-]+", line)[0].lower().replace("_", "-") for line in lines}  # type: ignore[index]

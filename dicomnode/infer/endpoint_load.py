@@ -23,6 +23,9 @@ HALF_LIFE_SECONDS = 20.0
 SMOOTHING = 0.5
 """Weight of the newest request in the running ratio."""
 
+SLACK_SECONDS = 0.05
+"""A delay up to this is the network's or the scheduler's, no queue: small requests would look busy by it."""
+
 MAX_KEYS = 64
 
 
@@ -40,7 +43,8 @@ class LatencyLoad:
         if key not in self._best and len(self._best) >= MAX_KEYS:
             self._best.pop(next(iter(self._best)))
         best = self._best[key] = min(self._best.get(key, seconds), seconds)
-        self._ratio = (1 - SMOOTHING) * self._faded(now) + SMOOTHING * seconds / best
+        ratio = 1.0 + max(0.0, seconds - best - SLACK_SECONDS) / best
+        self._ratio = (1 - SMOOTHING) * self._faded(now) + SMOOTHING * ratio
         self._at = now
 
     def value(self, now: float) -> float:

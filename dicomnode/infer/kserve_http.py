@@ -108,7 +108,7 @@ class HttpTransport:
 
     def close(self) -> None:
         if self._session is not None:
-            self._loop.run_until_complete(self._session.close())
+            self._loop.run_until_complete(_end(self._session))
             self._session = None
         if not self._loop.is_closed():
             self._loop.run_until_complete(self._loop.shutdown_default_executor())
@@ -218,6 +218,12 @@ class HttpTransport:
                 cookie_jar=aiohttp.DummyCookieJar(),
             )
         return self._session
+
+
+async def _end(session: aiohttp.ClientSession) -> None:
+    await session.close()
+    for _ in range(3):  # a TLS connection is gone some turns of the loop later
+        await asyncio.sleep(0)
 
 
 def _path(name: str, version: str) -> str:

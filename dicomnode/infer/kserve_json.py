@@ -10,10 +10,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from dicomnode.infer.engine import Array
-from dicomnode.infer.kserve_tensors import Reply, Signature, Tensor, TensorSpec, datatype_of
+from dicomnode.infer.kserve_tensors import Reply, Signature, Tensor, TensorSpec, datatype_of, raw_bytes
 
 MAX_JSON_BYTES = 256 * 1024
 """The JSON object of a reply with binary tensors, and replies that hold no tensors."""
@@ -24,7 +22,7 @@ MAX_RANK = 16
 
 def infer_request(inputs: Mapping[str, Array], outputs: Sequence[str]) -> tuple[bytes, list[memoryview]]:
     """The JSON object and the binary parts that follow it. No request id is sent."""
-    parts = [np.ascontiguousarray(array).data.cast("B") for array in inputs.values()]
+    parts = [raw_bytes(array) for array in inputs.values()]
     listed = [
         {
             "name": name,

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
 from dicomnode.infer import wire
 from dicomnode.infer.engine import Array
-from dicomnode.infer.kserve_tensors import Reply, Signature, Tensor, TensorSpec, datatype_of
+from dicomnode.infer.kserve_tensors import Reply, Signature, Tensor, TensorSpec, datatype_of, raw_bytes
 
 SERVICE = "/inference.GRPCInferenceService/"
 OVERHEAD_BYTES = 64 * 1024
@@ -35,7 +33,7 @@ def infer_request(name: str, version: str, inputs: Mapping[str, Array], outputs:
         parts.append(wire.put(5, entry))
     parts += [wire.put(6, wire.put(1, key)) for key in outputs]
     for array in inputs.values():
-        raw = np.ascontiguousarray(array).data.cast("B")
+        raw = raw_bytes(array)
         parts += [wire.head(7, len(raw)), raw]
     return b"".join(parts)
 

@@ -164,6 +164,12 @@ def datatype_of(array: Array) -> str:
     return _NAMES.get(array.dtype.newbyteorder("<"), "")
 
 
+def raw_bytes(array: Array) -> memoryview:
+    """The array's bytes as the protocol wants them: little-endian, row major."""
+    flat = np.ascontiguousarray(array, array.dtype.newbyteorder("<")).reshape(-1)
+    return flat.view(np.uint8).data
+
+
 def output_shapes(signature: Signature, inputs: Mapping[str, Array]) -> dict[str, tuple[int | None, ...]]:
     """Shape of each output for these inputs; None for a dimension that the model leaves open."""
     known: dict[str, int] = {}
