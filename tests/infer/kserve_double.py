@@ -94,8 +94,12 @@ class HttpDouble:
 
     async def _end(self) -> None:
         await self._runner.cleanup()
-        if self.tls:
-            await asyncio.sleep(0.05)  # transports of failed handshakes go some turns of the loop later
+        for _ in range(5):  # connections that were cut, and failed handshakes, go some turns of the loop later
+            await asyncio.sleep(0.01)
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     @property
     def url(self) -> str:

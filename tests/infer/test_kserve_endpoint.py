@@ -446,6 +446,7 @@ def test_tls_and_a_certificate_that_is_not_trusted(kind: str, engines: Callable[
         token.write_text("secret")
         trusting = engines(server.url, ca_file=tmp_path / "ours" / "pool.pem", token_file=token)
         assert session(trusting).run({"hu": HU})["air"].all()
+        trusting.close()  # before the server, which would wait for the end of its TLS connection
         asked = len(server.requests)
         for ca_file in (other.ca_file, None):
             answer = engines(server.url, ca_file=ca_file, token_file=token).probe()

@@ -30,7 +30,7 @@ def test_a_flipped_bit_is_found_before_the_analysis(db: Database, tmp_path: Path
         store.path(row["file"]).parent.mkdir(exist_ok=True)
         store.path(row["file"]).write_bytes(b"not what was acknowledged")
     settings = Settings(node={"data_dir": tmp_path / "data"})
-    models = type("Models", (), {"get": lambda self, reference: object()})()
+    models = type("Models", (), {"for_job": lambda self, reference, record: object()})()
     worker = Worker(settings, db, models, lambda *_: (), owner="w", decoder=InlineDecoder(), on_results=lambda: None)
     assert worker.run_once()
     shown = Jobs(db).show(job_id)
