@@ -259,7 +259,7 @@ class Models:
     def __init__(self, first: FailingModel, second: FailingModel | None) -> None:
         self.first, self.second = first, second
 
-    def get(self, reference: str) -> FailingModel:
+    def for_job(self, reference: str, record: object) -> FailingModel:
         return self.first
 
     def other(self, model: FailingModel) -> FailingModel | None:

@@ -18,7 +18,7 @@ from dicomnode.index.jobs import Jobs
 from dicomnode.infer.decode import InlineDecoder
 from dicomnode.infer.kserve import KServe
 from dicomnode.infer.ort import OnnxRuntimeCpu
-from dicomnode.infer.placing import REST_SECONDS, Local, PlacedModels, Remote, verify_at_endpoints
+from dicomnode.infer.placing import REST_SECONDS, Local, PlacedModels, Remote, serving_at, verify_at_endpoints
 from dicomnode.infer.serving import ServingModels
 from dicomnode.infer.worker import Worker
 from dicomnode.settings import Settings
@@ -73,7 +73,7 @@ class World:
         for engine, load in zip(self.engines, self.loads, strict=True):  # latency on a busy test machine says nothing
             engine.load_of = lambda name, load=load: load.sample()  # type: ignore[method-assign]
         places: list[Any] = [Local(self.serving(OnnxRuntimeCpu()), 0.0, self.box)] if local else []  # type: ignore[arg-type]
-        places += [Remote(e, self.serving(e), self.clock) for e in self.engines]
+        places += [Remote(e, serving_at(e, self.settings, self.db), self.clock) for e in self.engines]
         self.models = PlacedModels(self.settings, self.db, places)
         self.decisions: list[Any] = []
 
@@ -239,7 +239,7 @@ def test_a_job_without_a_place_waits_without_limit_and_shows_why(tmp_path: Path)
         db.execute("UPDATE jobs SET model = 'ct-lung' WHERE id = ?", (job_id,))
     ObjectStore(tmp_path / "data").prepare()
     engine = KServe(settings.inference.places[0])
-    serving = ServingModels(db, engine, models_dir=ROOT / "models", data_dir=tmp_path / "data", threads=1)
+    serving = serving_at(engine, settings, db)
     models = PlacedModels(settings, db, [Remote(engine, serving)])
     worker = Worker(settings, db, models, lambda *_: (), owner="w", decoder=InlineDecoder(), on_results=lambda: None)
     for _ in range(3):
@@ -254,3 +254,61 @@ def test_a_job_without_a_place_waits_without_limit_and_shows_why(tmp_path: Path)
     assert "cannot be reached" in shown["placement"]["candidates"][0]["skipped"]
     engine.close()
     db.close()
+
+
+class Failing:
+    """Stands for a ``ReadyModel`` of this box whose engine fails with ``code``, or works where it is empty."""
+
+    def __init__(self, name: str, code: str = "") -> None:
+        self.name, self.code = name, code
+        self.session = type("Session", (), {"engine": f"{name} 1"})()
+        self.report = type("Report", (), {"engine": f"{name} 1"})()
+        self.identity = type("Identity", (), {"name": "ct-lung", "version": "1.0.0"})()
+
+    def analyse(self, instances: Any, **_: Any) -> str:
+        if self.code:
+            raise EngineError("run model", self.code, f"{self.name} failed")
+        return self.name
+
+
+class Engines:
+    """Stands for ``ServingModels`` with a GPU and a CPU engine."""
+
+    def __init__(self, gpu: str, cpu: str) -> None:
+        self.gpu, self.cpu = Failing("tensorrt", gpu), Failing("onnxruntime-cpu", cpu)
+
+    def get(self, reference: str) -> Failing:
+        return self.gpu
+
+    def other(self, model: Failing) -> Failing:
+        return self.cpu  # also when asked for the one after it, as with three engines
+
+
+@pytest.mark.parametrize(
+    ("gpu", "cpu", "by", "tried"),
+    [
+        ("", "", "tensorrt", []),
+        ("OOM", "", "onnxruntime-cpu", []),
+        ("BUILD_FAILED", "BUILD_FAILED", "kserve gpu0 (double 1.0)", ["local"]),
+    ],
+)
+def test_on_this_box_its_other_engine_comes_before_another_place(
+    mixed: World, series: list[Path], gpu: str, cpu: str, by: str, tried: list[str]
+) -> None:
+    local = Local(Engines(gpu, cpu), 0.0, mixed.box)  # type: ignore[arg-type]
+    models = PlacedModels(mixed.settings, mixed.db, [local, *mixed.models._places[1:]])
+    kept: list[Any] = []
+    done: Any = models.for_job("ct-lung", kept.append).analyse(series, decoder=InlineDecoder())
+    assert getattr(done, "engine", done) == by
+    assert [t["name"] for t in kept[-1].get("tried", [])] == tried
+
+
+def test_a_lost_device_is_not_passed_over(mixed: World, series: list[Path]) -> None:
+    """The process has to end: the worker must hear of it, whatever other places there are."""
+    local = Local(Engines("DEVICE_LOST", ""), 0.0, mixed.box)  # type: ignore[arg-type]
+    models = PlacedModels(mixed.settings, mixed.db, [local, *mixed.models._places[1:]])
+    model = models.for_job("ct-lung", lambda decision: None)
+    with pytest.raises(EngineError) as caught:
+        model.analyse(series, decoder=InlineDecoder())
+    assert caught.value.code == "DEVICE_LOST"
+    assert models.other(model) is model and model.session.engine == "onnxruntime-cpu 1"
