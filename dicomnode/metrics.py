@@ -41,7 +41,7 @@ AssociationOutcome = Literal["accepted", "rejected", "released", "aborted", "ref
 JobOutcome = Literal["done", "refused", "retried", "failed", "lost"]
 SendOutcome = Literal["stored", "retried", "rejected"]
 ReportOutcome = Literal["done", "retried", "refused"]
-PullOutcome = Literal["activated", "retried", "rejected"]
+PullOutcome = Literal["activated", "placed", "retried", "rejected"]
 ScheduledOutcome = Literal["ok", "failed", "missed"]
 
 _FAST = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -160,7 +160,7 @@ _FIRST_VALUES: Mapping[str, Iterable[tuple[Counter, Iterable[str | tuple[str, ..
     ),
     "sidecar": (
         (SYNC_TOTAL, ("stored", "retried", "rejected")),
-        (MODEL_PULLS_TOTAL, ("activated", "retried", "rejected")),
+        (MODEL_PULLS_TOTAL, ("activated", "placed", "retried", "rejected")),
     ),
 }
 

@@ -79,7 +79,8 @@ class Analysis:
     slice axis follows ``source_uids``; ``None`` when the model makes no segmentation.
     ``source_uids``: SOPInstanceUID of each slice, in slice order along the normal.
     ``excluded_uids``: instances of the series that were left out, ``notes`` say why.
-    ``engine``: engine name with version, e.g. ``onnxruntime-cpu 1.32.0``.
+    ``engine``: engine name with version, e.g. ``onnxruntime-cpu 1.32.0``; ``precision``: that of
+    its arithmetic, ``fp32`` or ``fp16``; empty where it is not known.
     ``seconds``: duration of each step by name (``read``, ``inference``, ``postprocess``).
     """
 
@@ -90,6 +91,7 @@ class Analysis:
     notes: tuple[str, ...] = ()
     excluded_uids: tuple[str, ...] = ()
     engine: str = ""
+    precision: str = ""
     seconds: Mapping[str, float] = field(default_factory=dict)
 
 

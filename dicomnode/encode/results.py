@@ -45,7 +45,7 @@ def encode_results(
     wanted = analysis.source_uids if found else analysis.source_uids[:1]
     with quiet_pydicom():
         headers = read_headers(wanted, sources)
-        provenance = Provenance.of(model, identity, analysis.engine)
+        provenance = Provenance.of(model, identity, analysis.engine, analysis.precision)
         context = Context(identity, model, provenance, headers, tuple(sources), station)
         objects = []
         if found:

@@ -134,12 +134,13 @@ def _observer(provenance: Provenance) -> list[Dataset]:
 
 
 def _algorithm(provenance: Provenance) -> hd.sr.AlgorithmIdentification:
-    """TID 4019; name, version and manufacturer equal Contributing Equipment."""
+    """TID 4019; name, version and manufacturer equal Contributing Equipment, the parameters say how it was run."""
     return hd.sr.AlgorithmIdentification(
         name=provenance.name,
         version=provenance.version,
         family=ARTIFICIAL_INTELLIGENCE,
         manufacturer=provenance.manufacturer,
+        parameters=list(provenance.facts) or None,
     )
 
 

@@ -24,6 +24,7 @@ from dicomnode.index.operation import Events
 from dicomnode.infer.ahead import ReadAhead
 from dicomnode.infer.decode import Decoder
 from dicomnode.infer.golden import ReadyModel
+from dicomnode.infer.routing import Router
 from dicomnode.infer.serving import ServingModels
 from dicomnode.infer.volume import ReadSlice
 from dicomnode.records import Analysis, EncodedObject, ModelIdentity, ResultIdentity, SourceInstance
@@ -54,7 +55,7 @@ class Worker:
         self._db = db
         self._jobs = Jobs(db)
         self._events = Events(db)
-        self._models = models
+        self._router = Router(settings, db, models)
         self._encode = encode
         self._owner = owner
         self._decoder = decoder
@@ -70,8 +71,14 @@ class Worker:
         """Take back what a former life of this worker held."""
         self._expire((self._owner,))
 
+    @property
+    def router(self) -> Router:
+        """Which version does which job."""
+        return self._router
+
     def hand_back(self) -> int:
         """Give up what this worker holds; the attempt does not count."""
+        self._router.stop()
         return self._jobs.hand_back(self._owner)
 
     def run_once(self) -> bool:
@@ -110,7 +117,10 @@ class Worker:
         stood[step] = stood.get(step, 0.0) + stood_still()
 
     def _expire(self, dead: tuple[str, ...]) -> None:
-        for job in self._jobs.expire(self._settings.inference.max_attempts, dead):
+        expired = self._jobs.expire(self._settings.inference.max_attempts, dead)
+        if expired:
+            self._router.lost([int(job["id"]) for job in expired])
+        for job in expired:
             metrics.job("lost")
             self._log.warning("job taken back", job=job["id"], attempts=job["attempts"])
             if job["attempts"] >= self._settings.inference.max_attempts:
@@ -123,6 +133,7 @@ class Worker:
         try:
             self._work(job)
         except LeaseLost as error:
+            self._router.end(job_id, "stopped")
             metrics.job("lost")
             self._log.info("result dropped", job=job_id, cause=error.cause)
         except InputError as error:
@@ -132,6 +143,7 @@ class Worker:
                 return
             text = f"{code}: {error.cause}. {error.hint}".strip()
             self._settle(lambda: self._jobs.refuse(job_id, self._owner, text))
+            self._router.end(job_id, "refused")
             metrics.job("refused")
             self._log.warning("series refused", job=job_id, model=job["model"], code=code, cause=error.cause)
             self._events.add("warning", "job-refused", f"job {job_id}", text)
@@ -139,6 +151,7 @@ class Worker:
             durable.die(error)
         except OperatorError as error:
             # A missing model or a full disk: it passes once the operator has acted.
+            self._router.end(job_id, "stopped")
             self._retry(job, str(error), WITHOUT_LIMIT)
         except NodeError as error:
             self._retry(job, str(error), self._settings.inference.max_attempts)
@@ -148,6 +161,7 @@ class Worker:
 
     def _retry(self, job: Row, text: str, max_attempts: int) -> None:
         job_id = int(job["id"])
+        self._router.end(job_id, "error")
         states: list[str] = []
         self._settle(lambda: states.append(self._jobs.fail(job_id, self._owner, text, max_attempts=max_attempts)))
         state = states[0] if states else "lost"
@@ -177,10 +191,9 @@ class Worker:
                 "A newer revision follows",
                 retryable=True,
             )
-        model = self._models.get(str(job["model"]))
         ahead = self._ahead.take(sources) if self._ahead else {}
         try:
-            self._analyse(job, model, sources, ahead, started)
+            self._analyse(job, sources, ahead, started)
         finally:
             if self._ahead:
                 self._ahead.done(sources)
@@ -188,7 +201,6 @@ class Worker:
     def _analyse(
         self,
         job: Row,
-        model: ReadyModel,
         sources: Sequence[SourceInstance],
         ahead: Mapping[str, ReadSlice],
         started: float,
@@ -202,6 +214,7 @@ class Worker:
                     "Send the series again",
                     retryable=True,
                 )
+        model = self._router.pick(job, len(sources))
         seconds: dict[str, float] = {"wait": max(0.0, started - float(job["last_received_at"]))}
         read_ahead = len(ahead)
         stood: dict[str, float] = {}
@@ -228,6 +241,7 @@ class Worker:
                 metrics.observe(stage, seconds[stage])
         metrics.job("done")
         self._on_results()
+        self._router.end(int(job["id"]), "done", analysis, seconds=sum(seconds[step] for step in analysis.seconds))
         self._log.info(
             "job done",
             job=job["id"],
@@ -292,6 +306,8 @@ class Worker:
                     notes=analysis.notes,
                     summary={
                         "engine": analysis.engine,
+                        "precision": analysis.precision,
+                        "role": self._router.role(int(job["id"])),
                         "slices": len(analysis.source_uids),
                         "segments": [s.label for s in analysis.segments],
                         "measurements": [_measurement(m, analysis) for m in analysis.measurements],

@@ -1,8 +1,8 @@
 """Model pull: download, digest, unpack, verify, place, activate. In this order.
 
 The version that serves is not touched until the new one has passed everything. Each
-archive has one row, by digest: ``pending`` (waits for the next attempt), ``activated``
-(for good: a version that the operator rolled back is not activated again) or ``rejected``
+archive has one row, by digest: ``pending`` (waits for the next attempt), ``activated`` or
+``placed`` (for good: a version that the operator rolled back is not activated again) or ``rejected``
 (wrong digest, unsafe archive, failed golden case; not tried again until its settings
 change).
 """
@@ -24,7 +24,9 @@ from dicomnode import doorbell, durable, logs, metrics
 from dicomnode.clock import iso
 from dicomnode.errors import BundleError, EngineError, NodeError, PeerAway, StorageError
 from dicomnode.index.database import Database, Row
+from dicomnode.index.life import Life
 from dicomnode.index.operation import Events, Models
+from dicomnode.metrics import PullOutcome
 from dicomnode.index.states import backoff_seconds
 from dicomnode.settings import ModelPull, Settings
 from dicomnode.sync.archive import CHUNK_BYTES, MEBIBYTE, Caps, unpack
@@ -76,7 +78,7 @@ def is_due(row: Row | None, mark: str, now: float) -> bool:
     """Whether to try now; pure. ``mark`` is the :func:`fingerprint`, ``now`` node time."""
     if row is None:
         return True
-    if row["state"] == "activated":
+    if row["state"] in ("activated", "placed"):
         return False
     if row["state"] == "rejected":
         return not str(row["last_error"] or "").endswith(f"[{mark}]")
@@ -238,13 +240,20 @@ class ModelPuller:
         durable.sync_directory(final.parent)
 
     def _activated(self, wanted: ModelPull, place: Places, attempts: int) -> None:
-        self.models.activate(wanted.name, wanted.version)
-        self._record(wanted, "activated", attempts, 0.0, None)
+        outcome: PullOutcome = "activated" if wanted.begin_as == "active" else "placed"
+        why, life = f"pulled, SHA-256 {wanted.sha256[:16]}…", Life(self.db)
+        if wanted.begin_as == "active":
+            life.activate(wanted.name, wanted.version, who="sync", why=why)
+        elif life.state(wanted.name, wanted.version) is None:  # else a crash came between this and the record
+            life.stage(wanted.name, wanted.version, who="sync", why=why)
+            if wanted.begin_as == "shadow":
+                life.shadow(wanted.name, wanted.version, who="sync", why=why)
+        self._record(wanted, outcome, attempts, 0.0, None)
         durable.remove(place.archive)
         doorbell.ring(self.data_dir, "worker")
-        Events(self.db).add("info", "model", f"{wanted.name}@{wanted.version}", "pulled, verified and activated")
-        self._log.info("model activated", model=wanted.name, version=wanted.version, digest=wanted.sha256[:16])
-        metrics.model_pull("activated")
+        Events(self.db).add("info", "model", f"{wanted.name}@{wanted.version}", f"pulled, verified and {outcome}")
+        self._log.info(f"model {outcome}", model=wanted.name, version=wanted.version, digest=wanted.sha256[:16])
+        metrics.model_pull(outcome)
 
     def _rejected(self, wanted: ModelPull, place: Places, attempts: int, why: str) -> None:
         durable.remove(place.archive)
