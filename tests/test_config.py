@@ -60,7 +60,9 @@ def test_each_list_entry_shows_each_key(name: str) -> None:
     for key, field in LISTS[name].model_fields.items():
         assert re.search(rf"^(# )?{key} = ", text, re.M), f"{name}.{key} is missing"
         if field.default is not PydanticUndefined and field.default is not None:
-            shown = {"()": "none", "0": "0", "False": "false", "": "", "routine": "routine", "active": "active"}[str(field.default)]
+            shown = {"()": "none", "0": "0", "False": "false", "": "", "routine": "routine", "active": "active"}[
+                str(field.default)
+            ]
             comments = "\n".join(line for line in text.splitlines() if line.startswith("#"))
             assert shown in comments.lower(), f"the default of {name}.{key} is not told"
 

@@ -99,7 +99,7 @@ class Models:
         row = self.db.row("SELECT previous_version FROM models WHERE name = ?", (name,))
         return row["previous_version"] if row else None
 
-    def activate(self, name: str, version: str, *, who: str = "operator", why: str = "") -> None:
+    def activate(self, name: str, version: str, who: str = "operator", why: str = "") -> None:
         """Atomic; the version that served before is kept for a roll-back. See :class:`dicomnode.index.life.Life`."""
         from dicomnode.index.life import Life
 

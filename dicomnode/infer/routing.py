@@ -138,9 +138,7 @@ class Router:
 
     def active(self, name: str) -> str | None:
         """The version that serves all studies but a canary's, whether it was activated or serves by default."""
-        return serving_version(
-            bundle_folders(*self._folders), name, self._pointer.active(), self._life.held_back()
-        )
+        return serving_version(bundle_folders(*self._folders), name, self._pointer.active(), self._life.held_back())
 
     def canaries(self) -> list[str]:
         """References that have to be ready beside those of the rules."""

@@ -26,8 +26,8 @@ from dicomnode.errors import BundleError, EngineError, NodeError, PeerAway, Stor
 from dicomnode.index.database import Database, Row
 from dicomnode.index.life import Life
 from dicomnode.index.operation import Events, Models
-from dicomnode.metrics import PullOutcome
 from dicomnode.index.states import backoff_seconds
+from dicomnode.metrics import PullOutcome
 from dicomnode.settings import ModelPull, Settings
 from dicomnode.sync.archive import CHUNK_BYTES, MEBIBYTE, Caps, unpack
 from dicomnode.sync.http import confidential, open_session, origin, read_token
@@ -220,9 +220,19 @@ class ModelPuller:
             durable.make_directory(candidate.parent)
             durable.rename_into_place(unpacked, candidate)
             self.verify(candidate)
+            self._hold_back(wanted)
             self._place(candidate, place.final)
         finally:
             durable.remove_tree(place.work)
+
+    def _hold_back(self, wanted: ModelPull) -> None:
+        """Before the folder is there: the newest one serves where none was activated."""
+        life = Life(self.db)
+        if wanted.begin_as == "active" or life.state(wanted.name, wanted.version) is not None:
+            return  # known: a former attempt was cut after this, or the operator has changed it since
+        life.stage(wanted.name, wanted.version, who="sync", why=_pulled(wanted))
+        if wanted.begin_as == "shadow":
+            life.shadow(wanted.name, wanted.version, who="sync", why=_pulled(wanted))
 
     def _place(self, candidate: Path, final: Path) -> None:
         durable.make_directory(final.parent)
@@ -241,13 +251,8 @@ class ModelPuller:
 
     def _activated(self, wanted: ModelPull, place: Places, attempts: int) -> None:
         outcome: PullOutcome = "activated" if wanted.begin_as == "active" else "placed"
-        why, life = f"pulled, SHA-256 {wanted.sha256[:16]}…", Life(self.db)
         if wanted.begin_as == "active":
-            life.activate(wanted.name, wanted.version, who="sync", why=why)
-        elif life.state(wanted.name, wanted.version) is None:  # else a crash came between this and the record
-            life.stage(wanted.name, wanted.version, who="sync", why=why)
-            if wanted.begin_as == "shadow":
-                life.shadow(wanted.name, wanted.version, who="sync", why=why)
+            self.models.activate(wanted.name, wanted.version, "sync", _pulled(wanted))
         self._record(wanted, outcome, attempts, 0.0, None)
         durable.remove(place.archive)
         doorbell.ring(self.data_dir, "worker")
@@ -283,6 +288,10 @@ class ModelPuller:
                 "finished_time": None if state == "pending" else iso(self.db.clock.wall()),
             }
         )
+
+
+def _pulled(wanted: ModelPull) -> str:
+    return f"pulled, SHA-256 {wanted.sha256[:16]}…"
 
 
 def _append(file: IO[bytes], chunk: bytes) -> None:
