@@ -144,7 +144,7 @@ class ModelDesk:
     def history(self, name: str | None = None, limit: int = 100) -> list[Row]:
         return self._life.history(name, limit)
 
-    def comparisons(self, name: str, version: str | None = None, limit: int = 100) -> list[Row]:
+    def comparisons(self, name: str | None = None, version: str | None = None, limit: int = 100) -> list[Row]:
         return Runs(self._db).comparisons(name, version, limit)
 
     def _pin_default(self, name: str, version: str, who: str) -> None:

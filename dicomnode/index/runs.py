@@ -205,12 +205,12 @@ class Runs:
             )
         ]
 
-    def comparisons(self, name: str, version: str | None = None, limit: int = 100) -> list[Row]:
+    def comparisons(self, name: str | None = None, version: str | None = None, limit: int = 100) -> list[Row]:
         """Rows for people, newest first, JSON columns parsed."""
-        where, parameters = ("AND version = ?", [version]) if version else ("", [])
         rows = self.db.rows(
-            f"SELECT * FROM model_comparisons WHERE name = ? {where} ORDER BY id DESC LIMIT ?",
-            (name, *parameters, limit),
+            "SELECT * FROM model_comparisons WHERE name = coalesce(?, name) AND version = coalesce(?, version)"
+            " ORDER BY id DESC LIMIT ?",
+            (name, version, limit),
         )
         for row in rows:
             for column in ("dice", "differences", "outputs"):
