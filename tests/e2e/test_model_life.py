@@ -19,13 +19,13 @@ pytestmark = pytest.mark.slow
 
 
 def post(node: Node, path: str, body: Any = None) -> Any:
-    request = urllib.request.Request(  # noqa: S310 loopback
+    request = urllib.request.Request(
         f"http://127.0.0.1:{node.http_port}/api/v1/models/{path}",
         data=json.dumps(body or {}).encode(),
         headers={"X-Dicomnode": "1"},
         method="POST",
     )
-    with urllib.request.urlopen(request, timeout=60) as answer:  # noqa: S310
+    with urllib.request.urlopen(request, timeout=60) as answer:
         return json.load(answer)
 
 
