@@ -210,6 +210,7 @@ def run_worker(settings: Settings) -> int:
     from dicomnode.infer.choice import EngineChoice
     from dicomnode.infer.decode import PoolDecoder
     from dicomnode.infer.serving import ServingModels
+    from dicomnode.infer.shadow import Shadows
     from dicomnode.infer.worker import Worker
     from dicomnode.select.selector import Selector
 
@@ -257,7 +258,8 @@ def run_worker(settings: Settings) -> int:
     )
     worker.start()
     wanted = list(dict.fromkeys(m for rule in settings.rules for m in rule.models))
-    models.prepare(wanted)
+    models.prepare([*wanted, *worker.router.canaries()])
+    shadows = Shadows(settings, shell.db, worker.router)
     decoder.warm_up()
 
     thread = threading.Thread(target=_select, args=(shell, selector, bell, ahead.wake), name="select", daemon=True)
@@ -267,11 +269,8 @@ def run_worker(settings: Settings) -> int:
     reading.start()
     shell.ready()
     threading.Thread(target=_leave_job, args=(shell, worker, decoder), name="stop", daemon=True).start()
-    while not shell.stop.is_set():
-        jobs_bell.clear()
-        if not worker.run_once():
-            _wait_either(jobs_bell, shell.stop, doorbell.SLOW_BEAT_SECONDS)
-            models.prepare(wanted)
+    _do_jobs(shell, worker, models, shadows, wanted, jobs_bell)
+    shadows.close()
     ahead.wake()
     reading.join(JOB_GRACE_SECONDS)
     decoder.close()
@@ -301,6 +300,21 @@ def _read_ahead(settings: Settings, db: Database, store: durable.ObjectStore, de
         return bool(requests_for(settings.rules, attributes))
 
     return ReadAhead(db, store, decoder, wanted, max_bytes=settings.inference.read_ahead_mb << 20)
+
+
+def _do_jobs(
+    shell: Shell, worker: Any, models: Any, shadows: Any, wanted: Sequence[str], jobs_bell: threading.Event
+) -> None:
+    """Jobs while there are any; comparisons of versions, and models that could not serve, in between."""
+    while not shell.stop.is_set():
+        jobs_bell.clear()
+        shadows.pause()
+        if not worker.run_once():
+            shadows.go_on()
+            _wait_either(jobs_bell, shell.stop, doorbell.SLOW_BEAT_SECONDS)
+            needed = [*wanted, *worker.router.canaries()]
+            models.prepare(needed)
+            models.keep(needed)
 
 
 def _leave_job(shell: Shell, worker: Any, decoder: Any) -> None:
@@ -483,15 +497,25 @@ def run_sidecar(settings: Settings) -> int:
 
 
 def verify_model(settings: Settings, path: Path, *, build: bool = False) -> None:
-    """Digests and golden cases of a bundle on this box's engine. Raises BundleError or EngineError.
+    """Digests and golden cases of a bundle on this box's engine, in a child that may die.
 
     With ``build`` the best engine is built first where it is not yet; an engine that was asked
-    for by name always is.
+    for by name always is. Raises BundleError or EngineError.
     """
-    from dicomnode.infer.choice import EngineChoice
+    from dicomnode.infer.choice import limits_of
+    from dicomnode.infer.verification import verify_apart
 
-    choice = EngineChoice.of(settings)
-    choice.open(path, build=build or not choice.automatic).model.close()
+    inference = settings.inference
+    verify_apart(
+        path,
+        inference.engine.value,
+        data_dir=settings.node.data_dir,
+        limits=limits_of(settings),
+        build=build,
+        threads=inference.threads,
+        memory_mb=inference.verify_memory_mb,
+        seconds=inference.verify_seconds,
+    )
 
 
 def run_process(

@@ -41,7 +41,7 @@ AssociationOutcome = Literal["accepted", "rejected", "released", "aborted", "ref
 JobOutcome = Literal["done", "refused", "retried", "failed", "lost"]
 SendOutcome = Literal["stored", "retried", "rejected"]
 ReportOutcome = Literal["done", "retried", "refused"]
-PullOutcome = Literal["activated", "retried", "rejected"]
+PullOutcome = Literal["activated", "placed", "retried", "rejected"]
 InferenceStage = Literal["h2d", "compute", "d2h", "queue"]
 ScheduledOutcome = Literal["ok", "failed", "missed"]
 
@@ -213,7 +213,7 @@ _FIRST_VALUES: Mapping[str, Iterable[tuple[Counter, Iterable[str | tuple[str, ..
     ),
     "sidecar": (
         (SYNC_TOTAL, ("stored", "retried", "rejected")),
-        (MODEL_PULLS_TOTAL, ("activated", "retried", "rejected")),
+        (MODEL_PULLS_TOTAL, ("activated", "placed", "retried", "rejected")),
     ),
 }
 

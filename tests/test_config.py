@@ -60,7 +60,8 @@ def test_each_list_entry_shows_each_key(name: str) -> None:
     for key, field in LISTS[name].model_fields.items():
         assert re.search(rf"^(# )?{key} = ", text, re.M), f"{name}.{key} is missing"
         if field.default is not PydanticUndefined and field.default is not None:
-            shown = {"()": "none", "0": "0", "False": "false", "": "", "routine": "routine"}.get(
+            names = {"()": "none", "0": "0", "False": "false", "": "", "routine": "routine", "active": "active"}
+            shown = names.get(
                 str(field.default),
                 ", ".join(field.default).lower() if isinstance(field.default, tuple) else field.default,
             )

@@ -12,6 +12,7 @@ STAGES = frozenset(["receive", "select", "infer", "encode", "deliver", "serve", 
 COMPOSITION = frozenset(
     [
         *("app", "cli", "cli_common", "cli_conformance", "cli_delivery", "__main__", "sidecar", "doctor", "demo"),
+        *("cli_models", "model_desk"),
         *("conformance", "conformance_sections", "conformance_services", "conformance_statuses"),
     ]
 )

@@ -14,6 +14,7 @@ from functools import cmp_to_key
 from pathlib import Path
 
 from dicomnode.errors import BundleError
+from dicomnode.infer.expansion import check_expansion
 from dicomnode.infer.manifest import FILE_NAME, SEMVER, Manifest, parse_manifest
 from dicomnode.infer.onnxcheck import check_onnx
 from dicomnode.records import ModelIdentity
@@ -103,6 +104,7 @@ def load_bundle(path: Path) -> Bundle:
         content = bundle.read(name)
         if name.endswith(".onnx"):
             check_onnx(content, name)
+            check_expansion(content, name)
     return bundle
 
 
@@ -178,7 +180,8 @@ def _read_plain(path: Path, name: str) -> bytes:
     try:
         descriptor = os.open(path / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         with os.fdopen(descriptor, "rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
+            # read() makes room for all that it is asked for, so it is asked for what is there.
+            data = file.read(min(os.fstat(descriptor).st_size, MAX_FILE_BYTES) + 1)
     except OSError as cause:
         raise _bad(path, f"{name} cannot be read ({cause.strerror})", "Fetch the bundle again") from cause
     if len(data) > MAX_FILE_BYTES:

@@ -80,6 +80,7 @@ def run_bundle(bundle: Bundle, session: Session, volume: Volume, progress: Progr
         notes=(*volume.notes, *state.notes),
         excluded_uids=volume.excluded_uids,
         engine=session.engine,
+        precision=str(getattr(session, "precision", "fp32")),  # an engine that computes otherwise says so
         seconds={"inference": inferred - began, "postprocess": time.perf_counter() - inferred},
     )
 

@@ -28,6 +28,7 @@ from dicomnode.infer.decode import Decoder
 from dicomnode.infer.faults import Fault, Remedy, fault_of, leave_engine, remedy
 from dicomnode.infer.golden import ReadyModel
 from dicomnode.infer.pipeline import Progress
+from dicomnode.infer.routing import Router
 from dicomnode.infer.serving import ServingModels
 from dicomnode.infer.volume import ReadSlice
 from dicomnode.orders import LABELMAP_SR, Order, load
@@ -67,6 +68,7 @@ class Worker:
         self._jobs = Jobs(db)
         self._events = Events(db)
         self._models = models
+        self._router = Router(settings, db, models)
         self._encode = encode
         self._owner = owner
         self._decoder = decoder
@@ -85,8 +87,14 @@ class Worker:
         """Take back what a former life of this worker held."""
         self._expire((self._owner,))
 
+    @property
+    def router(self) -> Router:
+        """Which version does which job."""
+        return self._router
+
     def hand_back(self) -> int:
         """Give up what this worker holds; the attempt does not count."""
+        self._router.stop()
         return self._jobs.hand_back(self._owner)
 
     def run_once(self) -> bool:
@@ -162,7 +170,10 @@ class Worker:
             return None
 
     def _expire(self, dead: tuple[str, ...]) -> None:
-        for job in self._jobs.expire(self._settings.inference.max_attempts, dead):
+        expired = self._jobs.expire(self._settings.inference.max_attempts, dead)
+        if expired:
+            self._router.lost([int(job["id"]) for job in expired])
+        for job in expired:
             metrics.job("lost")
             self._log.warning("job taken back", job=job["id"], attempts=job["attempts"])
             if job["attempts"] >= self._settings.inference.max_attempts:
@@ -175,6 +186,7 @@ class Worker:
         try:
             self._work(job)
         except LeaseLost as error:
+            self._router.end(job_id, "stopped")
             metrics.job("lost")
             self._log.info("result dropped", job=job_id, cause=error.cause)
         except InputError as error:
@@ -184,6 +196,7 @@ class Worker:
                 return
             text = f"{code}: {error.cause}. {error.hint}".strip()
             self._settle(lambda: self._jobs.refuse(job_id, self._owner, text))
+            self._router.end(job_id, "refused")
             metrics.job("refused")
             self._log.warning("series refused", job=job_id, model=job["model"], code=code, cause=error.cause)
             self._events.add("warning", "job-refused", f"job {job_id}", text)
@@ -196,6 +209,7 @@ class Worker:
             self._lost = True
         except OperatorError as error:
             # A missing model or a full disk: it passes once the operator has acted.
+            self._router.end(job_id, "stopped")
             self._retry(job, str(error), WITHOUT_LIMIT)
         except NodeError as error:
             self._retry(job, str(error), self._settings.inference.max_attempts)
@@ -205,6 +219,7 @@ class Worker:
 
     def _retry(self, job: Row, text: str, max_attempts: int) -> None:
         job_id = int(job["id"])
+        self._router.end(job_id, "error")
         states: list[str] = []
         self._settle(lambda: states.append(self._jobs.fail(job_id, self._owner, text, max_attempts=max_attempts)))
         state = states[0] if states else "lost"
@@ -237,10 +252,9 @@ class Worker:
                 "A newer revision follows",
                 retryable=True,
             )
-        model = self._models.get(str(job["model"]))
         ahead = self._ahead.take(sources) if self._ahead else {}
         try:
-            self._analyse(job, model, sources, ahead, started)
+            self._analyse(job, sources, ahead, started)
         finally:
             if self._ahead:
                 self._ahead.done(sources)
@@ -248,7 +262,6 @@ class Worker:
     def _analyse(
         self,
         job: Row,
-        model: ReadyModel,
         sources: Sequence[SourceInstance],
         ahead: Mapping[str, ReadSlice],
         started: float,
@@ -262,6 +275,7 @@ class Worker:
                     "Send the series again",
                     retryable=True,
                 )
+        model = self._router.pick(job, len(sources))
         seconds: dict[str, float] = {"wait": max(0.0, started - float(job["last_received_at"]))}
         read_ahead = len(ahead)
         stood: dict[str, float] = {}
@@ -292,6 +306,7 @@ class Worker:
         metrics.job("done")
         self._on_results()
         self._tell_of_conditions(job, hits, unknown_keys(analysis, order.critical))
+        self._router.end(int(job["id"]), "done", analysis, seconds=sum(seconds[step] for step in analysis.seconds))
         self._log.info(
             "job done",
             job=job["id"],
@@ -390,6 +405,8 @@ class Worker:
                     notes=analysis.notes,
                     summary={
                         "engine": analysis.engine,
+                        "precision": analysis.precision,
+                        "role": self._router.role(int(job["id"])),
                         "slices": len(analysis.source_uids),
                         "segments": [s.label for s in analysis.segments],
                         "measurements": [_measurement(m, analysis) for m in analysis.measurements],
