@@ -53,6 +53,31 @@ class Measurement:
 
 
 @dataclass(frozen=True, slots=True)
+class Finding:
+    """One answer of a classification.
+
+    ``key`` is the stable name in JSON and rules. ``value`` is the coded answer, such as
+    Present or Absent. ``probability`` and ``threshold`` lie in 0..1. ``text``: a remark.
+    """
+
+    key: str
+    name: Code
+    value: Code | None
+    probability: float | None
+    threshold: float | None
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ProbabilityMap:
+    """Probability of each voxel: float16 or float32 array (slices, rows, columns), 0..1."""
+
+    key: str
+    name: Code
+    values: npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
 class ModelIdentity:
     """What the provenance of a result names.
 
@@ -81,6 +106,7 @@ class Analysis:
     ``excluded_uids``: instances of the series that were left out, ``notes`` say why.
     ``engine``: engine name with version, e.g. ``onnxruntime-cpu 1.32.0``.
     ``seconds``: duration of each step by name (``read``, ``inference``, ``postprocess``).
+    ``findings``: answers about the whole series. ``probability_maps``: in the geometry of ``labels``.
     """
 
     labels: npt.NDArray[np.uint8] | None
@@ -91,6 +117,8 @@ class Analysis:
     excluded_uids: tuple[str, ...] = ()
     engine: str = ""
     seconds: Mapping[str, float] = field(default_factory=dict)
+    findings: tuple[Finding, ...] = ()
+    probability_maps: tuple[ProbabilityMap, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
