@@ -153,4 +153,4 @@ def _largest(mask: Mask) -> Mask:
     pieces, _ = ndimage.label(mask)
     counts = np.bincount(pieces.ravel())
     counts[0] = 0
-    return np.asarray(pieces == int(counts.argmax()))
+    return np.asarray(mask & (pieces == int(counts.argmax())))
