@@ -20,6 +20,7 @@ from dicomnode.cli_common import settings_of as _settings
 from dicomnode.cli_common import table as _table
 from dicomnode.cli_conformance import conformance
 from dicomnode.cli_delivery import commitments_app, deliveries_app, notifications_app
+from dicomnode.cli_models_import import models_import
 from dicomnode.errors import NodeError, OperatorError
 from dicomnode.settings import Settings
 
@@ -31,13 +32,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # they show values
 )
 jobs_app = typer.Typer(no_args_is_help=True, help="Analyses: list, show, retry.")
-models_app = typer.Typer(no_args_is_help=True, help="Model bundles: list, verify, activate, rollback.")
+models_app = typer.Typer(no_args_is_help=True, help="Model bundles: list, verify, activate, rollback, import.")
 app.add_typer(jobs_app, name="jobs")
 app.add_typer(deliveries_app, name="deliveries")
 app.add_typer(commitments_app, name="commitments")
 app.add_typer(notifications_app, name="notifications")
 app.add_typer(models_app, name="models")
 app.command()(conformance)
+models_app.command("import")(models_import)
 
 
 def main() -> None:

@@ -56,7 +56,9 @@ def test_nothing_to_crop_to() -> None:
 
 def test_body_with_lungs_without_table() -> None:
     spacing = (5.0, 2.0, 2.0)
-    z, y, x = np.meshgrid(*((np.arange(n) - (n - 1) / 2) * s for n, s in zip((20, 120, 150), spacing)), indexing="ij")
+    z, y, x = np.meshgrid(
+        *((np.arange(n) - (n - 1) / 2) * s for n, s in zip((20, 120, 150), spacing, strict=True)), indexing="ij"
+    )
     hu = np.full(z.shape, -1000, np.int16)
     body = (x / 110) ** 2 + (y / 70) ** 2 <= 1
     hu[body] = 40

@@ -125,7 +125,7 @@ def dice(a: np.ndarray, b: np.ndarray) -> float:
     return 2.0 * float((a & b).sum()) / float(a.sum() + b.sum())
 
 
-@pytest.mark.parametrize(("axes", "spacing", "tilt", "flipped"), CASES, ids=lambda v: str(v))
+@pytest.mark.parametrize(("axes", "spacing", "tilt", "flipped"), CASES, ids=str)
 def test_labels_and_measurements(
     tmp_path: Path, axes: str, spacing: tuple[float, float, float], tilt: float, flipped: bool
 ) -> None:

@@ -66,7 +66,7 @@ def test_whole_zscore_is_simpleitk_normalize(dtype: type) -> None:
 
 
 def test_zscore_over_the_body_and_nonzero() -> None:
-    z, y, x = np.meshgrid(*(np.arange(n) - (n - 1) / 2 for n in (20, 40, 40)), indexing="ij")
+    _, y, x = np.meshgrid(*(np.arange(n) - (n - 1) / 2 for n in (20, 40, 40)), indexing="ij")
     inside = (y / 15) ** 2 + (x / 15) ** 2 <= 1
     hu = np.where(inside, phantom((20, 40, 40)) // 20, -1000).astype(np.int16)
     hu[:, 18:22, 18:22] = -900  # a cavity belongs to the body

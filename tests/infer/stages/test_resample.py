@@ -108,7 +108,7 @@ def test_memory_layout_changes_nothing(order: str) -> None:
 
 def test_too_large_is_refused_before_it_is_made() -> None:
     frame = make_frame(np.broadcast_to(np.int16(0), (4000, 4000, 4000)))
-    with pytest.raises(UnsuitableSeries, match="TOO_LARGE|limit") as caught:
+    with pytest.raises(UnsuitableSeries, match="the limit is") as caught:
         Resample(step="resample", spacing_mm=(0.1, 0.1, 0.1)).apply(frame)
     assert caught.value.code == "TOO_LARGE"
     with pytest.raises(UnsuitableSeries):

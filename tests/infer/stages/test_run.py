@@ -15,9 +15,9 @@ from dicomnode.infer.golden import golden_volume, open_model, verify_bundle
 from dicomnode.infer.manifest import Manifest
 from dicomnode.infer.ort import OnnxRuntimeCpu
 from dicomnode.infer.pipeline import run_bundle
+from dicomnode.infer.stages.golden import finding_problems, statistics
 from dicomnode.infer.stages.manifest import StagedManifest
 from dicomnode.infer.stages.network import Answers
-from dicomnode.infer.stages.golden import finding_problems, statistics
 from dicomnode.infer.stages.run import run_staged
 from tests.infer.infer_case import MODEL
 from tests.infer.stages.bundle_case import CODE, golden, manifest, mean_score, npy, segment, two_channels, write
@@ -47,12 +47,10 @@ def build(folder: Path, data: dict[str, Any], onnx: bytes, cases: dict[str, np.n
             "probability_maps": {p["key"]: case["input"] for p in outputs.get("probability_maps", ())},
         }
         parsed = StagedManifest.model_validate({**data, "files": listed, "golden": [placeholder]})
-        seen: list[Answers] = []
         kept: dict[str, Any] = {}
 
-        def inspect(answers: Answers) -> None:
+        def inspect(answers: Answers, kept: dict[str, Any] = kept) -> None:
             kept.update(statistics(answers))
-            seen.append(answers)
 
         volume = make_volume(values, np.array(case["affine"]))
         analysis = run_staged(parsed, CPU.load(onnx), volume, inspect=inspect)
