@@ -290,6 +290,8 @@ def jobs_show(job: Annotated[int, typer.Argument()], config: Config = None, as_j
             console.print(f"  note: {note}")
         for m in (data["summary"] or {}).get("measurements", []):
             console.print(f"  {m['segment'] or 'series'}: {m['key']} = {m['value']:.4g} {m['unit']}")
+        for f in (data["summary"] or {}).get("findings", []):
+            console.print(f"  {f['key']}: {f['answer'] or '-'}, probability {f['probability']:.3f}")
         if data["seconds"]:
             console.print("  seconds: " + ", ".join(f"{k} {v:.3f}" for k, v in data["seconds"].items()))
         for result in data["results"]:
