@@ -179,10 +179,18 @@ def _between(frame: Frame, old: tuple[float, float], new: tuple[float, float], *
 
 
 def mean_and_std(values: Array, mask: Array | None = None) -> tuple[float, float]:
-    """Mean and population standard deviation, plane by plane in float64; (0, 0) of nothing.
+    """Mean and population standard deviation in float64; (0, 0) of nothing.
 
-    Two passes, so large offsets cost no digits; memory for one plane.
+    16-bit integers through a histogram. Others in two passes, so large offsets cost no
+    digits, with memory for one plane.
     """
+    if values.dtype == np.int16:
+        counts = _histogram(values, mask)
+        if not (size := int(counts.sum())):
+            return 0.0, 0.0
+        levels = np.arange(-32768.0, 32768.0)
+        centre = float(counts @ levels) / size
+        return centre, float(np.sqrt(counts @ (levels - centre) ** 2 / size))
     planes = _planes(values)
     masks = None if mask is None else _planes_like(mask, values)
     count, total = 0, 0.0
@@ -213,10 +221,7 @@ def percentiles(values: Array, wanted: tuple[float, ...]) -> tuple[float, ...]:
     """As ``numpy.percentile``; integers of 16 bits through a histogram, without a sorted copy."""
     if values.dtype != np.int16:
         return tuple(float(v) for v in np.percentile(values, wanted))
-    counts = np.zeros(65536, np.int64)
-    for plane in _planes(values):
-        counts += np.bincount(plane.ravel().view(np.uint16), minlength=65536)
-    counts = np.concatenate([counts[32768:], counts[:32768]])  # from -32768 up
+    counts = _histogram(values, None)
     cumulated = np.cumsum(counts)
     result = []
     for share in wanted:
@@ -224,3 +229,13 @@ def percentiles(values: Array, wanted: tuple[float, ...]) -> tuple[float, ...]:
         low, high = (int(np.searchsorted(cumulated, int(k), side="right")) - 32768 for k in (at, np.ceil(at)))
         result.append(low + (high - low) * (at - int(at)))
     return tuple(result)
+
+
+def _histogram(values: Array, mask: Array | None) -> Array:
+    """How often each value from -32768 up to 32767 occurs, int64 (65536,)."""
+    counts = np.zeros(65536, np.int64)
+    masks = None if mask is None else _planes_like(mask, values)
+    for index, plane in enumerate(_planes(values)):
+        part = plane.ravel() if masks is None else plane[masks[index]]
+        counts += np.bincount(part.view(np.uint16), minlength=65536)
+    return np.concatenate([counts[32768:], counts[:32768]])

@@ -51,22 +51,25 @@ def axis_to_size(size: int, target: int) -> AxisMap:
     return AxisMap(size, target, step, (step - 1.0) / 2.0)
 
 
-def resample_array(values: Array, maps: tuple[AxisMap, ...], order: Order) -> Array:
+def memory_order(values: Array) -> tuple[int, ...]:
+    """Axes from the one of the largest stride to the smallest: how the array lies in memory."""
+    return tuple(int(i) for i in np.argsort([-abs(s) for s in values.strides], kind="stable"))
+
+
+def resample_array(
+    values: Array, maps: tuple[AxisMap, ...], order: Order, layout: tuple[int, ...] | None = None
+) -> Array:
     """``values`` on the grid that ``maps`` gives; beyond the outer centres the edge value.
 
-    Integer labels with ``nearest`` keep their dtype; else float32. Works in the order in
-    which the array lies in memory, whatever its axes are, plane by plane.
+    Integer labels with ``nearest`` keep their dtype; else float32. Works plane by plane in
+    the order in which the array lies in memory; the result lies in the order ``layout``
+    (axes from the largest stride), by default the same.
     """
-    layout = np.argsort([-abs(s) for s in values.strides], kind="stable")
+    layout = memory_order(values) if layout is None else layout
     laid = values.transpose(layout)
     ordered = tuple(maps[i] for i in layout)
-    out = _nearest(laid, ordered) if order == "nearest" else None
-    if order == "linear":
-        out = _linear(laid, ordered)
-    if order == "bspline":
-        out = _bspline(laid, ordered)
-    assert out is not None
-    return out.transpose(np.argsort(layout))
+    method = {"nearest": _nearest, "linear": _linear, "bspline": _bspline}[order]
+    return method(laid, ordered).transpose(np.argsort(layout))
 
 
 def _nearest(values: Array, maps: tuple[AxisMap, ...]) -> Array:
@@ -133,21 +136,45 @@ def _plane(values: Array, rows: Any, columns: Any) -> Array:
 def _bspline(values: Array, maps: tuple[AxisMap, ...]) -> Array:
     """Cubic B-spline with mirrored edges (Unser 1999), the filter that ITK's BSpline uses too.
 
-    ``affine_transform`` with a diagonal takes scipy's separable path.
+    Axis by axis, the one that shrinks most first: coefficients, then four of them per voxel.
     """
-    clipped = np.array([m.step for m in maps]), np.array([m.offset for m in maps])
-    coefficients = ndimage.spline_filter(values.astype(np.float32), 3, output=np.float32, mode="mirror")
-    out = np.empty(tuple(m.target for m in maps), np.float32)
-    ndimage.affine_transform(coefficients, *clipped, output=out, order=3, mode="mirror", prefilter=False)
+    out = values.astype(np.float32, copy=False)
+    for axis in sorted(range(3), key=lambda i: maps[i].target / maps[i].source):
+        if not maps[axis].same:
+            out = _bspline_axis(out, axis, maps[axis])
+    return np.ascontiguousarray(out)
+
+
+def _bspline_axis(values: Array, axis: int, m: AxisMap) -> Array:
+    if m.source == 1:
+        return np.repeat(values, m.target, axis=axis)
+    coefficients = ndimage.spline_filter1d(values, 3, axis, output=np.float32, mode="mirror")
+    at = m.offset + np.arange(m.target) * m.step
+    low = np.floor(at).astype(np.intp)
+    t = at - low
+    weights = ((1 - t) ** 3, 3 * t**3 - 6 * t**2 + 4, -3 * t**3 + 3 * t**2 + 3 * t + 1, t**3)
+    shape = tuple(m.target if i == axis else n for i, n in enumerate(values.shape))
+    out = np.zeros(shape, np.float32)
+    period = 2 * (m.source - 1)
+    for k, weight in enumerate(weights):
+        index = (low + k - 1) % period
+        index = np.where(index < m.source, index, period - index)  # mirrored about the outer centres
+        part = np.take(coefficients, index, axis=axis)
+        part *= (weight / 6).astype(np.float32).reshape([-1 if i == axis else 1 for i in range(3)])
+        out += part
     return out
 
 
 @dataclass(frozen=True, slots=True)
 class _Resampled:
+    """``layout``: how the array before lay in memory; the way back makes the same, or turning
+    the axes back would cost a transposition of the whole volume."""
+
     maps: tuple[AxisMap, ...]
+    layout: tuple[int, ...]
 
     def __call__(self, values: Array, kind: Kind) -> Array:
-        return resample_array(values, tuple(m.back() for m in self.maps), kind)
+        return resample_array(values, tuple(m.back() for m in self.maps), kind, self.layout)
 
 
 def _apply(frame: Frame, name: str, maps: tuple[AxisMap, ...], order: Order, limit: int) -> Frame:
@@ -157,7 +184,8 @@ def _apply(frame: Frame, name: str, maps: tuple[AxisMap, ...], order: Order, lim
     affine = frame.affine.copy()
     affine[:3, 3] += frame.affine[:3, :3] @ np.array([m.offset for m in maps])
     affine[:3, :3] *= [m.step for m in maps]
-    return frame.moved(resample_array(frame.values, maps, order), affine, _Resampled(maps), owned=True)
+    undo = _Resampled(maps, memory_order(frame.values))
+    return frame.moved(resample_array(frame.values, maps, order), affine, undo, owned=True)
 
 
 class Resample(StageStep):
