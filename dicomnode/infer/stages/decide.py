@@ -116,11 +116,12 @@ def _strongest(
             if threshold is not None:
                 labels[best < threshold] = 0
             continue
-        stronger = value > best
-        if threshold is not None:
-            stronger &= value >= threshold
-        labels[stronger] = number
-        np.copyto(best, value, where=stronger, casting="same_kind")
+        for part, top, into in zip(value, best, labels, strict=True):  # plane by plane, in the cache
+            stronger = part > top
+            if threshold is not None:
+                stronger &= part >= threshold
+            into[stronger] = number
+            np.copyto(top, part, where=stronger, casting="same_kind")
     if on == "network":
         labels = np.ascontiguousarray(restore(undo, labels, "nearest"))
     return np.ascontiguousarray(labels)

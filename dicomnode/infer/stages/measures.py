@@ -132,7 +132,7 @@ def _row_ends(mask: Mask) -> Points:
     first = lines.argmax(axis=1)
     last = lines.shape[1] - 1 - lines[:, ::-1].argmax(axis=1)
     both = [np.stack([slices, rows, ends], axis=1) for ends in (first, last)]
-    return np.unique(np.concatenate(both), axis=0).astype(np.float64)
+    return np.concatenate(both).astype(np.float64)
 
 
 def _corners(points: Points) -> Points:
