@@ -116,12 +116,13 @@ def _strongest(
             if threshold is not None:
                 labels[best < threshold] = 0
             continue
-        for part, top, into in zip(value, best, labels, strict=True):  # plane by plane, in the cache
-            stronger = part > top
+        for plane in range(len(best)):  # in the cache
+            part = value[plane]
+            stronger = part > best[plane]
             if threshold is not None:
                 stronger &= part >= threshold
-            into[stronger] = number
-            np.copyto(top, part, where=stronger, casting="same_kind")
+            labels[plane][stronger] = number
+            np.copyto(best[plane], part, where=stronger, casting="same_kind")
     if on == "network":
         labels = np.ascontiguousarray(restore(undo, labels, "nearest"))
     return np.ascontiguousarray(labels)
