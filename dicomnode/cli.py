@@ -20,6 +20,7 @@ from dicomnode.cli_common import settings_of as _settings
 from dicomnode.cli_common import table as _table
 from dicomnode.cli_conformance import conformance
 from dicomnode.cli_delivery import alerts_app, commitments_app, deliveries_app, notifications_app
+from dicomnode.cli_models_import import models_import
 from dicomnode.errors import NodeError, OperatorError
 from dicomnode.settings import Settings
 
@@ -40,6 +41,7 @@ app.add_typer(alerts_app, name="alerts")
 cli_models.register(models_app)
 app.add_typer(models_app, name="models")
 app.command()(conformance)
+models_app.command("import")(models_import)
 
 
 def main() -> None:
@@ -296,6 +298,8 @@ def jobs_show(job: Annotated[int, typer.Argument()], config: Config = None, as_j
             console.print(f"  note: {note}")
         for m in (data["summary"] or {}).get("measurements", []):
             console.print(f"  {m['segment'] or 'series'}: {m['key']} = {m['value']:.4g} {m['unit']}")
+        for f in (data["summary"] or {}).get("findings", []):
+            console.print(f"  {f['key']}: {f['answer'] or '-'}, probability {f['probability']:.3f}")
         if data["seconds"]:
             console.print("  seconds: " + ", ".join(f"{k} {v:.3f}" for k, v in data["seconds"].items()))
         for result in data["results"]:

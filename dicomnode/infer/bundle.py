@@ -17,6 +17,8 @@ from dicomnode.errors import BundleError
 from dicomnode.infer.expansion import check_expansion
 from dicomnode.infer.manifest import FILE_NAME, SEMVER, Manifest, parse_manifest
 from dicomnode.infer.onnxcheck import check_onnx
+from dicomnode.infer.stages.manifest import StagedManifest
+from dicomnode.infer.stages.run import provenance
 from dicomnode.records import ModelIdentity
 
 MANIFEST = "manifest.json"
@@ -40,7 +42,7 @@ class Bundle:
     """A bundle whose files match their digests. Not yet shown to compute the right thing."""
 
     path: Path
-    manifest: Manifest
+    manifest: Manifest | StagedManifest
     digest: str
 
     @property
@@ -56,7 +58,9 @@ class Bundle:
             description=m.identity.description,
             intended_use=m.intended_use,
             licence=m.licence,
-            parameters={
+            parameters=provenance(m)
+            if isinstance(m, StagedManifest)
+            else {
                 "preprocess": [step.model_dump(mode="json") for step in m.preprocess],
                 "postprocess": [step.model_dump(mode="json") for step in m.postprocess],
             },

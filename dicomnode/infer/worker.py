@@ -32,7 +32,7 @@ from dicomnode.infer.routing import Router
 from dicomnode.infer.serving import ServingModels
 from dicomnode.infer.volume import ReadSlice
 from dicomnode.orders import LABELMAP_SR, Order, load
-from dicomnode.records import Analysis, EncodedObject, ModelIdentity, ResultIdentity, SourceInstance
+from dicomnode.records import Analysis, EncodedObject, Finding, ModelIdentity, ResultIdentity, SourceInstance
 from dicomnode.settings import Settings
 
 Encode = Callable[[Analysis, ResultIdentity, ModelIdentity, Sequence[SourceInstance], Order], Sequence[EncodedObject]]
@@ -410,10 +410,7 @@ class Worker:
                         "slices": len(analysis.source_uids),
                         "segments": [s.label for s in analysis.segments],
                         "measurements": [_measurement(m, analysis) for m in analysis.measurements],
-                        "findings": [
-                            {"key": f.key, "value": f.value.meaning if f.value else None, "probability": f.probability}
-                            for f in analysis.findings
-                        ],
+                        "findings": [_finding(f) for f in analysis.findings],
                     },
                     seconds=seconds,
                     critical=[hit.key for hit in hits],
@@ -495,6 +492,11 @@ def _intact(source: SourceInstance) -> bool:
 def _measurement(measurement: Any, analysis: Analysis) -> dict[str, Any]:
     label = next((s.label for s in analysis.segments if s.number == measurement.segment), None)
     return {"key": measurement.key, "segment": label, "value": measurement.value, "unit": measurement.unit.value}
+
+
+def _finding(finding: Finding) -> dict[str, Any]:
+    answer = finding.value.meaning if finding.value else None
+    return {"key": finding.key, "answer": answer, "probability": finding.probability, "threshold": finding.threshold}
 
 
 class _Heart:
