@@ -150,6 +150,8 @@ class Shadows:
             engine=self._settings.inference.engine.value,
             data_dir=str(self._settings.node.data_dir),
             threads=self._settings.inference.threads,
+            max_batch=self._settings.inference.max_batch,
+            gpu_memory_share=self._settings.inference.gpu_memory_share,
             sources=[
                 [
                     r["SOPInstanceUID"],

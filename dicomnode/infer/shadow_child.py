@@ -33,6 +33,8 @@ class Task:
     engine: str
     data_dir: str
     threads: int
+    max_batch: int
+    gpu_memory_share: float
     sources: list[list[str]]
     seg: str
     measurements: dict[str, float]
@@ -48,14 +50,16 @@ def run(task: Task) -> dict[str, Any]:
     from dicomnode.infer.choice import GPU_ENGINES, EngineChoice
     from dicomnode.infer.compare import Finding, compare, masks_of_labels, masks_of_seg
     from dicomnode.infer.decode import InlineDecoder
-    from dicomnode.infer.engine import default_engines
+    from dicomnode.infer.engine import Limits, default_engines
     from dicomnode.infer.routing import outputs_of
     from dicomnode.records import SourceInstance
 
     sources = [SourceInstance(uid, cls, syntax, Path(path), sha) for uid, cls, syntax, path, sha in task.sources]
     order = [s.sop_instance_uid for s in sources]
     try:
-        choice = EngineChoice(task.engine, default_engines(Path(task.data_dir)), threads=task.threads)
+        limits = Limits(task.max_batch, task.gpu_memory_share)
+        engines = default_engines(Path(task.data_dir), limits)
+        choice = EngineChoice(task.engine, engines, threads=task.threads, limits=limits)
         if not any(engine.name in GPU_ENGINES for engine in choice.engines):  # CUDA maps more than it uses
             limit_data(task.memory_mb << 20)
         model = choice.open(Path(task.bundle)).model
