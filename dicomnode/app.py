@@ -261,6 +261,7 @@ def run_worker(settings: Settings) -> int:
     models.prepare([*wanted, *worker.router.canaries()])
     shadows = Shadows(settings, shell.db, worker.router)
     decoder.warm_up()
+    _warm_encoder(settings)
 
     thread = threading.Thread(target=_select, args=(shell, selector, bell, ahead.wake), name="select", daemon=True)
     shell.healthy = thread.is_alive
@@ -361,6 +362,12 @@ def encoder(settings: Settings, decoder: Any = None) -> Callable[..., Sequence[E
         return encode_results(analysis, identity, model, sources, station=station, order=order, **options)
 
     return encode
+
+
+def _warm_encoder(settings: Settings) -> None:
+    from dicomnode.encode.warm import warm_up
+
+    warm_up(_station(settings))
 
 
 def _station(settings: Settings) -> Any:
