@@ -208,6 +208,7 @@ def dimse_services(settings: Settings, db: Database) -> Sequence[Any]:
 def run_worker(settings: Settings) -> int:
     """Select complete series and do their jobs; one job at a time on this box's engine."""
     from dicomnode.infer.decode import PoolDecoder
+    from dicomnode.infer.shadow import Shadows
     from dicomnode.infer.worker import Worker
     from dicomnode.select.selector import Selector
 
@@ -241,8 +242,10 @@ def run_worker(settings: Settings) -> int:
     )
     worker.start()
     wanted = list(dict.fromkeys(m for rule in settings.rules for m in rule.models))
-    models.prepare(wanted)
+    models.prepare([*wanted, *worker.router.canaries()])
+    shadows = Shadows(settings, shell.db, worker.router)
     decoder.warm_up()
+    _warm_encoder(settings)
 
     thread = threading.Thread(target=_select, args=(shell, selector, bell, ahead.wake), name="select", daemon=True)
     shell.healthy = thread.is_alive
@@ -251,11 +254,8 @@ def run_worker(settings: Settings) -> int:
     reading.start()
     shell.ready()
     threading.Thread(target=_leave_job, args=(shell, worker, decoder), name="stop", daemon=True).start()
-    while not shell.stop.is_set():
-        jobs_bell.clear()
-        if not worker.run_once():
-            _wait_either(jobs_bell, shell.stop, doorbell.SLOW_BEAT_SECONDS)
-            models.prepare(wanted)
+    _do_jobs(shell, worker, models, shadows, wanted, jobs_bell)
+    shadows.close()
     ahead.wake()
     reading.join(JOB_GRACE_SECONDS)
     decoder.close()
@@ -325,6 +325,21 @@ def _serving(shell: Shell, on_better: Callable[[], None]) -> tuple[Any, dict[str
     return placed_models(settings, shell.db, local) if inference.places else local, about
 
 
+def _do_jobs(
+    shell: Shell, worker: Any, models: Any, shadows: Any, wanted: Sequence[str], jobs_bell: threading.Event
+) -> None:
+    """Jobs while there are any; comparisons of versions, and models that could not serve, in between."""
+    while not shell.stop.is_set():
+        jobs_bell.clear()
+        shadows.pause()
+        if not worker.run_once():
+            shadows.go_on()
+            _wait_either(jobs_bell, shell.stop, doorbell.SLOW_BEAT_SECONDS)
+            needed = [*wanted, *worker.router.canaries()]
+            models.prepare(needed)
+            models.keep(needed)
+
+
 def _leave_job(shell: Shell, worker: Any, decoder: Any) -> None:
     """On a stop signal: a job that does not end at once goes back to the queue, uncounted."""
     while not shell.stop.wait(3600.0):
@@ -369,6 +384,12 @@ def encoder(settings: Settings, decoder: Any = None) -> Callable[..., Sequence[E
         return encode_results(analysis, identity, model, sources, station=station, order=order, **options)
 
     return encode
+
+
+def _warm_encoder(settings: Settings) -> None:
+    from dicomnode.encode.warm import warm_up
+
+    warm_up(_station(settings))
 
 
 def _station(settings: Settings) -> Any:
@@ -505,19 +526,27 @@ def run_sidecar(settings: Settings) -> int:
 
 
 def verify_model(settings: Settings, path: Path, *, build: bool = False) -> None:
-    """Digests and golden cases of a bundle on the engine that serves: this box's, or an endpoint's.
+    """Digests and golden cases of a bundle on the engine that serves, in a child that may die.
 
-    With ``build`` the best engine is built first where it is not yet; an engine that was asked
-    for by name always is. Raises BundleError or EngineError; PeerAway when every endpoint is away.
+    It is this box's, or with ``kserve`` an endpoint's. With ``build`` the best engine is built
+    first where it is not yet; an engine that was asked for by name always is. Raises BundleError
+    or EngineError; PeerAway when every endpoint is away.
     """
-    from dicomnode.infer.choice import EngineChoice
-    from dicomnode.infer.placing import verify_at_endpoints
+    from dicomnode.infer.choice import limits_of
+    from dicomnode.infer.verification import verify_apart
 
-    if settings.inference.engine is EngineName.kserve:
-        verify_at_endpoints(settings, path)
-        return
-    choice = EngineChoice.of(settings)
-    choice.open(path, build=build or not choice.automatic).model.close()
+    inference = settings.inference
+    verify_apart(
+        path,
+        inference.engine.value,
+        data_dir=settings.node.data_dir,
+        limits=limits_of(settings),
+        build=build,
+        threads=inference.threads,
+        memory_mb=inference.verify_memory_mb,
+        seconds=inference.verify_seconds,
+        endpoints=inference.endpoints,
+    )
 
 
 def run_process(

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from dicomnode import __version__, logs
+from dicomnode import __version__, cli_models, logs
 from dicomnode.cli_common import Config, Json, Limit, console
 from dicomnode.cli_common import index as _index
 from dicomnode.cli_common import output as _print
@@ -20,6 +20,7 @@ from dicomnode.cli_common import settings_of as _settings
 from dicomnode.cli_common import table as _table
 from dicomnode.cli_conformance import conformance
 from dicomnode.cli_delivery import alerts_app, commitments_app, deliveries_app, notifications_app
+from dicomnode.cli_models_import import models_import
 from dicomnode.errors import NodeError, OperatorError
 from dicomnode.settings import Settings
 
@@ -31,14 +32,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # they show values
 )
 jobs_app = typer.Typer(no_args_is_help=True, help="Analyses: list, show, retry.")
-models_app = typer.Typer(no_args_is_help=True, help="Model bundles: list, verify, activate, rollback.")
+models_app = typer.Typer(no_args_is_help=True, help="Model bundles and the life of each version.")
 app.add_typer(jobs_app, name="jobs")
 app.add_typer(deliveries_app, name="deliveries")
 app.add_typer(commitments_app, name="commitments")
 app.add_typer(notifications_app, name="notifications")
 app.add_typer(alerts_app, name="alerts")
+cli_models.register(models_app)
 app.add_typer(models_app, name="models")
 app.command()(conformance)
+models_app.command("import")(models_import)
 
 
 def main() -> None:
@@ -302,6 +305,8 @@ def jobs_show(job: Annotated[int, typer.Argument()], config: Config = None, as_j
             console.print(f"  note: {note}")
         for m in (data["summary"] or {}).get("measurements", []):
             console.print(f"  {m['segment'] or 'series'}: {m['key']} = {m['value']:.4g} {m['unit']}")
+        for f in (data["summary"] or {}).get("findings", []):
+            console.print(f"  {f['key']}: {f['answer'] or '-'}, probability {f['probability']:.3f}")
         if data["seconds"]:
             console.print("  seconds: " + ", ".join(f"{k} {v:.3f}" for k, v in data["seconds"].items()))
         for result in data["results"]:
@@ -329,36 +334,6 @@ def jobs_retry(job: Annotated[int, typer.Argument()], config: Config = None, as_
     _print({"job": job, "state": "pending"}, as_json, lambda _: console.print(f"job {job} waits again"))
 
 
-@models_app.command("list")
-def models_list(config: Config = None, as_json: Json = False) -> None:
-    """Bundles on this box, which version serves, and what they are for."""
-    from dicomnode.index.operation import Models
-    from dicomnode.infer.serving import bundle_folders, resolve
-
-    settings = _settings(config)
-    folders = bundle_folders(settings.inference.models_dir, settings.node.data_dir)
-    active: dict[str, str] = {}
-    if settings.node.data_dir.is_dir():
-        with _index(settings) as db:
-            active = Models(db).active()
-    rows = []
-    for folder in folders:
-        try:
-            serving = resolve(folders, folder.name, active).version == folder.version
-        except NodeError:
-            serving = False
-        rows.append(
-            {
-                "name": folder.name,
-                "version": folder.version,
-                "serves": "yes" if serving else "",
-                "path": str(folder.path),
-            }
-        )
-    columns = {"name": "model", "version": "version", "serves": "serves", "path": "folder"}
-    _print(rows, as_json, lambda data: _table(data, columns, f"no bundles in {settings.inference.models_dir}"))
-
-
 @models_app.command("verify")
 def models_verify(
     reference: Annotated[str | None, typer.Argument(help="NAME or NAME@VERSION; all when left out")] = None,
@@ -383,55 +358,6 @@ def models_verify(
             console.print(f"{row['name']} {row['version']}: digests and golden cases OK")
 
     _print(rows, as_json, show)
-
-
-@models_app.command("activate")
-def models_activate(
-    reference: Annotated[str, typer.Argument(help="NAME@VERSION")], config: Config = None, as_json: Json = False
-) -> None:
-    """Verify a version and make it the one that serves, without a restart."""
-    from dicomnode.app import verify_model
-    from dicomnode.infer.serving import bundle_folders, resolve
-
-    settings = _settings(config)
-    if "@" not in reference:
-        raise OperatorError("activate model", "no version given", "Use NAME@VERSION, see 'dicomnode models list'")
-    folder = resolve(bundle_folders(settings.inference.models_dir, settings.node.data_dir), reference, {})
-    verify_model(settings, folder.path)
-    _switch(settings, folder.name, folder.version, as_json)
-
-
-@models_app.command("rollback")
-def models_rollback(
-    name: Annotated[str, typer.Argument(help="NAME")], config: Config = None, as_json: Json = False
-) -> None:
-    """Return to the version that served before."""
-    from dicomnode.app import verify_model
-    from dicomnode.index.operation import Models
-    from dicomnode.infer.serving import bundle_folders, resolve, version_before
-
-    settings = _settings(config)
-    with _index(settings) as db:
-        models = Models(db)
-        active, recorded = models.active().get(name), models.previous(name)
-    folders = bundle_folders(settings.inference.models_dir, settings.node.data_dir)
-    previous = version_before(folders, name, active, recorded)
-    if previous is None:
-        raise OperatorError(
-            "roll back model", f"no earlier version of '{name}' was active", "See 'dicomnode models list'"
-        )
-    verify_model(settings, resolve(folders, f"{name}@{previous}", {}).path)
-    _switch(settings, name, previous, as_json)
-
-
-def _switch(settings: Settings, name: str, version: str, as_json: bool) -> None:
-    from dicomnode import doorbell
-    from dicomnode.index.operation import Models
-
-    with _index(settings) as db:
-        Models(db).activate(name, version)
-        doorbell.ring(settings.node.data_dir, "worker")
-    _print({"name": name, "version": version}, as_json, lambda _: console.print(f"{name} {version} serves now"))
 
 
 @app.command()

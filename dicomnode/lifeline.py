@@ -44,6 +44,16 @@ def limit_memory(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
+def limit_data(size: int) -> None:
+    """The private memory of this process (RLIMIT_DATA, Linux 4.7): allocations beyond it fail.
+
+    Not the address space, of which GPU libraries reserve far more than they use.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    most = size if hard == resource.RLIM_INFINITY else min(size, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+
+
 def hold_single_instance(data_dir: Path, name: str) -> int:
     """Lock ``run/<name>.lock`` for the life of this process; leases carry the same name.
 

@@ -42,7 +42,7 @@ JobOutcome = Literal["done", "refused", "retried", "failed", "lost"]
 EndpointOutcome = Literal["ok", "away", "error"]
 SendOutcome = Literal["stored", "retried", "rejected"]
 ReportOutcome = Literal["done", "retried", "refused"]
-PullOutcome = Literal["activated", "retried", "rejected"]
+PullOutcome = Literal["activated", "placed", "retried", "rejected"]
 InferenceStage = Literal["h2d", "compute", "d2h", "queue"]
 ScheduledOutcome = Literal["ok", "failed", "missed"]
 
@@ -233,7 +233,7 @@ _FIRST_VALUES: Mapping[str, Iterable[tuple[Counter, Iterable[str | tuple[str, ..
     ),
     "sidecar": (
         (SYNC_TOTAL, ("stored", "retried", "rejected")),
-        (MODEL_PULLS_TOTAL, ("activated", "retried", "rejected")),
+        (MODEL_PULLS_TOTAL, ("activated", "placed", "retried", "rejected")),
     ),
 }
 

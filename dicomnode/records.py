@@ -104,7 +104,8 @@ class Analysis:
     slice axis follows ``source_uids``; ``None`` when the model makes no segmentation.
     ``source_uids``: SOPInstanceUID of each slice, in slice order along the normal.
     ``excluded_uids``: instances of the series that were left out, ``notes`` say why.
-    ``engine``: engine name with version, e.g. ``onnxruntime-cpu 1.32.0``.
+    ``engine``: engine name with version, e.g. ``onnxruntime-cpu 1.32.0``; ``precision``: that of
+    its arithmetic, ``fp32`` or ``fp16``; empty where it is not known.
     ``seconds``: duration of each step by name (``read``, ``inference``, ``postprocess``).
     ``findings``: answers about the whole series. ``probability_maps``: in the geometry of ``labels``.
     ``source_frames``: frame number, from 1, of each slice within its instance of
@@ -118,6 +119,7 @@ class Analysis:
     notes: tuple[str, ...] = ()
     excluded_uids: tuple[str, ...] = ()
     engine: str = ""
+    precision: str = ""
     seconds: Mapping[str, float] = field(default_factory=dict)
     findings: tuple[Finding, ...] = ()
     probability_maps: tuple[ProbabilityMap, ...] = ()

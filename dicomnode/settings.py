@@ -130,6 +130,10 @@ class Inference(Section):
     placement_load: float = Field(0.2, ge=0, description="weight of idleness")
     placement_cost: float = Field(0.1, ge=0, description="weight of cheapness")
     placement_max_load: float = Field(0.9, gt=0, le=1, description="an engine or endpoint above this load is skipped")
+    verify_memory_mb: int = Field(
+        16384, ge=512, description="MiB of memory for the process that verifies a bundle; beyond: it fails"
+    )
+    verify_seconds: float = Field(900.0, gt=1, description="time for the verification of a bundle")
 
     @model_validator(mode="after")
     def _placement(self) -> Self:
@@ -142,6 +146,30 @@ class Inference(Section):
     def places(self) -> tuple[Endpoint, ...]:
         """The endpoints that jobs may go to: those configured, where the engine is auto or kserve."""
         return self.endpoints if self.engine in (EngineName.auto, EngineName.kserve) else ()
+
+
+class RolloutSettings(Section):
+    automatic: bool = Field(True, description="roll a version back when it is worse than the one before")
+    watch_runs: int = Field(50, ge=1, le=1000, description="window: the last analyses of a version, at most")
+    watch_hours: float = Field(168.0, gt=0, description="window: hours that analyses count")
+    probation_hours: float = Field(24.0, ge=0, description="hours that a version is watched after its activation")
+    min_runs: int = Field(5, ge=1, description="analyses or comparisons before time or disagreement count")
+    min_errors: int = Field(3, ge=1, description="failed analyses before the error rate counts")
+    max_error_excess: float = Field(
+        0.2, ge=0, le=1, description="share of failed analyses above that of the version before"
+    )
+    max_slowdown: float = Field(
+        2.0, ge=1, description="median time of an image as a multiple of that of the version before"
+    )
+    max_disagreement: float = Field(0.25, ge=0, le=1, description="share of comparisons that may disagree")
+    min_dice: float = Field(0.85, ge=0, le=1, description="Dice of each segment below which two versions disagree")
+    max_difference: float = Field(
+        0.15, ge=0, description="relative difference of a measurement above which they disagree"
+    )
+    shadow_hours: float = Field(24.0, gt=0, description="hours that a finished analysis may wait for its comparison")
+    shadow_seconds: float = Field(1800.0, gt=1, description="computing time for one comparison; beyond: it fails")
+    drift_reference: int = Field(200, ge=20, description="first analyses of a version that its drift is measured from")
+    drift_window: int = Field(100, ge=20, description="last analyses of a version whose drift is measured")
 
 
 class Delivery(Section):
@@ -164,6 +192,9 @@ class ModelPull(Section):
     version: str = Field(pattern=r"^\d+\.\d+\.\d+$", description="bundle version")
     url: str = Field(pattern=r"^https?://", description="address of the bundle as .tar.gz or .zip")
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the archive, lower-case hex")
+    begin_as: Literal["staged", "shadow", "active"] = Field(
+        "active", description="what it becomes once it has passed: active at once, or first shadow or staged"
+    )
 
 
 class Cloud(Section):
@@ -288,6 +319,7 @@ class Settings(BaseSettings):
     peers: tuple[Peer, ...] = ()
     completeness: Completeness = Completeness()
     inference: Inference = Inference()
+    rollout: RolloutSettings = RolloutSettings()
     delivery: Delivery = Delivery()
     cloud: Cloud = Cloud()
     alerts: Alerts = Alerts()

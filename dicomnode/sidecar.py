@@ -15,6 +15,7 @@ from dicomnode.admin.connection import Runner
 from dicomnode.errors import OperatorError
 from dicomnode.index.database import Database
 from dicomnode.index.operation import BEAT_SECONDS, Processes
+from dicomnode.model_desk import ModelDesk
 from dicomnode.settings import Settings
 from dicomnode.sync.alerts import AlertSender
 from dicomnode.sync.pull import ModelPuller
@@ -37,18 +38,18 @@ async def run_sidecar(settings: Settings, db: Database, *, verify: Callable[[Pat
     the heartbeat detail (``{"port": N, "scheduled": {...}}``).
     """
     metrics.prepare(NAME)
-    runner, port = await _serve(settings, db)
+    runner, port = await _serve(settings, db, ModelDesk(settings, db, verify))
     try:
         await _work(settings, db, verify, stop, port)
     finally:
         await runner.cleanup()
 
 
-async def _serve(settings: Settings, db: Database) -> tuple[web.AppRunner, int]:
+async def _serve(settings: Settings, db: Database, desk: ModelDesk) -> tuple[web.AppRunner, int]:
     # Also on answers that the parser gives, outside of the application.
     web_response.SERVER_SOFTWARE = "dicomnode"  # type: ignore[attr-defined]
     runner = Runner(
-        make_app(db, settings, own_process=NAME),
+        make_app(db, settings, own_process=NAME, desk=desk),
         access_log=None,
         keepalive_timeout=30.0,
         shutdown_timeout=SHUTDOWN_SECONDS,

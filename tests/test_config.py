@@ -103,8 +103,8 @@ def test_example_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         flags=re.M,
     )
     head, rest = uncommented.split("# [[inference.endpoints]]")
-    entry, rest = rest.split("[delivery]")
-    uncommented = f"{head}[[inference.endpoints]]{re.sub(r'^# ', '', entry, flags=re.M)}[delivery]{rest}"
+    entry, rest = rest.split("\n\n", 1)
+    uncommented = f"{head}[[inference.endpoints]]{re.sub(r'^# ', '', entry, flags=re.M)}\n\n{rest}"
     path = tmp_path / "dicomnode.toml"
     path.write_text(uncommented, encoding="utf-8")
     full = load_settings(path)

@@ -11,7 +11,9 @@ PACKAGE = Path(__file__).resolve().parent.parent / "dicomnode"
 STAGES = frozenset(["receive", "select", "infer", "encode", "deliver", "serve", "sync", "custody", "admin"])
 COMPOSITION = frozenset(
     [
-        *("app", "cli", "cli_common", "cli_conformance", "cli_delivery", "__main__", "sidecar", "doctor", "demo"),
+        *("app", "cli", "cli_common", "cli_conformance", "cli_delivery", "cli_models_import"),
+        *("__main__", "sidecar", "doctor", "demo"),
+        *("cli_models", "model_desk"),
         *("conformance", "conformance_sections", "conformance_services", "conformance_statuses"),
     ]
 )

@@ -16,6 +16,9 @@ from aiohttp import web
 
 from dicomnode import doorbell, logs
 from dicomnode.admin import exposition, guard, page
+from dicomnode.admin.model_figures import version_figures
+from dicomnode.admin.models_api import Desk, IndexOnly, ModelsApi
+from dicomnode.admin.models_page import RECENT
 from dicomnode.admin.ready import Check, check_port, local_checks
 from dicomnode.admin.status import status_report
 from dicomnode.admin.words import choose_language
@@ -46,8 +49,9 @@ Table = Literal["deliveries", "sync_items"]
 class Admin:
     """Handlers over one index. ``own_process`` is the heartbeat name of the process that serves."""
 
-    def __init__(self, db: Database, settings: Settings, own_process: str) -> None:
+    def __init__(self, db: Database, settings: Settings, own_process: str, desk: Desk) -> None:
         self.db = db
+        self.desk = desk
         self.settings = settings
         self.own_process = own_process
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="admin-index")
@@ -96,6 +100,10 @@ class Admin:
                 sync=Outbox(self.db, "sync_items").listing(25),
                 notifications=Notices(self.db).listing(25),
                 commitments=Commitments(self.db).listing(25),
+                model_versions=self.desk.listing(),
+                model_figures=version_figures(self.db, self.settings.rollout),
+                model_history=self.desk.history(limit=RECENT),
+                model_comparisons=self.desk.comparisons(limit=RECENT),
                 language=language,
                 changes_allowed=guard.is_loopback(self.settings.http.host),
             )
@@ -184,12 +192,16 @@ class Admin:
         return retry
 
 
-def make_app(db: Database, settings: Settings, *, own_process: str = "sidecar") -> web.Application:
+def make_app(
+    db: Database, settings: Settings, *, own_process: str = "sidecar", desk: Desk | None = None
+) -> web.Application:
     """The admin application; the caller binds it to ``settings.http`` and runs it.
 
+    ``desk`` carries out changes of models; without one they can only be looked at.
     ``own_process`` is the heartbeat name under which this process's own counters are shown.
     """
-    admin = Admin(db, settings, own_process)
+    desk = desk or IndexOnly(db)
+    admin = Admin(db, settings, own_process, desk)
     app = web.Application(
         client_max_size=guard.MAX_BODY_BYTES,
         middlewares=[_errors_middleware, _guard_middleware(settings)],
@@ -215,6 +227,7 @@ def make_app(db: Database, settings: Settings, *, own_process: str = "sidecar") 
     app.router.add_post(f"/api/v1/commitments/{_ITEM}/retry", admin.retry_commitment)
     app.router.add_get("/api/v1/sync", admin.outbox("sync_items", "items"))
     app.router.add_post(f"/api/v1/sync/{_ITEM}/retry", admin.retry_item("sync_items", "sidecar"))
+    ModelsApi(desk).add_routes(app.router)
     return app
 
 

@@ -11,6 +11,8 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from dicomnode import __version__, durable, metrics
+from dicomnode.admin.model_figures import VersionFigures, version_figures
+from dicomnode.admin.model_figures import families as model_families
 from dicomnode.admin.status import MEBIBYTE, library_versions, serving_models
 from dicomnode.admin.tls_state import own_certificate
 from dicomnode.errors import OperatorError
@@ -49,6 +51,7 @@ class Facts:
     free_bytes: int = 0
     reserve_bytes: int = 0
     certificate_ends_at: float | None = None
+    versions: list[VersionFigures] = field(default_factory=list)
 
 
 def read_facts(db: Database, settings: Settings) -> Facts:
@@ -72,6 +75,7 @@ def read_facts(db: Database, settings: Settings) -> Facts:
         free_bytes=durable.free_bytes(settings.node.data_dir),
         reserve_bytes=settings.node.reserve_mb * MEBIBYTE,
         certificate_ends_at=_certificate_ends_at(settings),
+        versions=version_figures(db, settings.rollout),
     )
 
 
@@ -224,6 +228,7 @@ def gauges(facts: Facts) -> list[Metric]:
             [((r["name"], r["version"], r["state"]), 1.0) for r in facts.pulls],
         ),
         _gauge("recent_events", "Events of the last hour by severity", ("severity",), _by_state(facts.events)),
+        *model_families(facts.versions),
     ]
 
 

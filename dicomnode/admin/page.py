@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dicomnode.admin.markup import Child, Markup, document, element, join
+from dicomnode.admin.model_figures import VersionFigures
+from dicomnode.admin.models_page import comparisons_table, history_table, versions_table
 from dicomnode.admin.ready import Check
 from dicomnode.admin.words import Language, word
 from dicomnode.index.jobs import PRIORITIES
@@ -24,11 +26,14 @@ _GOOD = {
     "ok",
     "info",
     "activated",
+    "placed",
+    "active",
+    "default",
     "superseded",
     "valid",
 }
 _BAD = {"failed", "rejected", "error", "silent_state", "problem", "expired"}
-_WARN = {"refused", "warning", "starting", "stopping", "retried", "expiring"}
+_WARN = {"canary", "refused", "warning", "starting", "stopping", "retried", "expiring"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +50,10 @@ class View:
     changes_allowed: bool
     notifications: Sequence[Mapping[str, Any]] = ()
     commitments: Sequence[Mapping[str, Any]] = ()
+    model_versions: Sequence[Mapping[str, Any]] = ()
+    model_figures: Sequence[VersionFigures] = ()
+    model_history: Sequence[Mapping[str, Any]] = ()
+    model_comparisons: Sequence[Mapping[str, Any]] = ()
 
 
 def render(view: View) -> str:
@@ -83,6 +92,7 @@ def render(view: View) -> str:
         _peers(view, w),
         _tls(view, w),
         _models(view, w),
+        _model_versions(view, w),
         _processes(view, w),
         _schedule(view, w),
         _events(view, w),
@@ -281,6 +291,25 @@ def _models(view: View, w: Words) -> Markup:
     ]
     heads = ["model", "version", "state", "attempts", "error"]
     return _section(w("models"), join(table, element("h3", w("pulls")), _table(heads, pulls, w)))
+
+
+def _model_versions(view: View, w: Words) -> Markup:
+    parts = [
+        versions_table(
+            view.model_versions,
+            view.model_figures,
+            w,
+            pill=_pill,
+            table=_table,
+            changes_allowed=view.changes_allowed,
+        )
+    ]
+    if view.model_comparisons:
+        table = comparisons_table(view.model_comparisons, w, pill=_pill, table=_table)
+        parts += [element("h3", w("comparisons")), table]
+    if view.model_history:
+        parts += [element("h3", w("history")), history_table(view.model_history, w, pill=_pill, table=_table)]
+    return _section(w("model_versions"), join(*parts))
 
 
 def _processes(view: View, w: Words) -> Markup:

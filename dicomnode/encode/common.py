@@ -26,6 +26,7 @@ PROCESSING_EQUIPMENT = hd.sr.CodedConcept("109102", "DCM", "Processing Equipment
 ANATOMICAL_STRUCTURE = ("123037004", "SCT")  # CID 7150
 LONG_STRING = 64
 SHORT_TEXT = 1024
+LONG_TEXT = 10240
 
 _library_lock = threading.RLock()
 
@@ -56,7 +57,11 @@ def refuse_what_the_library_refuses(operation: str) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """Names in the one form in which they appear in every place (IHE AIR, STANDARDS.md)."""
+    """Names in the one form in which they appear in every place (IHE AIR, STANDARDS.md).
+
+    ``facts``: digest of the bundle, engine, precision and parameters, a sentence each, whole;
+    ``description`` is all of them within the 1024 characters of an ST.
+    """
 
     name: str
     version: str
@@ -66,9 +71,10 @@ class Provenance:
     date: str
     time: str
     timestamp: str
+    facts: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, model: ModelIdentity, identity: ResultIdentity, engine: str) -> Provenance:
+    def of(cls, model: ModelIdentity, identity: ResultIdentity, engine: str, precision: str = "") -> Provenance:
         """Raises ``NodeError`` where ``content_datetime`` is not ISO 8601 or a name is empty."""
         try:
             when = datetime.fromisoformat(identity.content_datetime)
@@ -79,6 +85,7 @@ class Provenance:
         parameters = json.dumps(dict(model.parameters), sort_keys=True, ensure_ascii=False, default=str)
         parts = [f"bundle SHA-256 {model.digest}"]
         parts += [f"engine {engine}"] if engine else []
+        parts += [f"precision {precision}"] if precision else []
         parts += [f"parameters {parameters}"] if model.parameters else []
         return cls(
             name=long_string(model.name),
@@ -89,6 +96,7 @@ class Provenance:
             date=when.strftime("%Y%m%d"),
             time=when.strftime("%H%M%S.%f"),
             timestamp=when.strftime("%Y%m%d%H%M%S.%f%z"),
+            facts=tuple(clean_text(part) for part in parts),
         )
 
 

@@ -19,6 +19,7 @@ from pydicom.valuerep import DS, format_number_as_ds
 
 from dicomnode.encode.common import (
     ARTIFICIAL_INTELLIGENCE,
+    LONG_TEXT,
     Context,
     Provenance,
     concept,
@@ -258,7 +259,9 @@ def _description(
         anatomic_regions=[concept(segment.anatomic_region)] if segment.anatomic_region else None,
         display_color=hd.color.CIELabColor.from_rgb(*segment.rgb),
     )
-    description.SegmentationAlgorithmIdentificationSequence[0].AlgorithmParameters = provenance.description
+    description.SegmentationAlgorithmIdentificationSequence[0].AlgorithmParameters = "; ".join(provenance.facts)[
+        :LONG_TEXT
+    ]
     if segment.type_modifier:
         type_item = description.SegmentedPropertyTypeCodeSequence[0]
         type_item.SegmentedPropertyTypeModifierCodeSequence = [concept(segment.type_modifier)]

@@ -192,13 +192,13 @@ def observer_device(provenance: Provenance) -> hd.sr.ObserverContext:
 
 
 def _algorithm(provenance: Provenance, parameters: Sequence[str] | None = None) -> hd.sr.AlgorithmIdentification:
-    """TID 4019; name, version and manufacturer equal Contributing Equipment."""
+    """TID 4019; name, version and manufacturer equal Contributing Equipment, the parameters say how it was run."""
     return hd.sr.AlgorithmIdentification(
         name=provenance.name,
         version=provenance.version,
         family=ARTIFICIAL_INTELLIGENCE,
         manufacturer=provenance.manufacturer,
-        parameters=parameters,
+        parameters=[*provenance.facts, *(parameters or ())] or None,
     )
 
 

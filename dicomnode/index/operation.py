@@ -99,23 +99,11 @@ class Models:
         row = self.db.row("SELECT previous_version FROM models WHERE name = ?", (name,))
         return row["previous_version"] if row else None
 
-    def activate(self, name: str, version: str) -> None:
-        """Atomic; the version that served before is kept for :meth:`rollback`."""
-        db = self.db
-        with db.transaction():
-            known = db.row("SELECT version, previous_version FROM models WHERE name = ?", (name,))
-            if known is not None and known["version"] == version:
-                return
-            db.insert(
-                "models",
-                {
-                    "name": name,
-                    "version": version,
-                    "previous_version": known["version"] if known else None,
-                    "activated_time": iso(db.clock.wall()),
-                },
-                conflict="OR REPLACE",
-            )
+    def activate(self, name: str, version: str, who: str = "operator", why: str = "") -> None:
+        """Atomic; the version that served before is kept for a roll-back. See :class:`dicomnode.index.life.Life`."""
+        from dicomnode.index.life import Life
+
+        Life(self.db).activate(name, version, who=who, why=why)
 
     def pulls(self) -> list[Row]:
         return self.db.rows("SELECT * FROM model_pulls ORDER BY name, version")

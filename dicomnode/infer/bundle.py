@@ -14,8 +14,11 @@ from functools import cmp_to_key
 from pathlib import Path
 
 from dicomnode.errors import BundleError
+from dicomnode.infer.expansion import check_expansion
 from dicomnode.infer.manifest import FILE_NAME, SEMVER, Manifest, parse_manifest
 from dicomnode.infer.onnxcheck import check_onnx
+from dicomnode.infer.stages.manifest import StagedManifest
+from dicomnode.infer.stages.run import provenance
 from dicomnode.records import ModelIdentity
 
 MANIFEST = "manifest.json"
@@ -39,7 +42,7 @@ class Bundle:
     """A bundle whose files match their digests. Not yet shown to compute the right thing."""
 
     path: Path
-    manifest: Manifest
+    manifest: Manifest | StagedManifest
     digest: str
 
     @property
@@ -55,7 +58,9 @@ class Bundle:
             description=m.identity.description,
             intended_use=m.intended_use,
             licence=m.licence,
-            parameters={
+            parameters=provenance(m)
+            if isinstance(m, StagedManifest)
+            else {
                 "preprocess": [step.model_dump(mode="json") for step in m.preprocess],
                 "postprocess": [step.model_dump(mode="json") for step in m.postprocess],
             },
@@ -103,6 +108,7 @@ def load_bundle(path: Path) -> Bundle:
         content = bundle.read(name)
         if name.endswith(".onnx"):
             check_onnx(content, name)
+            check_expansion(content, name)
     return bundle
 
 
@@ -178,7 +184,8 @@ def _read_plain(path: Path, name: str) -> bytes:
     try:
         descriptor = os.open(path / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         with os.fdopen(descriptor, "rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
+            # read() makes room for all that it is asked for, so it is asked for what is there.
+            data = file.read(min(os.fstat(descriptor).st_size, MAX_FILE_BYTES) + 1)
     except OSError as cause:
         raise _bad(path, f"{name} cannot be read ({cause.strerror})", "Fetch the bundle again") from cause
     if len(data) > MAX_FILE_BYTES:

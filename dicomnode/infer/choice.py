@@ -18,8 +18,8 @@ from dicomnode import logs, metrics
 from dicomnode.errors import EngineError
 from dicomnode.infer.batching import CappedSession
 from dicomnode.infer.bundle import Bundle, load_bundle
-from dicomnode.infer.engine import ByName, Engine, Limits, Ok, Rejected, Session, choose_engine, default_engines
-from dicomnode.infer.golden import ReadyModel, gate
+from dicomnode.infer.engine import Engine, Limits, Ok, Rejected, Session, choose_engine, default_engines
+from dicomnode.infer.golden import ReadyModel, gate, model_file, session_for
 from dicomnode.infer.isolated import Report
 from dicomnode.infer.trt import rejection_code
 from dicomnode.infer.trt_build import Precision
@@ -91,8 +91,13 @@ def engines_of(settings: Settings) -> tuple[Engine, ...]:
     return default_engines(settings.node.data_dir, limits_of(settings))
 
 
-def candidates(engines: Iterable[Engine], files: Iterable[str]) -> list[Candidate]:
-    """In the order in which they are tried: half precision first, where bundle and engine have it. Pure."""
+def candidates(engines: Iterable[Engine], files: Iterable[str], *, network: bool = True) -> list[Candidate]:
+    """In the order in which they are tried: half precision first, where bundle and engine have it. Pure.
+
+    A Python pipeline without a ``network`` needs none of them; the last one stands for it.
+    """
+    if not network:
+        return [Candidate(engine, "fp32") for engine in list(engines)[-1:]]
     names = set(files)
     found: list[Candidate] = []
     for engine in engines:
@@ -150,7 +155,7 @@ class EngineChoice:
         bundle = load_bundle(path)
         errors: list[EngineError] = []
         skipped: list[Candidate] = []
-        for candidate in candidates(self._after(below), bundle.manifest.files):
+        for candidate in _candidates(self._after(below), bundle):
             if self._out(bundle, candidate):
                 continue
             if self._unbuilt(bundle, candidate):
@@ -181,7 +186,7 @@ class EngineChoice:
         Takes minutes: for a thread beside serving. Raises BundleError.
         """
         bundle = load_bundle(path)
-        for candidate in candidates(self.engines, bundle.manifest.files):
+        for candidate in _candidates(self.engines, bundle):
             if candidate.text == than:
                 return None
             if self._out(bundle, candidate):
@@ -223,6 +228,8 @@ class EngineChoice:
 
     def _unbuilt(self, bundle: Bundle, candidate: Candidate) -> bool:
         engine = candidate.engine
+        if model_file(bundle) is None:
+            return False
         return isinstance(engine, BuildsEngines) and not engine.built(_onnx(bundle, candidate), candidate.precision)
 
     def _build(self, bundle: Bundle, candidate: Candidate, report: Report | None) -> EngineError | None:
@@ -238,14 +245,16 @@ class EngineChoice:
         return None
 
     def _load(self, bundle: Bundle, candidate: Candidate) -> ReadyModel:
-        onnx, engine = _onnx(bundle, candidate), candidate.engine
-        if isinstance(engine, BuildsEngines):
-            session = engine.load(onnx, threads=self._threads, precision=candidate.precision)
-        else:
-            if isinstance(engine, ByName):
-                engine = engine.for_model(bundle.manifest.identity.name, bundle.manifest.identity.version)
-            session = engine.load(onnx, threads=self._threads)
-        model = gate(bundle, CappedSession(session, self._limits.max_batch))
+        engine = candidate.engine
+
+        def read(name: str) -> bytes:
+            return _onnx(bundle, candidate) if name == model_file(bundle) else bundle.read(name)
+
+        loads = _Precisely(engine, candidate.precision) if isinstance(engine, BuildsEngines) else engine
+        session = session_for(bundle, loads, self._threads, read)
+        if model_file(bundle) is not None:  # else a stand-in, which a Python pipeline must know as such
+            session = CappedSession(session, self._limits.max_batch)
+        model = gate(bundle, session)
         metrics.golden(
             model.identity.name,
             engine.name,
@@ -285,9 +294,26 @@ def engine_text(model: ReadyModel) -> str:
     return f"{engine_name(model)} {getattr(model.session, 'precision', 'fp32')}"
 
 
+@dataclass(frozen=True, slots=True)
+class _Precisely:
+    """An engine that builds, at one precision, as what opens a network."""
+
+    engine: BuildsEngines
+    precision: Precision
+
+    def load(self, onnx: bytes, *, threads: int = 0) -> Session:
+        return self.engine.load(onnx, threads=threads, precision=self.precision)
+
+
+def _candidates(engines: Iterable[Engine], bundle: Bundle) -> list[Candidate]:
+    return candidates(engines, bundle.manifest.files, network=model_file(bundle) is not None)
+
+
 def _key(bundle: Bundle, candidate: Candidate) -> tuple[str, str, str]:
     return (bundle.digest, candidate.engine.name, candidate.precision)
 
 
 def _onnx(bundle: Bundle, candidate: Candidate) -> bytes:
-    return bundle.read(FP16_FILE if candidate.precision == "fp16" else bundle.manifest.engine.model)
+    name = FP16_FILE if candidate.precision == "fp16" else model_file(bundle)
+    assert name is not None  # without a network nothing is loaded
+    return bundle.read(name)

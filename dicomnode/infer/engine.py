@@ -72,6 +72,14 @@ class Session(Protocol):
         ...
 
 
+class Loads(Protocol):
+    """What opens a network: an engine, or one at a certain precision."""
+
+    def load(self, onnx: bytes, *, threads: int = 0) -> Session:
+        """A session for the model; ``threads`` 0 means the engine's default. Raises EngineError."""
+        ...
+
+
 class Engine(Protocol):
     """A way to run ONNX models on this box."""
 

@@ -7,7 +7,7 @@ measurements within 1e-3; NaN, Inf and constant outputs are refused whatever was
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,12 @@ import numpy.typing as npt
 from dicomnode.errors import BundleError, EngineError
 from dicomnode.infer.bundle import Bundle, load_bundle
 from dicomnode.infer.decode import Decoder
-from dicomnode.infer.engine import ByName, Engine, Session
-from dicomnode.infer.manifest import GoldenCase
+from dicomnode.infer.engine import ByName, Engine, Loads, Session
+from dicomnode.infer.manifest import GoldenCase, Manifest
 from dicomnode.infer.pipeline import Progress, analyse_series, infer, run_bundle
+from dicomnode.infer.stages.golden import run_case
+from dicomnode.infer.stages.manifest import StagedManifest
+from dicomnode.infer.stages.run import open_session
 from dicomnode.infer.volume import ReadSlice, Volume
 from dicomnode.records import Analysis, ModelIdentity, SourceInstance
 
@@ -93,7 +96,7 @@ def open_model(path: Path, engine: Engine, *, threads: int = 0) -> ReadyModel:
     not reproduce the golden cases.
     """
     bundle = load_bundle(path)
-    return gate(bundle, open_session(bundle, engine, threads=threads))
+    return gate(bundle, session_for(bundle, engine, threads))
 
 
 def gate(bundle: Bundle, session: Session) -> ReadyModel:
@@ -119,27 +122,46 @@ def gate(bundle: Bundle, session: Session) -> ReadyModel:
     return ReadyModel(bundle, session, report)
 
 
-def open_session(bundle: Bundle, engine: Engine, *, threads: int = 0) -> Session:
-    """The bundle's model on ``engine``, not yet shown to compute the right thing. Raises EngineError, PeerAway."""
-    if isinstance(engine, ByName):
-        engine = engine.for_model(bundle.manifest.identity.name, bundle.manifest.identity.version)
-    return engine.load(bundle.read(bundle.manifest.engine.model), threads=threads)
-
-
 def verify_bundle(bundle: Bundle, engine: Engine, *, threads: int = 0) -> GoldenReport:
     """Digests again, then every golden case on a fresh session; never raises for a mismatch."""
     for name in bundle.manifest.files:
         bundle.read(name)
-    session = open_session(bundle, engine, threads=threads)
+    session = session_for(bundle, engine, threads)
     try:
         return check_golden(bundle, session)
     finally:
         session.close()
 
 
+def session_for(
+    bundle: Bundle, engine: Engine | Loads, threads: int, read: Callable[[str], bytes] | None = None
+) -> Session:
+    """The session of the bundle's network, ``read`` by the names of its files; a stand-in where it has none.
+
+    Not yet shown to compute the right thing. Raises EngineError, and PeerAway for an endpoint.
+    """
+    if isinstance(engine, ByName):
+        engine = engine.for_model(bundle.manifest.identity.name, bundle.manifest.identity.version)
+    if isinstance(bundle.manifest, StagedManifest):
+        return open_session(bundle.manifest, engine, read or bundle.read, threads)
+    return engine.load((read or bundle.read)(bundle.manifest.engine.model), threads=threads)
+
+
+def model_file(bundle: Bundle) -> str | None:
+    """Name of the network's file; None for a Python pipeline that has none."""
+    engine = bundle.manifest.engine
+    return None if engine is None else engine.model
+
+
 def check_golden(bundle: Bundle, session: Session) -> GoldenReport:
     """Run every golden case of ``bundle`` on ``session``."""
-    return GoldenReport(session.engine, tuple(_run(bundle, session, case) for case in bundle.manifest.golden))
+    manifest = bundle.manifest
+    if isinstance(manifest, StagedManifest):
+        outcomes = [(case.name, run_case(manifest, bundle.read, session, case)) for case in manifest.golden]
+        return GoldenReport(
+            session.engine, tuple(CaseResult(n, o.problems, o.disagreement, o.dice) for n, o in outcomes)
+        )
+    return GoldenReport(session.engine, tuple(_run(bundle, manifest, session, case) for case in manifest.golden))
 
 
 def golden_volume(bundle: Bundle, case: GoldenCase) -> Volume:
@@ -151,13 +173,13 @@ def golden_volume(bundle: Bundle, case: GoldenCase) -> Volume:
     return Volume(values, affine, (float(lengths[0]), float(lengths[1]), float(lengths[2])), uids)
 
 
-def _run(bundle: Bundle, session: Session, case: GoldenCase) -> CaseResult:
+def _run(bundle: Bundle, manifest: Manifest, session: Session, case: GoldenCase) -> CaseResult:
     volume = golden_volume(bundle, case)
     expected = _load(bundle, case.labels, np.dtype("u1"))
     if expected.shape != volume.values.shape:
         raise BundleError("verify bundle", f"{case.labels} and {case.input} differ in shape")
     try:
-        for name, output in infer(bundle.manifest, session, volume).items():
+        for name, output in infer(manifest, session, volume).items():
             if output.min() == output.max():
                 return CaseResult(case.name, (f"output {name} is constant",), 1.0, 0.0)
         analysis = run_bundle(bundle, session, volume)
@@ -165,8 +187,8 @@ def _run(bundle: Bundle, session: Session, case: GoldenCase) -> CaseResult:
         code = cause.code if cause.code in ("OOM", "DEVICE_LOST") else "GOLDEN_MISMATCH"
         return CaseResult(case.name, (cause.cause,), 1.0, 0.0, code)
     assert analysis.labels is not None
-    by_key = {s.label: s.key for s in bundle.manifest.outputs.segments}
-    numbers = {s.key: s.number for s in bundle.manifest.outputs.segments}
+    by_key = {s.label: s.key for s in manifest.outputs.segments}
+    numbers = {s.key: s.number for s in manifest.outputs.segments}
     table = np.zeros(256, np.uint8)  # numbers of the result back to those of the manifest
     for segment in analysis.segments:
         table[segment.number] = numbers[by_key[segment.label]]

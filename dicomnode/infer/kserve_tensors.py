@@ -91,7 +91,8 @@ def onnx_signature(onnx: bytes) -> Signature:
 
 
 def _value_info(view: memoryview) -> TensorSpec:
-    name, datatype, shape = "", "", []
+    name, datatype = "", ""
+    shape: list[Dim] | None = None  # a scalar has one, with no dimensions
     for number, value in wire.fields(view):
         if number == 1:
             name = wire.text(value)
@@ -106,6 +107,11 @@ def _value_info(view: memoryview) -> TensorSpec:
                     shape = [_dim(wire.message(v)) for n, v in wire.fields(wire.message(content)) if n == 1]
     if not datatype:
         raise ValueError(f"{name} has a type that the KServe protocol does not carry")
+    if shape is None:
+        raise ValueError(
+            f"{name} has no shape in the model file, so what an endpoint answers could not be checked;"
+            " add it with onnx.shape_inference"
+        )
     return TensorSpec(name, datatype, tuple(shape))
 
 

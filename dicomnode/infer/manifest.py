@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -18,6 +18,9 @@ from dicomnode.infer.contract import InputContract, Strict
 from dicomnode.infer.measure import MeasureSpec
 from dicomnode.infer.steps import PostStep, PreStep
 from dicomnode.records import Code, SegmentDefinition
+
+if TYPE_CHECKING:
+    from dicomnode.infer.stages.manifest import StagedManifest
 
 MAX_MANIFEST_BYTES = 1 << 20
 SEMVER = re.compile(r"(0|[1-9]\d{0,8})\.(0|[1-9]\d{0,8})\.(0|[1-9]\d{0,8})(?:-([0-9A-Za-z-]+(?:\.[0-9A-Za-z-]+)*))?")
@@ -155,13 +158,17 @@ class Manifest(Strict):
         return self
 
 
-def parse_manifest(data: bytes) -> Manifest:
-    """Typed manifest from the bytes of ``manifest.json``; raises BundleError."""
+def parse_manifest(data: bytes) -> Manifest | StagedManifest:
+    """Typed manifest of either schema from the bytes of ``manifest.json``; raises BundleError."""
+    from dicomnode.infer.stages.manifest import StagedManifest
+
     operation, hint = "read manifest.json", "Correct the manifest or fetch the bundle again"
     if len(data) > MAX_MANIFEST_BYTES:
         raise BundleError(operation, f"larger than {MAX_MANIFEST_BYTES} bytes", hint)
     try:
-        return Manifest.model_validate(json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates))
+        content = json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates)
+        staged = isinstance(content, dict) and content.get("schema_version") == 2
+        return StagedManifest.model_validate(content) if staged else Manifest.model_validate(content)
     except ValidationError as cause:
         details = "; ".join(
             f"{'.'.join(str(part) for part in error['loc'])}: {error['msg']}" for error in cause.errors()[:5]

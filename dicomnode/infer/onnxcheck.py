@@ -55,7 +55,7 @@ def _walk(view: memoryview, kind: str, depth: int, budget: list[int], seen: set[
         raise _bad(name, f"messages are nested deeper than {MAX_DEPTH}")
     seen.add(kind)
     children = _CHILDREN[kind]
-    for number, value in _fields(view, name):
+    for number, value in fields(view, name):
         budget[0] -= 1
         if budget[0] < 0:
             raise _bad(name, f"more than {MAX_FIELDS} fields")
@@ -71,20 +71,20 @@ def _walk(view: memoryview, kind: str, depth: int, budget: list[int], seen: set[
             _walk(value, children[number], depth + 1, budget, seen, name)
 
 
-def _fields(view: memoryview, name: str) -> Iterator[tuple[int, int | memoryview]]:
+def fields(view: memoryview, name: str) -> Iterator[tuple[int, int | memoryview]]:
     """Yield (field number, varint or bytes) of one message; fixed-width fields yield 0."""
     at, end = 0, len(view)
     while at < end:
-        key, at = _varint(view, at, name)
+        key, at = varint(view, at, name)
         number, wire = key >> 3, key & 7
         if number == 0:
             raise _bad(name, "it is not an ONNX model")
         if wire == 0:
-            value, at = _varint(view, at, name)
+            value, at = varint(view, at, name)
             yield number, value
             continue
         if wire == 2:
-            size, at = _varint(view, at, name)
+            size, at = varint(view, at, name)
         elif wire in (1, 5):
             size = 8 if wire == 1 else 4
         else:
@@ -95,7 +95,7 @@ def _fields(view: memoryview, name: str) -> Iterator[tuple[int, int | memoryview
         at += size
 
 
-def _varint(view: memoryview, at: int, name: str) -> tuple[int, int]:
+def varint(view: memoryview, at: int, name: str) -> tuple[int, int]:
     result = shift = 0
     while True:
         if at >= len(view) or shift > 63:

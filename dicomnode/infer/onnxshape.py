@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dicomnode.infer.onnxcheck import _fields
+from dicomnode.infer.onnxcheck import fields
 from dicomnode.infer.plans import InputRange
 
 _GRAPH, _INITIALIZER, _INPUT, _TENSOR_NAME = 7, 5, 11, 8
@@ -28,17 +28,17 @@ def onnx_inputs(data: bytes) -> dict[str, tuple[int, ...]]:
     """
     found: dict[str, tuple[int, ...]] = {}
     constants: set[str] = set()
-    for number, graph in _fields(memoryview(data), "model"):
+    for number, graph in fields(memoryview(data), "model"):
         if number != _GRAPH or not isinstance(graph, memoryview):
             continue
-        for field, value in _fields(graph, "model"):
+        for field, value in fields(graph, "model"):
             if not isinstance(value, memoryview):
                 continue
             if field == _INPUT:
                 name, shape = _value_info(value)
                 found[name] = shape
             elif field == _INITIALIZER:
-                constants |= {bytes(v).decode() for f, v in _fields(value, "model") if f == _TENSOR_NAME and _is(v)}
+                constants |= {bytes(v).decode() for f, v in fields(value, "model") if f == _TENSOR_NAME and _is(v)}
     return {name: shape for name, shape in found.items() if name not in constants}
 
 
@@ -47,15 +47,15 @@ def _is(value: object) -> bool:
 
 
 def _only(view: memoryview, number: int) -> memoryview:
-    return next((v for f, v in _fields(view, "model") if f == number and isinstance(v, memoryview)), memoryview(b""))
+    return next((v for f, v in fields(view, "model") if f == number and isinstance(v, memoryview)), memoryview(b""))
 
 
 def _value_info(view: memoryview) -> tuple[str, tuple[int, ...]]:
     shape = _only(_only(_only(view, 2), 1), 2)
     dims: list[int] = []
-    for number, dim in _fields(shape, "model"):
+    for number, dim in fields(shape, "model"):
         if number == 1 and isinstance(dim, memoryview):
-            size = next((v for f, v in _fields(dim, "model") if f == 1 and isinstance(v, int)), 0)
+            size = next((v for f, v in fields(dim, "model") if f == 1 and isinstance(v, int)), 0)
             dims.append(size if size > 0 else DYNAMIC)
     return bytes(_only(view, 1)).decode(), tuple(dims)
 

@@ -18,6 +18,8 @@ from dicomnode.infer.decode import Decoder
 from dicomnode.infer.engine import Session
 from dicomnode.infer.manifest import Manifest
 from dicomnode.infer.measure import measure
+from dicomnode.infer.stages.manifest import StagedManifest
+from dicomnode.infer.stages.run import run_staged
 from dicomnode.infer.steps import start
 from dicomnode.infer.volume import ReadSlice, Volume, read_volume
 from dicomnode.records import Analysis, Measurement, SourceInstance
@@ -42,6 +44,8 @@ def run_bundle(bundle: Bundle, session: Session, volume: Volume, progress: Progr
     """
     report: Progress = progress or _silent
     manifest = bundle.manifest
+    if isinstance(manifest, StagedManifest):
+        return run_staged(manifest, session, volume, report)
     began = time.perf_counter()
     outputs = infer(manifest, session, volume, report)
     inferred = time.perf_counter()
@@ -80,6 +84,7 @@ def run_bundle(bundle: Bundle, session: Session, volume: Volume, progress: Progr
         notes=(*volume.notes, *state.notes),
         excluded_uids=volume.excluded_uids,
         engine=session.engine,
+        precision=str(getattr(session, "precision", "fp32")),  # an engine that computes otherwise says so
         seconds={"inference": inferred - began, "postprocess": time.perf_counter() - inferred},
     )
 

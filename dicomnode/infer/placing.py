@@ -15,14 +15,16 @@ from typing import Any
 import psutil
 
 from dicomnode import logs, metrics
+from dicomnode.endpoint_settings import Endpoint
 from dicomnode.errors import BundleError, EngineError, NodeError, PeerAway
 from dicomnode.index.database import Database
+from dicomnode.index.life import Life
 from dicomnode.index.operation import Models
 from dicomnode.infer.choice import EngineChoice, limits_of
 from dicomnode.infer.decode import Decoder
 from dicomnode.infer.engine import Engine, Ok, Session
 from dicomnode.infer.faults import Fault, fault_of
-from dicomnode.infer.golden import ReadyModel, open_model
+from dicomnode.infer.golden import ReadyModel, model_file, open_model
 from dicomnode.infer.kserve import KServe
 from dicomnode.infer.local_load import LoadOfOthers
 from dicomnode.infer.pipeline import Progress
@@ -75,6 +77,17 @@ class Local:
 
     def prepare(self, references: Sequence[str]) -> None:
         self._serving.prepare(references)
+
+    def hold(self, model: ReadyModel) -> None:
+        """As ``ServingModels.hold``."""
+        self._serving.hold(model)
+
+    def let_go(self, model: ReadyModel) -> None:
+        self._serving.let_go(model)
+
+    def keep(self, references: Sequence[str]) -> None:
+        """As ``ServingModels.keep``."""
+        self._serving.keep(references)
 
     def report(self) -> dict[str, Any]:
         return self._serving.report()
@@ -155,6 +168,19 @@ class Remote:
             except NodeError:
                 continue  # it is told by the report, and logged once
 
+    def hold(self, model: ReadyModel) -> None:
+        """As ``ServingModels.hold``."""
+        self._serving.hold(model)
+
+    def let_go(self, model: ReadyModel) -> None:
+        self._serving.let_go(model)
+
+    def keep(self, references: Sequence[str]) -> None:
+        """As ``ServingModels.keep``."""
+        self._serving.keep(references)
+        for reference in [r for r in self._refused if r not in references]:
+            del self._refused[reference]
+
     def report(self) -> dict[str, Any]:
         return {**self._serving.report(), "fault": self._fault}
 
@@ -169,6 +195,7 @@ class PlacedModels:
         inference = settings.inference
         self._settings = settings
         self._models = Models(db)
+        self._life = Life(db)
         self._places = tuple(places)
         self._weights = Weights(
             inference.placement_locality, inference.placement_fit, inference.placement_load, inference.placement_cost
@@ -207,6 +234,20 @@ class PlacedModels:
         for place in self._places:
             place.prepare(references)
 
+    def hold(self, model: ReadyModel | PlacedModel) -> None:
+        """A job begins with it: what it runs on stays open until :meth:`let_go`, at each place that it comes to."""
+        if isinstance(model, PlacedModel):
+            model.hold()
+
+    def let_go(self, model: ReadyModel | PlacedModel) -> None:
+        if isinstance(model, PlacedModel):
+            model.let_go()
+
+    def keep(self, references: Sequence[str]) -> None:
+        """Give back, at every place, what none of these needs any more."""
+        for place in self._places:
+            place.keep(references)
+
     def report(self) -> dict[str, object]:
         """As ``ServingModels.report``: a model is ready when one place serves it; ``places`` has each place's own."""
         places = {place.name: place.report() for place in self._places}
@@ -227,9 +268,12 @@ class PlacedModels:
         }
 
     def choose(
-        self, reference: str, tried: Mapping[str, NodeError]
+        self, reference: str, tried: Mapping[str, NodeError], version: str = ""
     ) -> tuple[Decision, dict[str, ReadyModel], dict[str, NodeError]]:
-        """The decision among the places that are not in ``tried``, their models, and the errors of the others."""
+        """The decision among the places that are not in ``tried``, their models, and the errors of the others.
+
+        ``version``: of the model that the job has begun with; no other one takes its place.
+        """
         ready: dict[str, ReadyModel] = {}
         errors: dict[str, NodeError] = dict(tried)
         for place in self._places:
@@ -238,15 +282,19 @@ class PlacedModels:
                     ready[place.name] = place.get(reference)
                 except NodeError as error:
                     errors[place.name] = error
-        version = self._version(reference, ready)
+        version = version or self._version(reference, ready)
         candidates: list[Candidate] = []
+        here = False
         for place in self._places:
             model = ready.get(place.name)
             if model is None:
                 candidates.append(_absent(place.name, errors[place.name].cause))
             elif model.identity.version != version:
                 candidates.append(_absent(place.name, f"serves version {model.identity.version}, not {version}"))
+            elif here:
+                candidates.append(_absent(place.name, "the model has no network to run elsewhere"))
             else:
+                here = model_file(model.bundle) is None  # a Python pipeline: its work is done in this process
                 candidates.append(place.candidate(model))
         return decide(candidates, self._weights, self._max_load), ready, errors
 
@@ -260,7 +308,7 @@ class PlacedModels:
         inference = self._settings.inference
         folders = bundle_folders(inference.models_dir, self._settings.node.data_dir)
         try:
-            wanted = resolve(folders, reference, self._models.active()).version
+            wanted = resolve(folders, reference, self._models.active(), self._life.held_back()).version
         except BundleError:
             wanted = ""
         versions = [m.identity.version for m in ready.values()]
@@ -276,7 +324,11 @@ class PlacedModel:
         self._record = record
         self._tried: dict[str, NodeError] = {}
         self._moved = False
+        self._version = ""
+        self._holds = False
+        self._held: list[tuple[Place, ReadyModel]] = []
         self._place, self._ready = self._choose()
+        self._version = self._ready.identity.version
 
     @property
     def identity(self) -> ModelIdentity:
@@ -294,7 +346,24 @@ class PlacedModel:
             return False
         self._moved = True  # one other engine here, as for a job that has no other place
         self._ready = other
+        self._hold_this()
         return True
+
+    def hold(self) -> None:
+        """Whatever takes its place there meanwhile, what this job runs on stays open until :meth:`let_go`."""
+        self._holds = True
+        self._hold_this()
+
+    def let_go(self) -> None:
+        self._holds = False
+        while self._held:
+            place, ready = self._held.pop()
+            place.let_go(ready)
+
+    def _hold_this(self) -> None:
+        if self._holds:
+            self._place.hold(self._ready)
+            self._held.append((self._place, self._ready))
 
     def analyse(
         self,
@@ -321,6 +390,7 @@ class PlacedModel:
                 self._place.failed(self._reference, error)
                 self._tried[self._place.name] = error
                 self._place, self._ready = self._choose()
+                self._hold_this()
 
     def _has_next_engine(self) -> bool:
         try:
@@ -329,13 +399,17 @@ class PlacedModel:
             return False  # then another place
 
     def _choose(self) -> tuple[Place, ReadyModel]:
-        decision, ready, errors = self._models.choose(self._reference, self._tried)
+        decision, ready, errors = self._models.choose(self._reference, self._tried, self._version)
         told = [{"name": name, "cause": error.cause} for name, error in self._tried.items()]
         self._record({**decision.as_dict(), **({"tried": told} if told else {})})
         metrics.placed(decision.chosen or "none")
         if not decision.chosen:
             raise _no_place(decision, ready, self._tried, errors)
         return self._models.place(decision.chosen), ready[decision.chosen]
+
+
+Servable = ReadyModel | PlacedModel
+"""What a job is done with."""
 
 
 def _no_place(
@@ -401,23 +475,26 @@ class _Unprobed:
         return self._engine.load(onnx, threads=threads)
 
 
-def verify_at_endpoints(settings: Settings, path: Path) -> None:
-    """Digests and golden cases of a bundle through the endpoints; one that passes is enough.
+def verify_at_endpoints(endpoints: Sequence[Endpoint], path: Path) -> str:
+    """Digests and golden cases of a bundle through the endpoints; returns the first that passes, one is enough.
 
-    Raises the first error when none does.
+    Raises BundleError, and the first endpoint's error (EngineError, PeerAway, or OperatorError for
+    its files) when none passes.
     """
     first: NodeError | None = None
-    for endpoint in settings.inference.endpoints:
+    for endpoint in endpoints:
         engine = KServe(endpoint)
         try:
-            open_model(path, engine).close()
+            ready = open_model(path, engine)
+            ready.close()
         except BundleError:
             raise
         except NodeError as error:
             first = first or error
         else:
-            return
+            return ready.report.engine
         finally:
             engine.close()
-    if first is not None:
-        raise first
+    raise first or EngineError(
+        "verify bundle", "ENDPOINT_REFUSED", "no endpoint is configured", "See inference.endpoints"
+    )

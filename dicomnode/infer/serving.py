@@ -11,6 +11,8 @@ from typing import Any
 from dicomnode import logs, metrics
 from dicomnode.errors import BundleError, EngineError
 from dicomnode.index.database import Database
+from dicomnode.index.life import Life
+from dicomnode.index.model_states import ModelState
 from dicomnode.index.operation import Events, Models, Severity
 from dicomnode.infer.bundle import BundleFolder, compare_versions, find_bundles
 from dicomnode.infer.choice import EngineChoice, NotBuilt, engine_name, engine_text
@@ -24,15 +26,21 @@ def bundle_folders(models_dir: Path, data_dir: Path) -> list[BundleFolder]:
     return [*find_bundles(models_dir), *find_bundles(data_dir / "models")]
 
 
-def resolve(folders: Sequence[BundleFolder], reference: str, active: dict[str, str]) -> BundleFolder:
+def resolve(
+    folders: Sequence[BundleFolder],
+    reference: str,
+    active: dict[str, str],
+    held_back: Mapping[str, frozenset[str]] | None = None,
+) -> BundleFolder:
     """Which version of ``name`` or ``name@version`` serves. Pure.
 
-    A version in the reference wins, then the activated one, then the newest release.
-    Raises BundleError naming what there is.
+    A version in the reference wins, then the activated one, then the newest release that is
+    not ``held_back`` (staged, on trial or retired). Raises BundleError naming what there is.
     """
     name, _, version = reference.partition("@")
     version = version or active.get(name, "")
-    candidates = [f for f in folders if f.name == name and version in ("", f.version)]
+    held = (held_back or {}).get(name, frozenset()) if not version else frozenset()
+    candidates = [f for f in folders if f.name == name and version in ("", f.version) and f.version not in held]
     if not candidates:
         known = ", ".join(f"{f.name}@{f.version}" for f in folders) or "none"
         wanted = f"{name}@{version}" if version else name
@@ -43,6 +51,16 @@ def resolve(folders: Sequence[BundleFolder], reference: str, active: dict[str, s
         if compare_versions(folder.version, best.version) > 0:
             best = folder
     return best
+
+
+def serving_version(
+    folders: Sequence[BundleFolder], name: str, active: dict[str, str], held_back: Mapping[str, frozenset[str]]
+) -> str | None:
+    """The version of ``name`` that serves whoever is no canary's; None when there is none. Pure."""
+    try:
+        return resolve(folders, name, active, held_back).version
+    except BundleError:
+        return None
 
 
 def version_before(folders: Sequence[BundleFolder], name: str, active: str | None, previous: str | None) -> str | None:
@@ -77,6 +95,7 @@ class ServingModels:
     ) -> None:
         """``on_better`` is called, in another thread, when a model can move to a better engine."""
         self._models = Models(db)
+        self._life = Life(db)
         self._events = Events(db)
         if not isinstance(engine, EngineChoice):
             engine = EngineChoice(engine.name, [engine], threads=threads)
@@ -84,10 +103,12 @@ class ServingModels:
         self._upgrades = Upgrades(engine, on_better)
         self._spare: dict[Path, ReadyModel] = {}
         self._retired: list[ReadyModel] = []
-        """Taken out of service; a job that stands still for a more urgent one may still be in the middle of one."""
+        """Stand-ins out of service; a job that stands still for a more urgent one may be in the middle of one."""
         self._models_dir = models_dir
         self._data_dir = data_dir
         self._ready: dict[str, ReadyModel] = {}
+        self._held: list[ReadyModel] = []
+        self._replaced: list[ReadyModel] = []
         self._errors: dict[str, str] = {}
         self._not_before: dict[str, float] = {}
         self._log = logs.get()
@@ -101,7 +122,7 @@ class ServingModels:
         when none can serve.
         """
         folders = bundle_folders(self._models_dir, self._data_dir)
-        wanted = resolve(folders, reference, self._models.active())
+        wanted = resolve(folders, reference, self._models.active(), self._life.held_back())
         known = self._ready.get(reference)
         if known is not None and known.identity.version == wanted.version:
             better = self._upgrades.take(wanted.path)
@@ -128,7 +149,7 @@ class ServingModels:
         known = self._ready.get(reference)
         if known is not None:
             _told(known, on=False)
-            self._retired.append(known)
+            self._replaced.append(known)
             if (spare := self._spare.pop(known.bundle.path, None)) is not None:
                 self._retired.append(spare)
         self._ready[reference] = ready
@@ -186,6 +207,12 @@ class ServingModels:
         """The best of the other versions that passes, or None."""
         previous = self._models.previous(failed.name)
         others = [f for f in folders if f.name == failed.name and f.version != failed.version and "-" not in f.version]
+        unfit = {
+            r["version"]
+            for r in self._life.versions(failed.name)
+            if r["faulty"] or r["state"] in (ModelState.staged, ModelState.shadow, ModelState.canary)
+        }
+        others = [f for f in others if f.version not in unfit]
         others.sort(key=cmp_to_key(lambda a, b: compare_versions(b.version, a.version)))
         others.sort(key=lambda f: f.version != previous)
         for folder in others:
@@ -202,6 +229,7 @@ class ServingModels:
         """Between jobs: verify all of these; what fails is reported and tried again with its next job."""
         while self._retired:
             self._retired.pop().close()
+        self._close_replaced()
         for reference in references:
             if time.monotonic() < self._not_before.get(reference, 0.0):
                 continue
@@ -210,6 +238,31 @@ class ServingModels:
             except Exception as error:  # noqa: BLE001 one bad bundle must not stop the others
                 self._fail(reference, str(error))
                 self._log.error("model cannot serve", model=reference, error=str(error))
+
+    def hold(self, model: ReadyModel) -> None:
+        """A job begins with it: until :meth:`let_go` it stays open, whatever takes its place meanwhile."""
+        self._held.append(model)
+
+    def let_go(self, model: ReadyModel) -> None:
+        index = next(i for i, held in enumerate(self._held) if held is model)
+        del self._held[index]
+        self._close_replaced()
+
+    def _close_replaced(self) -> None:
+        still = [m for m in self._replaced if any(m is held for held in self._held)]
+        for model in self._replaced:
+            if not any(model is held for held in still):
+                model.close()
+        self._replaced = still
+
+    def keep(self, references: Sequence[str]) -> None:
+        """Give back what none of these needs any more, such as a canary that was retired."""
+        for reference in [r for r in self._ready if r not in references]:
+            _told(self._ready[reference], on=False)
+            self._replaced.append(self._ready.pop(reference))
+        self._close_replaced()
+        for reference in [r for r in self._errors if r not in references]:
+            del self._errors[reference]
 
     def _fail(self, reference: str, error: str) -> None:
         self._not_before[reference] = time.monotonic() + RETRY_SECONDS

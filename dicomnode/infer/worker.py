@@ -35,20 +35,19 @@ from dicomnode.infer.ahead import ReadAhead
 from dicomnode.infer.choice import engine_name
 from dicomnode.infer.decode import Decoder
 from dicomnode.infer.faults import Fault, Remedy, fault_of, leave_engine, remedy
-from dicomnode.infer.golden import ReadyModel
 from dicomnode.infer.pipeline import Progress
-from dicomnode.infer.placing import PlacedModel, PlacedModels
+from dicomnode.infer.placing import PlacedModels, Servable
+from dicomnode.infer.routing import Router
 from dicomnode.infer.serving import ServingModels
 from dicomnode.infer.volume import ReadSlice
 from dicomnode.orders import LABELMAP_SR, Order, load
-from dicomnode.records import Analysis, EncodedObject, ModelIdentity, ResultIdentity, SourceInstance
+from dicomnode.records import Analysis, EncodedObject, Finding, ModelIdentity, ResultIdentity, SourceInstance
 from dicomnode.settings import Settings
 
 Encode = Callable[[Analysis, ResultIdentity, ModelIdentity, Sequence[SourceInstance], Order], Sequence[EncodedObject]]
 ReportFailure = Callable[[Row, Sequence[SourceInstance], ModelIdentity | None], EncodedObject]
 """(job that failed or was refused, its sources, its model where that can serve) -> SR."""
 
-Servable = ReadyModel | PlacedModel
 WITHOUT_LIMIT = 1_000_000_000
 EXIT_HUNG = 75
 """EX_TEMPFAIL of sysexits.h."""
@@ -78,6 +77,7 @@ class Worker:
         self._jobs = Jobs(db)
         self._events = Events(db)
         self._models = models
+        self._router = Router(settings, db, models)
         self._encode = encode
         self._owner = owner
         self._decoder = decoder
@@ -96,8 +96,14 @@ class Worker:
         """Take back what a former life of this worker held."""
         self._expire((self._owner,))
 
+    @property
+    def router(self) -> Router:
+        """Which version does which job."""
+        return self._router
+
     def hand_back(self) -> int:
         """Give up what this worker holds; the attempt does not count."""
+        self._router.stop()
         return self._jobs.hand_back(self._owner)
 
     def run_once(self) -> bool:
@@ -173,7 +179,10 @@ class Worker:
             return None
 
     def _expire(self, dead: tuple[str, ...]) -> None:
-        for job in self._jobs.expire(self._settings.inference.max_attempts, dead):
+        expired = self._jobs.expire(self._settings.inference.max_attempts, dead)
+        if expired:
+            self._router.lost([int(job["id"]) for job in expired])
+        for job in expired:
             metrics.job("lost")
             self._log.warning("job taken back", job=job["id"], attempts=job["attempts"])
             if job["attempts"] >= self._settings.inference.max_attempts:
@@ -186,6 +195,7 @@ class Worker:
         try:
             self._work(job)
         except LeaseLost as error:
+            self._router.end(job_id, "stopped")
             metrics.job("lost")
             self._log.info("result dropped", job=job_id, cause=error.cause)
         except InputError as error:
@@ -195,6 +205,7 @@ class Worker:
                 return
             text = f"{code}: {error.cause}. {error.hint}".strip()
             self._settle(lambda: self._jobs.refuse(job_id, self._owner, text))
+            self._router.end(job_id, "refused")
             metrics.job("refused")
             self._log.warning("series refused", job=job_id, model=job["model"], code=code, cause=error.cause)
             self._events.add("warning", "job-refused", f"job {job_id}", text)
@@ -207,6 +218,7 @@ class Worker:
             self._lost = True
         except (OperatorError, PeerAway) as error:
             # A missing model, a full disk, an endpoint that is away: it passes, if only once the operator has acted.
+            self._router.end(job_id, "stopped")
             self._retry(job, str(error), WITHOUT_LIMIT)
         except NodeError as error:
             self._retry(job, str(error), self._settings.inference.max_attempts)
@@ -216,6 +228,7 @@ class Worker:
 
     def _retry(self, job: Row, text: str, max_attempts: int) -> None:
         job_id = int(job["id"])
+        self._router.end(job_id, "error")
         states: list[str] = []
         self._settle(lambda: states.append(self._jobs.fail(job_id, self._owner, text, max_attempts=max_attempts)))
         state = states[0] if states else "lost"
@@ -248,11 +261,9 @@ class Worker:
                 "A newer revision follows",
                 retryable=True,
             )
-        job_id = int(job["id"])
-        model = self._models.for_job(str(job["model"]), lambda d: self._jobs.place(job_id, self._owner, d))
         ahead = self._ahead.take(sources) if self._ahead else {}
         try:
-            self._analyse(job, model, sources, ahead, started)
+            self._analyse(job, sources, ahead, started)
         finally:
             if self._ahead:
                 self._ahead.done(sources)
@@ -260,7 +271,6 @@ class Worker:
     def _analyse(
         self,
         job: Row,
-        model: Servable,
         sources: Sequence[SourceInstance],
         ahead: Mapping[str, ReadSlice],
         started: float,
@@ -274,6 +284,8 @@ class Worker:
                     "Send the series again",
                     retryable=True,
                 )
+        job_id = int(job["id"])
+        model = self._router.pick(job, len(sources), lambda d: self._jobs.place(job_id, self._owner, d))
         seconds: dict[str, float] = {"wait": max(0.0, started - float(job["last_received_at"]))}
         read_ahead = len(ahead)
         stood: dict[str, float] = {}
@@ -304,6 +316,7 @@ class Worker:
         metrics.job("done")
         self._on_results()
         self._tell_of_conditions(job, hits, unknown_keys(analysis, order.critical))
+        self._router.end(int(job["id"]), "done", analysis, seconds=sum(seconds[step] for step in analysis.seconds))
         self._log.info(
             "job done",
             job=job["id"],
@@ -403,13 +416,12 @@ class Worker:
                     notes=analysis.notes,
                     summary={
                         "engine": analysis.engine,
+                        "precision": analysis.precision,
+                        "role": self._router.role(int(job["id"])),
                         "slices": len(analysis.source_uids),
                         "segments": [s.label for s in analysis.segments],
                         "measurements": [_measurement(m, analysis) for m in analysis.measurements],
-                        "findings": [
-                            {"key": f.key, "value": f.value.meaning if f.value else None, "probability": f.probability}
-                            for f in analysis.findings
-                        ],
+                        "findings": [_finding(f) for f in analysis.findings],
                     },
                     seconds=seconds,
                     critical=[hit.key for hit in hits],
@@ -491,6 +503,11 @@ def _intact(source: SourceInstance) -> bool:
 def _measurement(measurement: Any, analysis: Analysis) -> dict[str, Any]:
     label = next((s.label for s in analysis.segments if s.number == measurement.segment), None)
     return {"key": measurement.key, "segment": label, "value": measurement.value, "unit": measurement.unit.value}
+
+
+def _finding(finding: Finding) -> dict[str, Any]:
+    answer = finding.value.meaning if finding.value else None
+    return {"key": finding.key, "answer": answer, "probability": finding.probability, "threshold": finding.threshold}
 
 
 class _Heart:

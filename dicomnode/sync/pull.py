@@ -1,8 +1,8 @@
 """Model pull: download, digest, unpack, verify, place, activate. In this order.
 
 The version that serves is not touched until the new one has passed everything. Each
-archive has one row, by digest: ``pending`` (waits for the next attempt), ``activated``
-(for good: a version that the operator rolled back is not activated again) or ``rejected``
+archive has one row, by digest: ``pending`` (waits for the next attempt), ``activated`` or
+``placed`` (for good: a version that the operator rolled back is not activated again) or ``rejected``
 (wrong digest, unsafe archive, failed golden case; not tried again until its settings
 change).
 """
@@ -24,8 +24,10 @@ from dicomnode import doorbell, durable, logs, metrics
 from dicomnode.clock import iso
 from dicomnode.errors import BundleError, EngineError, NodeError, PeerAway, StorageError
 from dicomnode.index.database import Database, Row
+from dicomnode.index.life import Life
 from dicomnode.index.operation import Events, Models
 from dicomnode.index.states import backoff_seconds
+from dicomnode.metrics import PullOutcome
 from dicomnode.settings import ModelPull, Settings
 from dicomnode.sync.archive import CHUNK_BYTES, MEBIBYTE, Caps, unpack
 from dicomnode.sync.http import confidential, open_session, origin, read_token
@@ -76,7 +78,7 @@ def is_due(row: Row | None, mark: str, now: float) -> bool:
     """Whether to try now; pure. ``mark`` is the :func:`fingerprint`, ``now`` node time."""
     if row is None:
         return True
-    if row["state"] == "activated":
+    if row["state"] in ("activated", "placed"):
         return False
     if row["state"] == "rejected":
         return not str(row["last_error"] or "").endswith(f"[{mark}]")
@@ -218,9 +220,19 @@ class ModelPuller:
             durable.make_directory(candidate.parent)
             durable.rename_into_place(unpacked, candidate)
             self.verify(candidate)
+            self._hold_back(wanted)
             self._place(candidate, place.final)
         finally:
             durable.remove_tree(place.work)
+
+    def _hold_back(self, wanted: ModelPull) -> None:
+        """Before the folder is there: the newest one serves where none was activated."""
+        life = Life(self.db)
+        if wanted.begin_as == "active" or life.state(wanted.name, wanted.version) is not None:
+            return  # known: a former attempt was cut after this, or the operator has changed it since
+        life.stage(wanted.name, wanted.version, who="sync", why=_pulled(wanted))
+        if wanted.begin_as == "shadow":
+            life.shadow(wanted.name, wanted.version, who="sync", why=_pulled(wanted))
 
     def _place(self, candidate: Path, final: Path) -> None:
         durable.make_directory(final.parent)
@@ -238,13 +250,15 @@ class ModelPuller:
         durable.sync_directory(final.parent)
 
     def _activated(self, wanted: ModelPull, place: Places, attempts: int) -> None:
-        self.models.activate(wanted.name, wanted.version)
-        self._record(wanted, "activated", attempts, 0.0, None)
+        outcome: PullOutcome = "activated" if wanted.begin_as == "active" else "placed"
+        if wanted.begin_as == "active":
+            self.models.activate(wanted.name, wanted.version, "sync", _pulled(wanted))
+        self._record(wanted, outcome, attempts, 0.0, None)
         durable.remove(place.archive)
         doorbell.ring(self.data_dir, "worker")
-        Events(self.db).add("info", "model", f"{wanted.name}@{wanted.version}", "pulled, verified and activated")
-        self._log.info("model activated", model=wanted.name, version=wanted.version, digest=wanted.sha256[:16])
-        metrics.model_pull("activated")
+        Events(self.db).add("info", "model", f"{wanted.name}@{wanted.version}", f"pulled, verified and {outcome}")
+        self._log.info(f"model {outcome}", model=wanted.name, version=wanted.version, digest=wanted.sha256[:16])
+        metrics.model_pull(outcome)
 
     def _rejected(self, wanted: ModelPull, place: Places, attempts: int, why: str) -> None:
         durable.remove(place.archive)
@@ -274,6 +288,10 @@ class ModelPuller:
                 "finished_time": None if state == "pending" else iso(self.db.clock.wall()),
             }
         )
+
+
+def _pulled(wanted: ModelPull) -> str:
+    return f"pulled, SHA-256 {wanted.sha256[:16]}…"
 
 
 def _append(file: IO[bytes], chunk: bytes) -> None:

@@ -265,6 +265,12 @@ class Models:
     def other(self, model: FailingModel) -> FailingModel | None:
         return self.second
 
+    def hold(self, model: FailingModel) -> None:
+        """Nothing takes its place here."""
+
+    def let_go(self, model: FailingModel) -> None:
+        """As :meth:`hold`."""
+
 
 def run_job(db: Database, tmp_path: Path, models: Models, monkeypatch: pytest.MonkeyPatch) -> tuple[int, list[str]]:
     monkeypatch.setattr("dicomnode.infer.worker._intact", lambda source: True)

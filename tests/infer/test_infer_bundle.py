@@ -124,7 +124,7 @@ def _rename(manifest: dict[str, Any]) -> None:
         (lambda m: m["input"].update(surprise=1), "input.surprise"),
         (lambda m: m["postprocess"][1].update(surprise=1), "surprise"),
         (lambda m: m["postprocess"][1].update(step="run_python"), "run_python"),
-        (lambda m: m.update(schema_version=2), "schema_version"),
+        (lambda m: m.update(schema_version=3), "schema_version"),
         (lambda m: m["identity"].update(version="1.0"), "semantic version"),
         (lambda m: m["files"].update({"../escape.md": "0" * 64}), "files"),
         (lambda m: m["files"].update({"/etc/x.md": "0" * 64}), "files"),

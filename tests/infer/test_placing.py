@@ -15,6 +15,7 @@ from dicomnode.endpoint_settings import Endpoint
 from dicomnode.errors import EngineError, PeerAway
 from dicomnode.index.database import Database
 from dicomnode.index.jobs import Jobs
+from dicomnode.infer.bundle import load_bundle
 from dicomnode.infer.decode import InlineDecoder
 from dicomnode.infer.kserve import KServe
 from dicomnode.infer.ort import OnnxRuntimeCpu
@@ -217,13 +218,16 @@ def test_a_model_that_one_endpoint_lacks_does_not_put_it_to_rest_for_others(pool
 
 def test_a_bundle_is_verified_when_one_endpoint_passes_it(pool: World) -> None:
     del pool.doubles[0].models[KEY]
-    verify_at_endpoints(pool.settings, MODEL)
+    verify_at_endpoints(pool.settings.inference.endpoints, MODEL)
     del pool.doubles[1].models[KEY]
     with pytest.raises(EngineError, match="model"):
-        verify_at_endpoints(pool.settings, MODEL)
+        verify_at_endpoints(pool.settings.inference.endpoints, MODEL)
 
 
-def test_a_job_without_a_place_waits_without_limit_and_shows_why(tmp_path: Path) -> None:
+def test_a_job_without_a_place_waits_without_limit_and_shows_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dicomnode.infer.worker._intact", lambda source: True)
     settings = Settings(
         node={"data_dir": tmp_path / "data"},
         inference={
@@ -264,6 +268,7 @@ class Failing:
         self.session = type("Session", (), {"engine": f"{name} 1"})()
         self.report = type("Report", (), {"engine": f"{name} 1"})()
         self.identity = type("Identity", (), {"name": "ct-lung", "version": "1.0.0"})()
+        self.bundle = load_bundle(MODEL)
 
     def analyse(self, instances: Any, **_: Any) -> str:
         if self.code:

@@ -6,10 +6,12 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from dicomnode.errors import BundleError
+from dicomnode.errors import BundleError, EngineError
 from dicomnode.index.database import Database
+from dicomnode.index.life import Change, Life
 from dicomnode.index.operation import Events, Models
 from dicomnode.infer.ort import OnnxRuntimeCpu
 from dicomnode.infer.serving import ServingModels, bundle_folders, version_before
@@ -65,3 +67,42 @@ def test_a_first_activation_can_be_rolled_back(db: Database, tmp_path: Path) -> 
     assert version_before(folders, "ct-lung", "1.0.0", Models(db).previous("ct-lung")) == "1.1.0"
     assert version_before(folders, "ct-lung", None, None) is None
     assert version_before(folders[:1], "ct-lung", "1.0.0", None) is None
+
+
+def test_a_model_that_a_job_holds_stays_open_when_it_is_replaced(db: Database, tmp_path: Path) -> None:
+    """A more urgent job in the middle of another one may find a newer version active."""
+    for version in ("1.0.0", "1.1.0"):
+        copy_as(tmp_path / "models", version)
+    Models(db).activate("ct-lung", "1.0.0")
+    models = serving(db, tmp_path)
+    outer = models.get("ct-lung")
+    models.hold(outer)
+    Models(db).activate("ct-lung", "1.1.0")
+    inner = models.get("ct-lung")
+    assert inner.identity.version == "1.1.0"
+    hu = {"hu": np.zeros((1, 1, 8, 8), np.float32)}
+    assert outer.session.run(hu).keys() == inner.session.run(hu).keys()
+    models.let_go(outer)
+    with pytest.raises(EngineError, match="closed"):
+        outer.session.run(hu)
+    assert inner.session.run(hu)
+    models.keep([])
+    with pytest.raises(EngineError, match="closed"):
+        inner.session.run(hu)
+
+
+def test_what_is_on_trial_or_staged_does_not_serve_for_being_newest(db: Database, tmp_path: Path) -> None:
+    for version in ("1.0.0", "1.1.0"):
+        copy_as(tmp_path / "models", version)
+    models = serving(db, tmp_path)
+    assert models.get("ct-lung").identity.version == "1.1.0"
+    life = Life(db)
+    for change in (life.stage, life.shadow, life.retire):
+        change("ct-lung", "1.1.0", who="me")
+        assert models.get("ct-lung").identity.version == "1.0.0"
+        assert models.get("ct-lung@1.1.0").identity.version == "1.1.0"  # a rule that names it gets it
+    life.activate("ct-lung", "1.1.0", who="me")
+    life.roll_back("ct-lung", "1.1.0", "1.0.0", Change("node", "errors"))
+    (tmp_path / "models" / "ct-lung" / "1.0.0" / "model.onnx").write_bytes(b"damaged")
+    with pytest.raises(BundleError):  # what was rolled back is no way out
+        serving(db, tmp_path).get("ct-lung")

@@ -46,7 +46,8 @@ def db(tmp_path: Path):
 def make_worker(db: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, during: Any, **inference: Any):
     monkeypatch.setattr(module, "_intact", lambda source: True)
     trace: list[str] = []
-    models = type("Models", (), {"for_job": lambda self, name, record: Model(name, trace, during)})()
+    held = {"hold": lambda self, model: None, "let_go": lambda self, model: None}
+    models = type("Models", (), {"for_job": lambda self, name, record: Model(name, trace, during), **held})()
     settings = Settings(node={"data_dir": tmp_path / "data"}, inference=inference)
     return trace, Worker(
         settings, db, models, lambda *_: (), owner="w", decoder=InlineDecoder(), on_results=lambda: None

@@ -1,0 +1,310 @@
+"""Manifest schema 2: any orientation and spacing, patches, classification, Python pipelines.
+
+``preprocess`` steps make the network's grid, ``engine`` says how the network sees it,
+``activations`` and ``decision`` turn channels into labels on the source grid (the way back
+through orientation, resampling, crop and pad is implied), ``postprocess`` works on those.
+Instead of all of these ``pipeline`` may name an installed Python package's entry point.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from dicomnode.infer.contract import InputContract, Strict
+from dicomnode.infer.manifest import CodeEntry, FileName, Identity, SegmentEntry, Sha256
+from dicomnode.infer.stages.classify import ActivationName, Calibration
+from dicomnode.infer.stages.decide import Activation, Decision, FillHoles, KeepLargest, MaskFrom, Threshold
+from dicomnode.infer.stages.extent import CropForeground, CropToBody, Pad
+from dicomnode.infer.stages.intensity import ClipValues, MeanStd, MinMax, Percentiles, ScaleRange, Window, ZScore
+from dicomnode.infer.stages.measures import MeasureSpec
+from dicomnode.infer.stages.network import Network
+from dicomnode.infer.stages.orient import Orient, Straighten
+from dicomnode.infer.stages.resample import Resample, Resize
+from dicomnode.infer.steps import CloseAndFill, InsideBody, NameSides, NoteCoverage, RemoveAirways, RemoveGas, TwoLungs
+
+PreStep = Annotated[
+    Orient
+    | Straighten
+    | Resample
+    | Resize
+    | ClipValues
+    | Window
+    | ScaleRange
+    | MeanStd
+    | ZScore
+    | MinMax
+    | Percentiles
+    | CropToBody
+    | CropForeground
+    | Pad,
+    Field(discriminator="step"),
+]
+PostStep = Annotated[
+    KeepLargest
+    | FillHoles
+    | InsideBody
+    | RemoveAirways
+    | RemoveGas
+    | TwoLungs
+    | CloseAndFill
+    | NameSides
+    | NoteCoverage,
+    Field(discriminator="step"),
+]
+_MASK_STEPS = frozenset({"inside_body", "remove_airways", "remove_gas", "two_lungs"})
+_NORMALISING = frozenset({"window", "scale_range", "mean_std", "zscore", "min_max", "percentiles"})
+
+Key = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class MeasurementEntry(Strict):
+    """One measurement, made for each segment that was found."""
+
+    key: Key
+    compute: MeasureSpec
+    name: CodeEntry
+    unit: CodeEntry
+    derivation: CodeEntry | None = None
+
+
+class FindingEntry(Strict):
+    """One answer of a classification: class ``index`` of the score ``output``.
+
+    ``threshold`` null gives the probability without an answer. The codes of the answers are
+    those of CID 240 (Present-Absent) unless others are named. A pipeline in Python gives
+    probabilities by ``key``; ``output``, ``index`` and ``activation`` do not apply to it.
+    """
+
+    key: Key
+    name: CodeEntry
+    output: str = ""
+    index: int = Field(default=0, ge=0, lt=65536)
+    activation: ActivationName = "none"
+    calibration: Calibration | None = None
+    threshold: Share | None = None
+    present: CodeEntry = CodeEntry(value="52101004", scheme="SCT", meaning="Present")
+    absent: CodeEntry = CodeEntry(value="2667000", scheme="SCT", meaning="Absent")
+    text: str = Field(default="", max_length=256)
+
+
+class ProbabilityMapEntry(Strict):
+    """One probability map: ``channel`` of the dense ``output``, after its activation, on the source grid."""
+
+    key: Key
+    name: CodeEntry
+    output: str = ""
+    channel: int = Field(default=0, ge=0, lt=65536)
+    dtype: Literal["float16", "float32"] = "float16"
+
+
+class Outputs(Strict):
+    """What the result holds; at least one segment, finding or map."""
+
+    segments: tuple[SegmentEntry, ...] = ()
+    measurements: tuple[MeasurementEntry, ...] = ()
+    findings: tuple[FindingEntry, ...] = ()
+    probability_maps: tuple[ProbabilityMapEntry, ...] = ()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Outputs:
+        if not (self.segments or self.findings or self.probability_maps):
+            raise ValueError("name at least one segment, finding or probability map")
+        if [s.number for s in self.segments] != list(range(1, len(self.segments) + 1)):
+            raise ValueError("segment numbers must run from 1 without holes")
+        if self.measurements and not self.segments:
+            raise ValueError("measurements are of segments, and there is none")
+        for names in (
+            [s.key for s in self.segments],
+            [s.label for s in self.segments],
+            [m.key for m in self.measurements],
+            [f.key for f in self.findings],
+            [p.key for p in self.probability_maps],
+        ):
+            if len(set(names)) != len(names):
+                raise ValueError("keys and labels must differ from each other")
+        return self
+
+
+class GoldenCase(Strict):
+    """An input with the output that a sound engine gives for it.
+
+    ``input``: .npy, int16 (slices, rows, columns). ``labels``: .npy, uint8, where there are
+    segments. ``affine``: (slice, row, column, 1) to LPS mm. ``measurements``: by ``segment
+    key.measurement key``. ``findings``: probability by key; within ``probability_tolerance``
+    and in the same ranking. ``probability_maps``: .npy, float16 or float32, by key; the
+    share of voxels that differ by more than 0.01 is at most ``max_disagreement``. ``statistics``: mean
+    and standard deviation of each channel of a dense output as the network gave it, within
+    ``relative_tolerance`` of the spread.
+    """
+
+    name: str
+    input: FileName
+    affine: tuple[tuple[float, float, float, float], ...] = Field(min_length=4, max_length=4)
+    labels: FileName | None = None
+    measurements: dict[str, float] = Field(default_factory=dict)
+    findings: dict[str, Share] = Field(default_factory=dict)
+    probability_maps: dict[str, FileName] = Field(default_factory=dict)
+    statistics: dict[str, tuple[tuple[float, float], ...]] = Field(default_factory=dict)
+    max_disagreement: float = Field(default=1e-3, ge=0, le=1e-2)
+    min_dice: float = Field(default=0.999, ge=0.99, le=1)
+    relative_tolerance: float = Field(default=1e-3, ge=0, le=1e-2)
+    probability_tolerance: float = Field(default=0.01, ge=0, le=0.01)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        labels = () if self.labels is None else (self.labels,)
+        return (self.input, *labels, *self.probability_maps.values())
+
+
+class PythonPipeline(Strict):
+    """An algorithm of the house: entry point ``name`` of the group ``dicomnode.pipelines``.
+
+    ``parameters`` are handed to it as they are; they are part of the provenance.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    parameters: dict[str, Any] = Field(default_factory=dict)
+
+
+class StagedManifest(Strict):
+    schema_version: Literal[2]
+    identity: Identity
+    licence: str = Field(min_length=1)
+    intended_use: str = Field(min_length=1)
+    input: InputContract
+    preprocess: tuple[PreStep, ...] = ()
+    engine: Network | None = None
+    activations: tuple[Activation, ...] = ()
+    decision: Decision | None = None
+    postprocess: tuple[PostStep, ...] = ()
+    pipeline: PythonPipeline | None = None
+    outputs: Outputs
+    golden: tuple[GoldenCase, ...] = Field(min_length=1)
+    files: dict[FileName, Sha256]
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> StagedManifest:
+        if self.pipeline is None:
+            if self.engine is None:
+                raise ValueError("engine: a bundle needs a network, or a pipeline that is installed here")
+            problems = [*_order(self), *_decisions(self), *_references(self, self.engine)]
+        else:
+            problems = _pipeline_alone(self)
+        problems += _golden_problems(self)
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def parameters(self) -> dict[str, Any]:
+        """All steps with all their values: provenance, and part of the identity of results."""
+        keys = {"preprocess", "engine", "activations", "decision", "postprocess", "pipeline"}
+        return {"schema_version": 2, **self.model_dump(mode="json", include=keys)}
+
+
+def _order(m: StagedManifest) -> list[str]:
+    """Orders of steps that compute something else than meant."""
+    names = [step.step for step in m.preprocess]
+    problems = []
+    for name in ("orient", "straighten"):
+        if names.count(name) > 1:
+            problems.append(f"preprocess: {name} occurs twice")
+    if "straighten" in names:
+        before = {"orient", "resample", "resize", "crop_to_body", "crop_foreground", "pad"} & set(
+            names[: names.index("straighten")]
+        )
+        if before:
+            problems.append(f"preprocess: straighten must come before {', '.join(sorted(before))}")
+    seen: set[str] = set()
+    for step in m.preprocess:
+        body = step.step == "crop_to_body" or (step.step == "zscore" and step.over == "body")
+        if body and seen & _NORMALISING:
+            problems.append(f"preprocess: {step.step} looks for the body by HU; put it before the normalisation")
+        if step.step in ("resample", "resize") and "pad" in seen:
+            problems.append(f"preprocess: {step.step} after pad interpolates across the padding; put pad after it")
+        seen.add(step.step)
+    return problems
+
+
+def _decisions(m: StagedManifest) -> list[str]:
+    problems = []
+    if m.outputs.segments and m.decision is None:
+        problems.append("decision: segments need one of argmax, threshold, from_output")
+    if m.decision is not None and not m.outputs.segments:
+        problems.append("outputs.segments: there is a decision but no segment that it makes")
+    if m.postprocess and m.decision is None:
+        problems.append("postprocess: its steps work on labels; there is no decision")
+    mask = isinstance(m.decision, MaskFrom)
+    labelled = not mask
+    for step in m.postprocess:
+        if step.step in _MASK_STEPS and not mask:
+            problems.append(f"postprocess: {step.step} works on the mask of a from_output decision")
+        if step.step not in _MASK_STEPS and not labelled:
+            problems.append(f"postprocess: {step.step} needs labels; put two_lungs before it")
+        labelled = labelled or step.step == "two_lungs"
+    if mask and not labelled:
+        problems.append("postprocess: no step makes labels of the mask; add two_lungs, or decide by threshold")
+    if isinstance(m.decision, Threshold) and m.decision.labels is not None and 0 in m.decision.labels:
+        problems.append("decision: threshold gives each channel a segment number of 1 or more")
+    return problems
+
+
+def _references(m: StagedManifest, network: Network) -> list[str]:
+    problems = []
+    for place, names, known in (
+        ("activations", [a.output for a in m.activations], network.outputs),
+        ("decision", [m.decision.output] if m.decision else [], network.outputs),
+        ("outputs.probability_maps", [p.output for p in m.outputs.probability_maps], network.outputs),
+        ("outputs.findings", [f.output for f in m.outputs.findings], network.scores),
+        ("golden.statistics", [n for case in m.golden for n in case.statistics], network.outputs),
+    ):
+        kind = "scores" if known is network.scores else "outputs"
+        problems += [
+            f"{place}: {name or 'no output'} is not among engine.{kind} ({', '.join(known) or 'none'})"
+            for name in names
+            if name not in known
+        ]
+    twice = [a.output for a in m.activations]
+    problems += [f"activations: {name} gets two" for name in sorted(set(twice)) if twice.count(name) > 1]
+    if network.model not in m.files:
+        problems.append(f"{network.model} is used but not listed under files")
+    return problems
+
+
+def _pipeline_alone(m: StagedManifest) -> list[str]:
+    used = [
+        name
+        for name, there in (
+            ("preprocess", bool(m.preprocess)),
+            ("activations", bool(m.activations)),
+            ("decision", m.decision is not None),
+            ("postprocess", bool(m.postprocess)),
+        )
+        if there
+    ]
+    problems = [f"{name}: a pipeline does its own steps; leave it out" for name in used]
+    problems += [
+        f"outputs.findings: {f.key}: a pipeline gives calibrated probabilities; leave calibration out"
+        for f in m.outputs.findings
+        if f.calibration is not None
+    ]
+    if m.engine is not None and m.engine.model not in m.files:
+        problems.append(f"{m.engine.model} is used but not listed under files")
+    return problems
+
+
+def _golden_problems(m: StagedManifest) -> list[str]:
+    problems = []
+    findings = {f.key for f in m.outputs.findings}
+    maps = {p.key for p in m.outputs.probability_maps}
+    for case in m.golden:
+        problems += [f"{f} is used but not listed under files" for f in case.files if f not in m.files]
+        if bool(m.outputs.segments) != (case.labels is not None):
+            problems.append(f"golden {case.name}: labels are needed exactly where there are segments")
+        if case.findings.keys() != findings:
+            problems.append(f"golden {case.name}: findings must have a probability for each of {sorted(findings)}")
+        if case.probability_maps.keys() != maps:
+            problems.append(f"golden {case.name}: probability_maps must have a file for each of {sorted(maps)}")
+    return problems

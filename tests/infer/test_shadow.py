@@ -1,0 +1,219 @@
+"""Comparisons beside the clinical work: real child processes, stopped, killed, and heard of nowhere else."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from dicomnode.index.database import Database
+from dicomnode.index.jobs import Jobs
+from dicomnode.index.life import Life
+from dicomnode.index.operation import Events, Models
+from dicomnode.index.runs import Runs
+from dicomnode.infer.compare import Finding, compare, masks_of_labels, masks_of_seg
+from dicomnode.infer.shadow import Shadows
+from dicomnode.infer.worker import Worker
+from dicomnode.settings import Settings
+from tests.infer.life_case import add_series, add_version, settings_of, worker_on
+from tests.peers import wait_for
+
+TABLES = ("results", "deliveries", "sync_items", "notifications", "instances", "jobs", "job_inputs")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    add_version(tmp_path, "1.0.0")
+    add_version(tmp_path, "1.1.0")
+    return tmp_path
+
+
+@pytest.fixture
+def db(folder: Path) -> Iterator[Database]:
+    made = Database(folder / "data")
+    yield made
+    made.close()
+
+
+class Case:
+    def __init__(self, folder: Path, db: Database, **rollout: Any) -> None:
+        self.db = db
+        self.settings: Settings = settings_of(folder, rollout=rollout)
+        self.worker: Worker = worker_on(self.settings, db)
+        self.shadows = Shadows(self.settings, db, self.worker.router)
+        Models(db).activate("ct-lung", "1.0.0")
+
+    def until(self, condition: Callable[[], Any], what: str) -> Any:
+        def step() -> Any:
+            self.shadows.go_on()
+            return condition()
+
+        try:
+            return wait_for(step, 60, what)
+        finally:
+            self.shadows.pause()
+
+    def finished(self) -> list[dict[str, Any]]:
+        return [r for r in Runs(self.db).comparisons("ct-lung") if r["state"] != "running"]
+
+    def counts(self) -> dict[str, int]:
+        return {t: int(self.db.value(f"SELECT count(*) FROM {t}")) for t in TABLES}
+
+
+def test_shadow_compares_and_its_results_go_nowhere(folder: Path, db: Database) -> None:
+    """Stopped on its way by a clinical job, it goes on afterwards; the same model agrees with itself."""
+    case = Case(folder, db)
+    early = add_series(db)
+    assert case.worker.run_once()
+    Life(db).shadow("ct-lung", "1.1.0", who="me")
+    job_id = add_series(db)
+    assert case.worker.run_once()
+    before, files = case.counts(), sorted(p for p in (folder / "data" / "objects").rglob("*") if p.is_file())
+    case.shadows.go_on()
+    pid = case.shadows.child_pid
+    assert pid is not None
+    child = psutil.Process(pid)
+    case.shadows.pause()
+    wait_for(lambda: child.status() == psutil.STATUS_STOPPED, 10, "the child is stopped")
+    assert child.nice() == 19 or child.cpu_times().user < 5  # it may not have come that far
+    case.shadows.go_on()
+    [row] = case.until(case.finished, "the comparison is done")
+    assert (row["job_id"], row["version"], row["other_version"], row["role"]) == (job_id, "1.1.0", "1.0.0", "shadow")
+    assert row["error"] is None and row["state"] == "done"
+    assert (row["least_dice"], row["greatest_difference"], row["same_findings"]) == (
+        1.0,
+        pytest.approx(0, abs=1e-6),
+        True,
+    )
+    assert set(row["dice"]) == {"Left lung", "Right lung"}
+    assert row["seconds"] > 0 and row["other_seconds"] > 0
+    assert case.counts() == before
+    assert sorted(p for p in (folder / "data" / "objects").rglob("*") if p.is_file()) == files
+    case.shadows.go_on()
+    assert not case.shadows.busy, "what was analysed before the shadow began is not compared"
+    assert not [c for c in Runs(db).comparisons("ct-lung") if c["job_id"] == early]
+
+
+def test_a_canary_is_compared_with_the_active_version(folder: Path, db: Database) -> None:
+    """The canary's result is the one that is delivered; a disagreement rolls it back."""
+    case = Case(folder, db, min_runs=1, min_dice=1.0, max_difference=0.0, max_disagreement=0.0)
+    Life(db).canary("ct-lung", "1.1.0", percent=100, who="me")
+    job_id = add_series(db)
+    assert case.worker.run_once()
+    shown = Jobs(db).show(job_id)
+    assert shown is not None and shown["model_version"] == "1.1.0" and len(shown["deliveries"]) == 2
+    # As if the canary had measured something else.
+    summary = shown["summary"]
+    summary["measurements"][0]["value"] *= 2
+    with db.transaction():
+        db.execute("UPDATE jobs SET summary = ? WHERE id = ?", (json.dumps(summary), job_id))
+    [row] = case.until(case.finished, "the comparison is done")
+    assert (row["version"], row["other_version"], row["role"]) == ("1.1.0", "1.0.0", "canary")
+    assert row["least_dice"] == 1.0 and row["greatest_difference"] > 0.1
+    assert Life(db).state("ct-lung", "1.1.0") == "retired"
+    assert Life(db).rolled_back()[0]["why"].startswith("disagreement: 100% of 1")
+
+
+def test_a_child_that_dies_or_takes_too_long_costs_its_comparison_only(folder: Path, db: Database) -> None:
+    case = Case(folder, db, shadow_seconds=1000)
+    Life(db).shadow("ct-lung", "1.1.0", who="me")
+    add_series(db)
+    assert case.worker.run_once()
+    case.shadows.go_on()
+    assert case.shadows.child_pid is not None
+    os.kill(case.shadows.child_pid, signal.SIGKILL)
+    [row] = case.until(case.finished, "the failure is noted")
+    assert row["state"] == "failed" and "ended (code -9)" in row["error"]
+    assert "model-comparison" in {e["kind"] for e in Events(db).listing()}
+    case.shadows.go_on()
+    assert not case.shadows.busy, "it is not tried without end"
+    add_series(db)
+    assert case.worker.run_once()
+    case.shadows.go_on()
+    case.shadows._settings = settings_of(folder, rollout={"shadow_seconds": 1.0001})
+    rows = case.until(lambda: len(case.finished()) == 2 and case.finished(), "it is ended")
+    assert "took more than 1.0001 s" in rows[0]["error"] or rows[0]["state"] == "done"
+    case.shadows.close()
+
+
+def test_a_worker_that_ends_leaves_no_child_and_its_comparison_is_made_up_for(folder: Path, db: Database) -> None:
+    case = Case(folder, db)
+    Life(db).shadow("ct-lung", "1.1.0", who="me")
+    add_series(db)
+    assert case.worker.run_once()
+    case.shadows.go_on()
+    pid = case.shadows.child_pid
+    case.shadows.pause()
+    case.shadows.close()
+    assert pid is not None and not psutil.pid_exists(pid)
+    assert case.finished() == []
+    again = Shadows(case.settings, db, case.worker.router)
+    again.go_on()
+    assert again.busy
+    again.close()
+
+
+# Comparing
+
+
+def finding(**masks: list[int]) -> Finding:
+    return Finding({k: np.array(v, bool).reshape(1, 1, -1) for k, v in masks.items()}, {})
+
+
+def test_compare_by_label_and_key() -> None:
+    found = compare(finding(a=[1, 1, 0], b=[0, 0, 0], c=[0, 0, 1]), finding(a=[1, 0, 0], b=[0, 0, 0]))
+    assert found.dice == {"a": pytest.approx(2 / 3), "c": 0.0}
+    assert not found.same_findings
+    assert found.fields()["least_dice"] == 0.0
+    nothing = compare(finding(a=[0]), finding())
+    assert nothing.same_findings and nothing.fields()["least_dice"] is None
+    one, other = Finding({}, {"v": 10.0, "only": 1.0, "n": np.nan}), Finding({}, {"v": 8.0, "n": np.nan})
+    assert compare(one, other).differences == {"v": pytest.approx(0.2), "only": 1.0, "n": 0.0}
+    with pytest.raises(ValueError, match="masks of"):
+        compare(finding(a=[1, 1]), finding(a=[1]))
+
+
+MASKS = hnp.arrays(bool, (2, 3, 4))
+
+
+@given(MASKS, MASKS)
+def test_dice_is_symmetric_and_one_for_itself(a: Any, b: Any) -> None:
+    there, back = (compare(Finding({"s": x}, {"v": 1.0}), Finding({"s": y}, {"v": 2.0})) for x, y in ((a, b), (b, a)))
+    assert (there.dice, there.differences) == (back.dice, back.differences)
+    assert all(0 <= d <= 1 for d in there.dice.values())
+    assert all(d == 1 for d in compare(Finding({"s": a}, {}), Finding({"s": a}, {})).dice.values())
+
+
+@given(st.permutations(range(5)))
+def test_masks_follow_the_order_that_is_asked_for(order: list[int]) -> None:
+    labels = np.arange(5, dtype=np.uint8).reshape(5, 1, 1)
+    uids = [f"u{n}" for n in range(5)]
+    masks = masks_of_labels(labels, {3: "three"}, uids, [uids[n] for n in order])
+    assert masks["three"].ravel().tolist() == [n == 3 for n in order]
+
+
+def test_the_masks_of_a_stored_seg_are_those_that_were_encoded(folder: Path, db: Database, monkeypatch: Any) -> None:
+    from dicomnode.infer.golden import ReadyModel
+    from tests.infer.life_case import boxes
+
+    monkeypatch.setattr(ReadyModel, "analyse", boxes)
+    worker = worker_on(settings_of(folder), db)
+    job_id = add_series(db)
+    assert worker.run_once()
+    shown = Jobs(db).show(job_id)
+    assert shown is not None
+    order = [r["SOPInstanceUID"] for r in Jobs(db).inputs(job_id)]
+    seg = next(r["file"] for r in shown["results"] if r["kind"] == "SEG")
+    masks = masks_of_seg(folder / "data" / "objects" / seg, order)
+    assert {k: int(m.sum()) for k, m in masks.items()} == {"Right lung": 16 * 8 * 40, "Left lung": 16 * 8 * 40}
+    assert masks[min(masks, key=lambda k: int(np.argmax(masks[k].any((0, 2)))))][4:20, 10:18, 20:60].all()
