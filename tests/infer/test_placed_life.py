@@ -51,9 +51,9 @@ class Clock:
 
 
 class Case:
-    """A worker whose models, in two versions, run on two endpoints; 1.0.0 is active."""
+    """A worker whose models, in two versions, run on two endpoints."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, active: str = "1.0.0") -> None:
         for version in ("1.0.0", "1.1.0"):
             add_version(folder, version)
         self.folder = folder
@@ -85,7 +85,8 @@ class Case:
             decoder=InlineDecoder(),
             on_results=lambda: None,
         )
-        Models(self.db).activate("ct-lung", "1.0.0")
+        if active:
+            Models(self.db).activate("ct-lung", active)
 
     def runs(self, version: str) -> list[str]:
         return [r.state for r in Runs(self.db).recent("ct-lung", version, 9)]
@@ -201,9 +202,18 @@ def test_what_a_job_runs_on_stays_open_while_another_version_takes_its_place(cas
         model._ready.session.run({"hu": np.zeros((1, 1, 8, 8), np.float32)})
 
 
-def test_a_staged_version_is_not_what_places_should_serve(case: Case) -> None:
+def test_a_staged_version_is_not_what_places_should_serve(tmp_path: Path) -> None:
+    """gpu0 has but the release before; the newest but the staged one is at gpu1, and that is where the job goes."""
+    case = Case(tmp_path, active="")
+    add_version(tmp_path, "0.9.0")
+    case.doubles[0].models = {("ct-lung", "0.9.0"): Model(ONNX)}
     Life(case.db).stage("ct-lung", "1.1.0", who="me")
-    assert case.models.for_job("ct-lung", lambda decision: None).identity.version == "1.0.0"
+    try:
+        decisions: list[Any] = []
+        assert case.models.for_job("ct-lung", decisions.append).identity.version == "1.0.0"
+        assert decisions[-1]["chosen"] == "gpu1"
+    finally:
+        case.close()
 
 
 def with_shapes(onnx: bytes) -> bytes:
