@@ -11,7 +11,7 @@ from pydicom.uid import UID, Comprehensive3DSRStorage, ExplicitVRLittleEndian, S
 from pynetdicom.sop_class import Verification
 
 from dicomnode import __version__
-from dicomnode.app import MANUFACTURER
+from dicomnode.app_results import MANUFACTURER
 from dicomnode.conformance_page import Document, Section, Table, table
 from dicomnode.conformance_sections import (
     SERVICE_SECTIONS,

@@ -11,7 +11,17 @@ PACKAGE = Path(__file__).resolve().parent.parent / "dicomnode"
 STAGES = frozenset(["receive", "select", "infer", "encode", "deliver", "serve", "sync", "custody", "admin"])
 COMPOSITION = frozenset(
     [
-        *("app", "cli", "cli_common", "cli_conformance", "cli_delivery", "cli_models_import"),
+        *(
+            "app",
+            "app_shell",
+            "app_worker",
+            "app_results",
+            "cli",
+            "cli_common",
+            "cli_conformance",
+            "cli_delivery",
+            "cli_models_import",
+        ),
         *("__main__", "sidecar", "doctor", "demo"),
         *("cli_models", "model_desk"),
         *("conformance", "conformance_sections", "conformance_services", "conformance_statuses"),

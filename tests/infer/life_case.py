@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from dicomnode import durable, logs
-from dicomnode.app import encoder
+from dicomnode.app_results import encoder
 from dicomnode.durable import ObjectStore
 from dicomnode.header import Wanted, read_header
 from dicomnode.index.catalogue import Catalogue, NewInstance
