@@ -21,7 +21,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 from pynetdicom import AE, evt
 
-from dicomnode import app, durable, header, logs, supervisor
+from dicomnode import app_shell, durable, header, logs, supervisor
 from dicomnode.admin.ready import check_disk
 from dicomnode.custody.sweep import GRACE_SECONDS, Sweeper
 from dicomnode.deliver.scu import Outgoing, SendOutcome, Sent, send_batch
@@ -261,7 +261,7 @@ def test_a_start_that_fails_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_fault_in_a_heartbeat_does_not_end_the_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app, "BEAT_SECONDS", 0.001)
+    monkeypatch.setattr(app_shell, "BEAT_SECONDS", 0.001)
     beats = threading.Event()
     seen: list[int] = []
 
@@ -272,7 +272,7 @@ def test_a_fault_in_a_heartbeat_does_not_end_the_heartbeat(monkeypatch: pytest.M
         beats.set()
 
     shell: Any = SimpleNamespace(_wake=threading.Event(), healthy=lambda: True, beat=beat, log=logs.get())
-    thread = threading.Thread(target=app.Shell._beat_loop, args=(shell,), daemon=True)
+    thread = threading.Thread(target=app_shell.Shell._beat_loop, args=(shell,), daemon=True)
     thread.start()
     assert beats.wait(10)
     shell._wake.set()
