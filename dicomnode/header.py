@@ -186,12 +186,10 @@ def find_pixel_data(data: memoryview, transfer_syntax_uid: str, wanted: Wanted) 
         return None
     if at + 12 > len(data) or _LITTLE.word(_LITTLE.pair(data, at)[0]) != _PIXEL_DATA:
         return None
-    at += 8 if reader.explicit else 4
-    length = _LITTLE.long(data, at)[0]
-    at += 4
-    if length == _UNDEFINED:
-        return PixelData(texts, at, len(data))
-    return PixelData(texts, at, at + length) if length <= len(data) - at else None
+    at += 12 if reader.explicit else 8
+    length = _LITTLE.long(data, at - 4)[0]
+    stop = len(data) if length == _UNDEFINED else at + length
+    return PixelData(texts, at, stop) if stop <= len(data) else None
 
 
 def _inflate(data: bytes | bytearray | memoryview) -> bytes:

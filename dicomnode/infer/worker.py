@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -35,13 +33,15 @@ from dicomnode.infer.ahead import ReadAhead
 from dicomnode.infer.choice import engine_name
 from dicomnode.infer.decode import Decoder
 from dicomnode.infer.faults import Fault, Remedy, fault_of, leave_engine, remedy
+from dicomnode.infer.heart import EXIT_HUNG, Heart
 from dicomnode.infer.pipeline import Progress
 from dicomnode.infer.placing import PlacedModels, Servable
 from dicomnode.infer.routing import Router
 from dicomnode.infer.serving import ServingModels
+from dicomnode.infer.summary import finding, measurement
 from dicomnode.infer.volume import ReadSlice
 from dicomnode.orders import LABELMAP_SR, Order, load
-from dicomnode.records import Analysis, EncodedObject, Finding, ModelIdentity, ResultIdentity, SourceInstance
+from dicomnode.records import Analysis, EncodedObject, ModelIdentity, ResultIdentity, SourceInstance
 from dicomnode.settings import Settings
 
 Encode = Callable[[Analysis, ResultIdentity, ModelIdentity, Sequence[SourceInstance], Order], Sequence[EncodedObject]]
@@ -49,8 +49,6 @@ ReportFailure = Callable[[Row, Sequence[SourceInstance], ModelIdentity | None], 
 """(job that failed or was refused, its sources, its model where that can serve) -> SR."""
 
 WITHOUT_LIMIT = 1_000_000_000
-EXIT_HUNG = 75
-"""EX_TEMPFAIL of sysexits.h."""
 EXIT_LOST = EXIT_HUNG
 """The accelerator is spoilt for this process; the next one gets a fresh context."""
 
@@ -83,7 +81,7 @@ class Worker:
         self._decoder = decoder
         self._on_results = on_results
         self._ahead = ahead
-        self._hearts: list[_Heart] = []
+        self._hearts: list[Heart] = []
         """Of the jobs at hand: the last is being done, those before it wait for it."""
         self._on_lost = on_lost
         self._lost = False
@@ -119,7 +117,7 @@ class Worker:
 
     def _do(self, job: Row) -> None:
         inference = self._settings.inference
-        heart = _Heart(self._jobs, int(job["id"]), self._owner, inference.lease_seconds, inference.job_seconds)
+        heart = Heart(self._jobs, int(job["id"]), self._owner, inference.lease_seconds, inference.job_seconds)
         self._hearts.append(heart)
         try:
             with heart:
@@ -420,8 +418,8 @@ class Worker:
                         "role": self._router.role(int(job["id"])),
                         "slices": len(analysis.source_uids),
                         "segments": [s.label for s in analysis.segments],
-                        "measurements": [_measurement(m, analysis) for m in analysis.measurements],
-                        "findings": [_finding(f) for f in analysis.findings],
+                        "measurements": [measurement(m, analysis) for m in analysis.measurements],
+                        "findings": [finding(f) for f in analysis.findings],
                     },
                     seconds=seconds,
                     critical=[hit.key for hit in hits],
@@ -498,59 +496,3 @@ def _intact(source: SourceInstance) -> bool:
         return durable.object_intact(source.path, source.sha256)
     except OSError:
         return False
-
-
-def _measurement(measurement: Any, analysis: Analysis) -> dict[str, Any]:
-    label = next((s.label for s in analysis.segments if s.number == measurement.segment), None)
-    return {"key": measurement.key, "segment": label, "value": measurement.value, "unit": measurement.unit.value}
-
-
-def _finding(finding: Finding) -> dict[str, Any]:
-    answer = finding.value.meaning if finding.value else None
-    return {"key": finding.key, "answer": answer, "probability": finding.probability, "threshold": finding.threshold}
-
-
-class _Heart:
-    """Keeps the lease alive while a job runs; ends the process when it takes too long.
-
-    A codec or engine that hangs cannot be interrupted from Python, so the process goes: the
-    lease is taken back at its restart, and after ``max_attempts`` the job is parked.
-    """
-
-    def __init__(self, jobs: Jobs, job_id: int, owner: str, seconds: float, limit: float) -> None:
-        self._jobs, self._job_id, self._owner, self._seconds = jobs, job_id, owner, seconds
-        self._deadline = time.monotonic() + limit
-        self._stands = False
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
-
-    def __enter__(self) -> _Heart:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    @contextmanager
-    def standing_still(self) -> Iterator[Callable[[], float]]:
-        """While a more urgent job is done, this one's time does not run; gives the seconds that it stood."""
-        begin = time.monotonic()
-        self._stands = True
-        try:
-            yield lambda: time.monotonic() - begin
-        finally:
-            self._deadline += time.monotonic() - begin
-            self._stands = False
-
-    def _beat(self) -> None:
-        while not self._stop.wait(min(self._seconds / 3, max(0.1, self._deadline - time.monotonic()))):
-            if time.monotonic() >= self._deadline and not self._stands:
-                logs.get().error("job takes too long, the worker is restarted", job=self._job_id)
-                os._exit(EXIT_HUNG)
-            try:
-                self._jobs.extend(self._job_id, self._owner, self._seconds)
-            except LeaseLost:
-                return  # finish() will find out and drop the result
-            except NodeError:
-                continue  # a locked index: the next beat is soon enough

@@ -13,6 +13,7 @@ from dicomnode.index.database import Database
 from dicomnode.index.jobs import Jobs
 from dicomnode.infer import worker as module
 from dicomnode.infer.decode import InlineDecoder
+from dicomnode.infer.heart import Heart
 from dicomnode.infer.worker import Worker
 from dicomnode.records import Analysis, ModelIdentity
 from dicomnode.settings import Settings
@@ -127,7 +128,7 @@ def test_the_limit_of_a_job_stands_still_with_it_and_then_goes_on(monkeypatch: p
             beaten.release()
 
     monkeypatch.setattr(module.os, "_exit", lambda code: ended.set())
-    with module._Heart(Rows(), 1, "w", 0.3, 0.05) as heart:
+    with Heart(Rows(), 1, "w", 0.3, 0.05) as heart:
         with heart.standing_still() as stood:
             for _ in range(3):
                 assert beaten.acquire(timeout=10)

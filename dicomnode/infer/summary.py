@@ -1,0 +1,17 @@
+"""Measurements and findings as the summary of a job holds them, in JSON. Pure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dicomnode.records import Analysis, Finding, Measurement
+
+
+def measurement(one: Measurement, analysis: Analysis) -> dict[str, Any]:
+    label = next((s.label for s in analysis.segments if s.number == one.segment), None)
+    return {"key": one.key, "segment": label, "value": one.value, "unit": one.unit.value}
+
+
+def finding(one: Finding) -> dict[str, Any]:
+    answer = one.value.meaning if one.value else None
+    return {"key": one.key, "answer": answer, "probability": one.probability, "threshold": one.threshold}
