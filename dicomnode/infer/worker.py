@@ -11,7 +11,7 @@ from typing import Any
 from dicomnode import durable, logs, metrics
 from dicomnode.clock import iso
 from dicomnode.critical import Hit, critical_hits, unknown_keys
-from dicomnode.durable import ObjectStore, SyncFailed
+from dicomnode.durable import SyncFailed
 from dicomnode.errors import (
     DeviceLost,
     EngineError,
@@ -22,18 +22,17 @@ from dicomnode.errors import (
     PeerAway,
     UnsuitableSeries,
 )
-from dicomnode.header import Wanted, read_header
 from dicomnode.identity import parameters_digest, result_identity
-from dicomnode.index.catalogue import NewInstance
 from dicomnode.index.database import Database, Row
-from dicomnode.index.jobs import Jobs, Outcome, Result
-from dicomnode.index.keys import HEADER_KEYS
+from dicomnode.index.jobs import Jobs, Outcome
 from dicomnode.index.operation import Events
 from dicomnode.infer.ahead import ReadAhead
 from dicomnode.infer.choice import engine_name
 from dicomnode.infer.decode import Decoder
+from dicomnode.infer.failure_reports import FailureReports, ReportFailure, cloud_of
 from dicomnode.infer.faults import Fault, Remedy, fault_of, leave_engine, remedy
 from dicomnode.infer.heart import EXIT_HUNG, Heart
+from dicomnode.infer.job_files import JobFiles, intact
 from dicomnode.infer.pipeline import Progress
 from dicomnode.infer.placing import PlacedModels, Servable
 from dicomnode.infer.routing import Router
@@ -45,8 +44,6 @@ from dicomnode.records import Analysis, EncodedObject, ModelIdentity, ResultIden
 from dicomnode.settings import Settings
 
 Encode = Callable[[Analysis, ResultIdentity, ModelIdentity, Sequence[SourceInstance], Order], Sequence[EncodedObject]]
-ReportFailure = Callable[[Row, Sequence[SourceInstance], ModelIdentity | None], EncodedObject]
-"""(job that failed or was refused, its sources, its model where that can serve) -> SR."""
 
 WITHOUT_LIMIT = 1_000_000_000
 EXIT_LOST = EXIT_HUNG
@@ -85,9 +82,8 @@ class Worker:
         """Of the jobs at hand: the last is being done, those before it wait for it."""
         self._on_lost = on_lost
         self._lost = False
-        self._report = report
-        self._store = ObjectStore(settings.node.data_dir)
-        self._wanted = Wanted(HEADER_KEYS)
+        self.files = JobFiles(self._jobs, settings.node.data_dir)
+        self._reports = FailureReports(settings, db, self.files, self._known_model, report) if report else None
         self._log = logs.get()
 
     def start(self) -> None:
@@ -107,7 +103,7 @@ class Worker:
     def run_once(self) -> bool:
         """Do one job if one is due; False when there was none."""
         self._expire(())
-        if self._report is not None and self._report_failure(self._report):
+        if self._reports is not None and self._reports.run_once(self._on_results):
             return True
         job = self._jobs.lease(self._owner, self._settings.inference.lease_seconds)
         if job is None:
@@ -143,31 +139,6 @@ class Worker:
             except NodeError as error:  # a locked index: the next batch is soon enough
                 self._log.warning("could not look for more urgent jobs", error=str(error))
         stood[step] = stood.get(step, 0.0) + stood_still()
-
-    def _report_failure(self, report: ReportFailure) -> bool:
-        """Make the report that a failed or refused job owes, if one does; False when none does.
-
-        It may owe one for longer than this process lives: the debt is in the job's row.
-        """
-        job = self._jobs.owed_report()
-        if job is None:
-            return False
-        try:
-            staged = self._staged([report(job, self._sources(job), self._known_model(str(job["model"])))])
-            self._keep(
-                staged, lambda results: self._jobs.reported(job["id"], Outcome(results), sync_destination=self._cloud)
-            )
-        except SyncFailed as error:
-            durable.die(error)
-        except Exception as error:  # noqa: BLE001 the failure of a report must not stop the next study
-            cause = str(error) if isinstance(error, NodeError) else type(error).__name__
-            self._log.error("failure not reported", job=job["id"], exc_type=type(error).__name__, error=cause)
-            if int(job["report_owed"]) <= 1:  # as it was before this try
-                self._events.add("error", "report-impossible", f"job {job['id']}", cause)
-            return True
-        self._log.info("failure reported", job=job["id"], model=job["model"], state=job["state"])
-        self._on_results()
-        return True
 
     def _known_model(self, reference: str) -> ModelIdentity | None:
         """The model as it would serve; None when it cannot, which may be the failure itself."""
@@ -241,17 +212,9 @@ class Worker:
         except LeaseLost as error:
             self._log.info("job was taken over", cause=error.cause)
 
-    def _sources(self, job: Row) -> list[SourceInstance]:
-        return [
-            SourceInstance(
-                r["SOPInstanceUID"], r["SOPClassUID"], r["TransferSyntaxUID"], self._store.path(r["file"]), r["sha256"]
-            )
-            for r in self._jobs.inputs(int(job["id"]))
-        ]
-
     def _work(self, job: Row) -> None:
         started = self._db.clock.ticks()
-        sources = self._sources(job)
+        sources = self.files.sources(job)
         if len(sources) != self._jobs.input_count(int(job["id"])):
             raise NodeError(
                 "read inputs",
@@ -275,7 +238,7 @@ class Worker:
     ) -> None:
         """``ahead``: slices whose file was read, and found intact, while the series arrived."""
         for source in sources:
-            if source.sop_instance_uid not in ahead and not _intact(source):
+            if source.sop_instance_uid not in ahead and not intact(source):
                 raise NodeError(
                     "read inputs",
                     "a stored image is damaged or gone: its SHA-256 differs",
@@ -404,8 +367,8 @@ class Worker:
         hits: Sequence[Hit],
     ) -> None:
         """Files durable first, then one transaction with rows, deliveries and the job's end."""
-        self._keep(
-            self._staged(objects),
+        self.files.keep(
+            self.files.staged(objects),
             lambda results: self._jobs.finish(
                 int(job["id"]),
                 self._owner,
@@ -425,31 +388,9 @@ class Worker:
                     critical=[hit.key for hit in hits],
                     alert=bool(self._settings.alerts.url),
                 ),
-                sync_destination=self._cloud,
+                sync_destination=cloud_of(self._settings),
             ),
         )
-
-    @property
-    def _cloud(self) -> str:
-        return "cloud" if self._settings.cloud.stow_url else ""
-
-    def _staged(self, objects: Sequence[EncodedObject]) -> list[Result]:
-        return [self._stage(o) for o in objects]
-
-    def _keep(self, results: Sequence[Result], commit: Callable[[Sequence[Result]], object]) -> None:
-        """Commit staged files; when that fails or is refused by returning False, they go."""
-        paths = [self._store.path(r.instance.file) for r in results]
-        try:
-            for folder in {p.parent for p in paths}:
-                durable.sync_directory(folder)
-            kept = commit(results)
-        except NodeError:
-            for path in paths:
-                durable.remove(path)
-            raise
-        if kept is False:
-            for path in paths:
-                durable.remove(path)
 
     def _tell_of_conditions(self, job: Row, hits: Sequence[Hit], unknown: Sequence[str]) -> None:
         if hits:
@@ -459,40 +400,9 @@ class Worker:
         if unknown:
             self._log.info("critical conditions without a value", job=job["id"], key=list(unknown))
 
-    def _stage(self, encoded: EncodedObject) -> Result:
-        name = self._store.new_name(encoded.series_instance_uid)
-        self._store.stage(name, [encoded.part10])
-        data_set = data_set_of(encoded.part10)
-        attributes = read_header(data_set, encoded.transfer_syntax_uid, self._wanted)
-        return Result(
-            encoded.kind,
-            NewInstance(
-                attributes=attributes,
-                transfer_syntax_uid=encoded.transfer_syntax_uid,
-                file=name,
-                size=len(encoded.part10),
-                sha256=durable.sha256(encoded.part10),
-                dataset_sha256=durable.sha256(data_set),
-                origin="result",
-            ),
-        )
-
 
 def _named(row: Row | None) -> tuple[str, str, str, str] | None:
     """An SR as Predecessor Documents Sequence names it."""
     if row is None:
         return None
     return row["StudyInstanceUID"], row["SeriesInstanceUID"], row["SOPClassUID"], row["SOPInstanceUID"]
-
-
-def data_set_of(part10: bytes) -> memoryview:
-    """The data set of a Part 10 file: what follows group 2 (PS3.10 7.1)."""
-    length = int.from_bytes(part10[140:144], "little")
-    return memoryview(part10)[144 + length :]
-
-
-def _intact(source: SourceInstance) -> bool:
-    try:
-        return durable.object_intact(source.path, source.sha256)
-    except OSError:
-        return False

@@ -30,9 +30,10 @@ from dicomnode.index.jobs import Jobs, Request
 from dicomnode.index.keys import HEADER_KEYS
 from dicomnode.infer.decode import InlineDecoder
 from dicomnode.infer.golden import ReadyModel
+from dicomnode.infer.job_files import data_set_of
 from dicomnode.infer.ort import OnnxRuntimeCpu
 from dicomnode.infer.serving import ServingModels
-from dicomnode.infer.worker import Worker, data_set_of
+from dicomnode.infer.worker import Worker
 from dicomnode.records import Analysis, Measurement, SourceInstance
 from dicomnode.settings import Settings
 from tests.e2e.harness import Series, make_series

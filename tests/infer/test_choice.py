@@ -273,7 +273,7 @@ class Models:
 
 
 def run_job(db: Database, tmp_path: Path, models: Models, monkeypatch: pytest.MonkeyPatch) -> tuple[int, list[str]]:
-    monkeypatch.setattr("dicomnode.infer.worker._intact", lambda source: True)
+    monkeypatch.setattr("dicomnode.infer.worker.intact", lambda source: True)
     job_id, ended = job(db), []
     store = ObjectStore(tmp_path / "data")
     store.prepare()

@@ -177,7 +177,7 @@ def test_a_job_is_not_finished_with_another_version_than_it_began_with(case: Cas
     assert model.identity.version == "1.1.0"
     case.doubles[0].script = [away]
     job_id = add_series(case.db)
-    sources = case.worker._sources({"id": job_id})
+    sources = case.worker.files.sources({"id": job_id})
     with pytest.raises(PeerAway, match=r"gpu1: serves version 1\.0\.0, not 1\.1\.0"):
         model.analyse(sources, decoder=InlineDecoder())
     assert decisions[0]["chosen"] == "gpu0" and decisions[-1]["chosen"] is None
@@ -195,7 +195,7 @@ def test_what_a_job_runs_on_stays_open_while_another_version_takes_its_place(cas
     case.models.hold(urgent)
     case.models.let_go(urgent)
     case.models.keep(["ct-lung"])
-    sources = case.worker._sources({"id": job_id})
+    sources = case.worker.files.sources({"id": job_id})
     assert model.analyse(sources, decoder=InlineDecoder()).engine.startswith("kserve gpu0")
     case.models.let_go(model)
     with pytest.raises(EngineError, match="closed"):

@@ -227,7 +227,7 @@ def test_a_bundle_is_verified_when_one_endpoint_passes_it(pool: World) -> None:
 def test_a_job_without_a_place_waits_without_limit_and_shows_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dicomnode.infer.worker._intact", lambda source: True)
+    monkeypatch.setattr("dicomnode.infer.worker.intact", lambda source: True)
     settings = Settings(
         node={"data_dir": tmp_path / "data"},
         inference={

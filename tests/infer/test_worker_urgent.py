@@ -45,7 +45,7 @@ def db(tmp_path: Path):
 
 
 def make_worker(db: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, during: Any, **inference: Any):
-    monkeypatch.setattr(module, "_intact", lambda source: True)
+    monkeypatch.setattr(module, "intact", lambda source: True)
     trace: list[str] = []
     held = {"hold": lambda self, model: None, "let_go": lambda self, model: None}
     models = type("Models", (), {"for_job": lambda self, name, record: Model(name, trace, during), **held})()
