@@ -54,7 +54,7 @@ def run_worker(settings: Settings) -> int:
         report=failure_reporter(settings, shell.db),
     )
     worker.start()
-    wanted = list(dict.fromkeys(m for rule in settings.rules for m in rule.models))
+    wanted = list(dict.fromkeys(m for rule in settings.rules for m in rule.every_model))
     models.prepare([*wanted, *worker.router.canaries()])
     shadows = Shadows(settings, shell.db, worker.router)
     decoder.warm_up()

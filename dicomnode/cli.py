@@ -275,7 +275,7 @@ def jobs_list(
     from dicomnode.index.jobs import Jobs
 
     columns = {
-        "id": "job", "state": "state", "model": "model", "revision": "rev", "instances": "images",
+        "id": "job", "state": "state", "model": "model", "step": "step", "revision": "rev", "instances": "images",
         "critical": "critical", "created_time": "made", "reason": "why complete", "last_error": "error",
     }  # fmt: skip
     with _index(_settings(config)) as db:
@@ -293,8 +293,13 @@ def jobs_show(job: Annotated[int, typer.Argument()], config: Config = None, as_j
         console.print(f"  complete because: {data['reason']}")
         console.print(f"  study {data['StudyInstanceUID']}\n  series {data['SeriesInstanceUID']}")
         console.print(f"  {data['instances']} images, revision {data['revision']}, rules {', '.join(data['rules'])}")
+        if data["step"]:
+            console.print(f"  step {data['step']}")
+        for step in data["steps"]:
+            how = "follows" if step["follows"] else "followed by"
+            console.print(f"  {how} {step['name']}: job {step['id']}, {step['model']}, {step['state']}")
         if data["last_error"]:
-            console.print(f"  error: {data['last_error']}")
+            console.print(f"  {'why' if data['state'] in ('skipped', 'not-run') else 'error'}: {data['last_error']}")
         if data["critical"]:
             console.print(f"  CRITICAL: {', '.join(data['critical'])}")
         if data["placement"]:

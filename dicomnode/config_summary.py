@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from dicomnode.findings import Finding, Level
-from dicomnode.settings import Settings
+from dicomnode.settings import RuleStep, Settings
 
 
 def summary(settings: Settings, findings: Iterable[Finding]) -> Iterator[str]:
@@ -30,12 +30,19 @@ def summary(settings: Settings, findings: Iterable[Finding]) -> Iterator[str]:
         places = ", ".join(f"{e.name} ({e.url})" for e in settings.inference.places)
         yield f"inference: {settings.inference.engine.value}, endpoints {places}"
     for rule in settings.rules:
-        yield f"rule {rule.name}: {', '.join(rule.models)} -> {', '.join(rule.send_to) or 'nowhere'}"
+        yield f"rule {rule.name}: {', '.join(rule.every_model)} -> {', '.join(rule.destinations) or 'nowhere'}"
+        for step in rule.ordered_steps:
+            yield f"  step {step.name}: {step.model}{_needs(step)}"
     if not settings.rules:
         yield "rules: none: what arrives is stored and indexed, nothing is analysed"
     for finding in findings:
         if finding.level is not Level.note:
             yield f"{finding.level.value} {finding.check}: {finding.text}. {finding.hint}".rstrip(". ")
+
+
+def _needs(step: RuleStep) -> str:
+    after = f", after {' and '.join(step.needs.steps)}" if step.needs.steps else ""
+    return after + (f", when {' and '.join(c.when.text for c in step.when)}" if step.when else "")
 
 
 def _tls(settings: Settings) -> str:

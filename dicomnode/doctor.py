@@ -324,7 +324,7 @@ def _models(settings: Settings) -> Iterable[Finding]:
         yield Finding(level, "models", f"no bundles in {settings.inference.models_dir}", "Check inference.models_dir")
         return
     active = _active_models(settings)
-    wanted = list(dict.fromkeys(m for rule in settings.rules for m in rule.models))
+    wanted = list(dict.fromkeys(m for rule in settings.rules for m in rule.every_model))
     for reference in wanted:
         try:
             folder = resolve(folders, reference, active)
@@ -364,9 +364,9 @@ def _rules(settings: Settings) -> Iterable[Finding]:
         hint = "Add [[rules]]; config/dicomnode.toml shows how"
         yield Finding(Level.warn, "rules", "none: what arrives is stored and indexed, nothing is analysed", hint)
     for rule in settings.rules:
-        models = ", ".join(rule.models)
-        if rule.send_to:
-            yield Finding(Level.ok, "rules", f"{rule.name}: {models}, results to {', '.join(rule.send_to)}")
+        models = ", ".join(rule.every_model)
+        if rule.destinations:
+            yield Finding(Level.ok, "rules", f"{rule.name}: {models}, results to {', '.join(rule.destinations)}")
         else:
             hint = "Give send_to with the name of a peer, if the results are to go to a PACS"
             yield Finding(Level.warn, "rules", f"{rule.name}: {models}, results stay on this node", hint)
@@ -396,7 +396,7 @@ def _peers(settings: Settings) -> Iterable[Finding]:
 def _echo(settings: Settings, peer: Peer) -> Finding:
     from dicomnode.deliver.scu import echo
 
-    wanted = any(peer.name in rule.send_to for rule in settings.rules)
+    wanted = any(peer.name in rule.destinations for rule in settings.rules)
     limits = settings.delivery.model_copy(
         update={
             "connect_seconds": min(settings.delivery.connect_seconds, CONNECT_SECONDS),

@@ -29,11 +29,9 @@ from dicomnode.peer_settings import (
     check_peer,
     checked_ae_title,
 )
+from dicomnode.rule_settings import Priority, Range, Rule, RuleStep
 
-__all__ = ["Peer", "Section", "Service", "Tls", "caller_matches"]
-
-Priority = Literal["stat", "routine", "batch"]
-MatchScalar = str | int | float
+__all__ = ["Peer", "Priority", "Range", "Rule", "RuleStep", "Section", "Service", "Tls", "caller_matches"]
 
 
 class EngineName(StrEnum):
@@ -218,19 +216,6 @@ class Logging(Section):
     format: Literal["auto", "json", "console"] = Field("auto", description="auto: console on a terminal, else JSON")
 
 
-class Range(Section):
-    """Inclusive range; numbers compare as numbers, text (dates) as text."""
-
-    min: float | str | None = None
-    max: float | str | None = None
-
-    @model_validator(mode="after")
-    def _one_given(self) -> Self:
-        if self.min is None and self.max is None:
-            raise ValueError("give min, max or both")
-        return self
-
-
 class Alerts(Section):
     """Webhook for critical findings; see :mod:`dicomnode.sync.alerts`."""
 
@@ -252,48 +237,6 @@ class Alerts(Section):
         if self.url and self.secret_file is None:
             raise ValueError("url needs secret_file: an alert that nobody can check is worth nothing")
         return self
-
-
-class Rule(Section):
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_. -]{0,63}$", description="shown with each job")
-    match: dict[str, MatchScalar | tuple[MatchScalar, ...] | Range] = Field(
-        default_factory=dict, description="DICOM keyword -> value, list of values, glob or {min, max}"
-    )
-    models: tuple[str, ...] = Field(min_length=1, description="bundle names, or name@version")
-    priority: Priority = Field("routine", description="stat before routine before batch")
-    send_to: tuple[str, ...] = Field((), description="peer names that get the results")
-    notify: tuple[str, ...] = Field((), description="peer names that are told where the results are (IAN)")
-    results: tuple[Literal["SEG", "SR", "GSPS", "SC", "KOS", "PM"], ...] = Field(
-        ("SEG", "SR"), min_length=1, description="kinds of objects that are made and sent"
-    )
-    seg: Literal["binary", "labelmap"] = Field(
-        "binary", description="labelmap: a peer that refuses Label Map Segmentation gets the binary SEG instead"
-    )
-    report_failures: bool = Field(False, description="an SR says why where an analysis failed or was impossible")
-    critical: dict[str, Range | bool | str] = Field(
-        default_factory=dict, description="key of a measurement or finding -> {min, max}, true, or a coded value"
-    )
-
-    @field_validator("critical")
-    @classmethod
-    def _conditions(cls, value: dict[str, Range | bool | str]) -> dict[str, Range | bool | str]:
-        for key, condition in value.items():
-            if isinstance(condition, Range):
-                if any(isinstance(bound, str) for bound in (condition.min, condition.max)):
-                    raise ValueError(f"'{key}': min and max must be numbers")
-            elif not condition or condition == "*":
-                raise ValueError(f"'{key}': give {{ min, max }}, true, or a code or meaning")
-        return value
-
-    @field_validator("match")
-    @classmethod
-    def _keywords(cls, value: dict[str, Any]) -> dict[str, Any]:
-        from pydicom.datadict import tag_for_keyword
-
-        for keyword in value:
-            if tag_for_keyword(keyword) is None:
-                raise ValueError(f"'{keyword}' is not a DICOM keyword (PS3.6), e.g. Modality or BodyPartExamined")
-        return value
 
 
 def _meet(one: str, other: str) -> bool:
@@ -356,7 +299,7 @@ class Settings(BaseSettings):
             raise ValueError("rules: two rules have the same name; names must differ")
         by_name = {p.name: p for p in self.peers}
         for rule in self.rules:
-            for target in rule.send_to:
+            for target in rule.destinations:
                 if target not in by_name:
                     raise ValueError(f"rules '{rule.name}': send_to names the peer '{target}', which [[peers]] lacks")
                 if not by_name[target].reachable:
@@ -442,9 +385,9 @@ def _near(loc: tuple[int | str, ...]) -> str:
     for part in loc[:-1]:
         if isinstance(part, int):
             continue
-        model = {"peers": Peer, "rules": Rule, "models": ModelPull, "endpoints": Endpoint}.get(str(part)) or (
-            model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else None
-        )
+        model = {"peers": Peer, "rules": Rule, "models": ModelPull, "endpoints": Endpoint, "steps": RuleStep}.get(
+            str(part)
+        ) or (model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else None)
         if model is None:
             return "remove it"
     known = sorted(getattr(model, "model_fields", {}))

@@ -17,7 +17,7 @@ from pydantic_core import PydanticUndefined
 
 from dicomnode.admin.exposition import metric_names
 from dicomnode.endpoint_settings import Endpoint
-from dicomnode.settings import ModelPull, Peer, Range, Rule, Section, Settings, load_settings
+from dicomnode.settings import ModelPull, Peer, Range, Rule, RuleStep, Section, Settings, load_settings
 
 CONFIG = Path(__file__).parent.parent / "config"
 EXAMPLE = CONFIG / "dicomnode.toml"
@@ -26,6 +26,7 @@ LISTS: dict[str, type[BaseModel]] = {
     "rules": Rule,
     "cloud.models": ModelPull,
     "inference.endpoints": Endpoint,
+    "rules.steps": RuleStep,
 }
 TEXT = EXAMPLE.read_text(encoding="utf-8")
 
@@ -64,7 +65,8 @@ def test_each_section_has_each_key_with_its_default(name: str) -> None:
 def test_each_list_entry_shows_each_key(name: str) -> None:
     text = block(name)
     for key, field in LISTS[name].model_fields.items():
-        assert re.search(rf"^(# )?{key} = ", text, re.M), f"{name}.{key} is missing"
+        shown_as = rf"^(# )?{key} = " if f"{name}.{key}" not in LISTS else rf"^# \[\[{name}\.{key}\]\]"
+        assert re.search(shown_as, text if f"{name}.{key}" not in LISTS else TEXT, re.M), f"{name}.{key} is missing"
         if field.default is not PydanticUndefined and field.default is not None:
             default = field.default
             told = ", ".join(default) if isinstance(default, tuple) and default else str(default)
@@ -93,26 +95,28 @@ def test_example_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [n for n in os.environ if n.startswith("DICOMNODE")]:
         monkeypatch.delenv(name)
     settings = load_settings(EXAMPLE)
+    head, chain = TEXT.split("# [[rules]]")
     assert settings.cloud.stow_url == ""
     # The commented entries are right, too.
     uncommented = re.sub(
         r"^# (\[\[cloud\.models\]\]|(?:name|version|url|sha256|token_file|ca_file|port|certificate_file|key_file"
         r"|crl_file|tls|certificate_name|certificate_sha256) = )",
         r"\1",
-        TEXT,
+        head,
         flags=re.M,
     )
     head, rest = uncommented.split("# [[inference.endpoints]]")
     entry, rest = rest.split("\n\n", 1)
     uncommented = f"{head}[[inference.endpoints]]{re.sub(r'^# ', '', entry, flags=re.M)}\n\n{rest}"
     path = tmp_path / "dicomnode.toml"
-    path.write_text(uncommented, encoding="utf-8")
+    path.write_text(uncommented + "[[rules]]" + re.sub(r"^# ?", "", chain, flags=re.M), encoding="utf-8")
     full = load_settings(path)
     assert [m.name for m in full.cloud.models] == ["ct-lung"]
     assert full.cloud.token_file is not None
     assert full.inference.endpoints[0].remote("ct-lung", "1.0.0") == ("ct_lung", "1")
     assert [e.name for e in full.inference.places] == ["gpu1"]
     assert (full.tls.port, full.peers[1].tls, full.peers[1].bound) == (2762, True, True)
+    assert [(s.name, s.needs.steps) for s in full.rules[1].ordered_steps] == [("lungs", ()), ("detail", ("lungs",))]
     assert Range.model_fields.keys() == {"min", "max"}
 
 

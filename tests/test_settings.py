@@ -45,6 +45,10 @@ def test_unknown_key_names_the_one_that_was_meant(tmp_path: Path, text: str, key
     assert f"{key}: unknown key" in said and near in said and str(tmp_path / "node.toml") in said
 
 
+STEPS = '[[rules]]\nname = "r"\nsteps = [{ name = "a", model = "m" }, { name = "b", model = "m",'
+CIRCLE = STEPS.replace('"m" }', '"m", after = ["b"] }') + ' after = ["a"] }]'
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -60,6 +64,16 @@ def test_unknown_key_names_the_one_that_was_meant(tmp_path: Path, text: str, key
         ('[[rules]]\nname = "r"\nmodels = []', "rules.0.models"),
         ('[[rules]]\nname = "r"\nmodels = ["m"]\nmatch = { Modalty = "CT" }', "'Modalty' is not a DICOM keyword"),
         ('[[rules]]\nname = "r"\nmodels = ["m"]\nmatch = { KVP = {} }', "give min, max or both"),
+        ('[[rules]]\nname = "r"', "rules.0: rule 'r': give models (each by itself) or [[rules.steps]], and not both"),
+        (f'{STEPS} after = ["c"] }}]', "rules.0.steps: step 'b' names step 'c', which the rule lacks"),
+        (f'{STEPS} after = ["b"] }}]', "step 'b' names itself"),
+        (f'{STEPS} after = ["a"] }}, {{ name = "a", model = "m" }}]', "two steps have the same name"),
+        (CIRCLE, "steps wait for one another: "),
+        (f'{STEPS} when = [{{ step = "a" }}] }}]', "ask one thing of the step"),
+        (f'{STEPS} when = [{{ step = "a", measurement = "v" }}] }}]', "measurement 'v': give min, max or both"),
+        (f'{STEPS} when = [{{ step = "a", segment = "s", min = 1 }}] }}]', "min and max need a measurement"),
+        (f"{STEPS} whem = [] }}]", "did you mean 'when'?"),
+        (f'{STEPS} send_to = ["x"] }}]', "send_to names the peer 'x', which [[peers]] lacks"),
         ('[cloud]\nstow_url = "s3://bucket"', "must begin with https://"),
         ("[node\n", "is not TOML"),
     ],

@@ -30,10 +30,11 @@ _GOOD = {
     "active",
     "default",
     "superseded",
+    "skipped",
     "valid",
 }
 _BAD = {"failed", "rejected", "error", "silent_state", "problem", "expired"}
-_WARN = {"canary", "refused", "warning", "starting", "stopping", "retried", "expiring"}
+_WARN = {"canary", "refused", "not-run", "warning", "starting", "stopping", "retried", "expiring"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +158,7 @@ def _jobs(view: View, w: Words) -> Markup:
         [
             str(job["id"]),
             element("code", uid_hash(job["StudyInstanceUID"])),
-            join(job["model"], " ", element("small", job["model_version"] or "")),
+            join(job["model"], " ", element("small", job["model_version"] or job["step"])),
             str(job["revision"]),
             str(job["instances"]),
             w(priorities.get(job["priority"], "")),

@@ -96,7 +96,7 @@ def disk(settings: Settings) -> dict[str, Any]:
 
 def wanted_models(settings: Settings) -> frozenset[str]:
     """References of the bundles that the rules use: ``name`` or ``name@version``."""
-    return frozenset(model for rule in settings.rules for model in rule.models)
+    return frozenset(model for rule in settings.rules for model in rule.every_model)
 
 
 def serving_models(processes: list[Row]) -> dict[str, dict[str, str]]:

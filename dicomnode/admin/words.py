@@ -106,6 +106,8 @@ WORDS: Mapping[str, tuple[str, str]] = {
     "refused": ("refused", "被拒"),
     "failed": ("failed", "失败"),
     "superseded": ("superseded", "已被取代"),
+    "skipped": ("skipped", "已跳过"),
+    "not-run": ("not run", "未运行"),
     "sending": ("sending", "发送中"),
     "stored": ("stored", "已存储"),
     "rejected": ("rejected", "被拒"),

@@ -19,7 +19,7 @@ from dicomnode.demo.workspace import Workspace
 from dicomnode.errors import NodeError
 from dicomnode.index.database import Row
 
-ANSWERED = ("done", "refused", "superseded")
+ANSWERED = ("done", "refused", "superseded", "skipped", "not-run")
 
 
 @dataclass(slots=True)

@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from dicomnode.chains import Needs
 from dicomnode.clock import iso
 from dicomnode.errors import LeaseLost, OperatorError
 from dicomnode.identity import input_digest
+from dicomnode.index import chain
 from dicomnode.index.catalogue import Catalogue, NewInstance
 from dicomnode.index.database import Database, Row
 from dicomnode.index.notices import make_notices
@@ -28,7 +30,11 @@ REPORT_TRIES = 3
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Select's wish for a job: which model, for which rules, to which peers; ``notify`` get an IAN."""
+    """Select's wish for a job: which model, for which rules, to which peers; ``notify`` get an IAN.
+
+    ``names``: the steps of rules, as ``rule/step``, that it is. ``step`` is the one that has
+    ``needs``; it has a job of its own.
+    """
 
     model: str
     rules: tuple[str, ...]
@@ -36,6 +42,9 @@ class Request:
     priority: str
     notify: tuple[str, ...] = ()
     order: Order = field(default_factory=Order)
+    names: tuple[str, ...] = ()
+    step: str = ""
+    needs: Needs = field(default_factory=Needs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +80,13 @@ class Jobs:
 
         The input set is what the index holds now. A job for the same model and the same
         inputs is not made twice; a job for changed inputs is the next revision, and what
-        was still waiting for the old set is superseded. Returns the new job ids; does
-        nothing when the series has grown meanwhile.
+        was still waiting for the old set is superseded. A request comes behind those whose
+        steps it names. Returns the new job ids; does nothing when the series has grown meanwhile.
         """
         db = self.db
         made: list[int] = []
         with db.transaction():
-            series = db.row("SELECT generation, last_received_at FROM series WHERE id = ?", (series_id,))
+            series = db.row("SELECT id, generation, last_received_at FROM series WHERE id = ?", (series_id,))
             if series is None or series["generation"] != generation:
                 return []
             db.execute(
@@ -91,42 +100,44 @@ class Jobs:
                 )
             ]
             digest = input_digest(inputs)
+            steps: dict[str, int] = {}
             for request in requests:
-                job_id = self._make(series_id, generation, reason, request, digest, float(series["last_received_at"]))
+                known, job_id = self._make(series, generation, reason, request, digest, steps)
+                steps.update(dict.fromkeys(request.names, known or job_id))
                 if job_id:
                     made.append(job_id)
                     for uid, content in inputs:
                         db.insert("job_inputs", {"job_id": job_id, "SOPInstanceUID": uid, "sha256": content})
+            chain.advance(db, series_id)
         return made
 
     def _make(
-        self,
-        series_id: int,
-        generation: int,
-        reason: str,
-        request: Request,
-        digest: str,
-        last_received_at: float,
-    ) -> int:
+        self, series: Row, generation: int, reason: str, request: Request, digest: str, steps: Mapping[str, int]
+    ) -> tuple[int, int]:
+        """The job that is there for these inputs, or 0, and the one that was made, or 0."""
         db = self.db
+        whose = (series["id"], request.model, request.step)
         latest = db.row(
-            "SELECT id, revision, inputs_sha256 FROM jobs WHERE series_id = ? AND model = ?"
+            "SELECT id, revision, inputs_sha256 FROM jobs WHERE series_id = ? AND model = ? AND step = ?"
             " ORDER BY revision DESC LIMIT 1",
-            (series_id, request.model),
+            whose,
         )
         if latest is not None and latest["inputs_sha256"] == digest:
-            return 0
+            return int(latest["id"]), 0
         for old in db.rows(
-            "SELECT id, state FROM jobs WHERE series_id = ? AND model = ? AND state NOT IN ('done', 'superseded')",
-            (series_id, request.model),
+            "SELECT id, state FROM jobs WHERE series_id = ? AND model = ? AND step = ?"
+            " AND state NOT IN ('done', 'superseded')",
+            whose,
         ):
             state = next_job_state(old["state"], JobEvent.supersede)
             db.execute("UPDATE jobs SET state = ?, lease_owner = NULL WHERE id = ?", (state, old["id"]))
-        return db.insert(
+        return 0, db.insert(
             "jobs",
             {
-                "series_id": series_id,
+                "series_id": series["id"],
                 "model": request.model,
+                "step": request.step,
+                "needs": chain.bound(request.needs, steps) if request.needs.any else None,
                 "rules": json.dumps(request.rules),
                 "destinations": json.dumps(request.destinations),
                 "notify": json.dumps(request.notify),
@@ -136,8 +147,8 @@ class Jobs:
                 "inputs_sha256": digest,
                 "generation": generation,
                 "reason": reason,
-                "state": JobState.pending,
-                "last_received_at": last_received_at,
+                "state": JobState.waiting if request.needs.any else JobState.pending,
+                "last_received_at": float(series["last_received_at"]),
                 "created_at": db.clock.ticks(),
                 "created_time": iso(db.clock.wall()),
             },
@@ -209,9 +220,9 @@ class Jobs:
         return self.db.row(
             "SELECT r.*, st.StudyInstanceUID FROM jobs j JOIN results r ON r.job_id = j.id AND r.kind = ?"
             " JOIN series se ON se.id = j.series_id JOIN studies st ON st.id = se.study_id"
-            " WHERE j.series_id = ? AND j.model = ? AND j.revision <= ?"
+            " WHERE j.series_id = ? AND j.model = ? AND j.step = ? AND j.revision <= ?"
             " ORDER BY j.revision DESC, r.id DESC LIMIT 1",
-            (kind, job["series_id"], job["model"], job["revision"]),
+            (kind, job["series_id"], job["model"], job["step"], job["revision"]),
         )
 
     def finish(self, job_id: int, owner: str, outcome: Outcome, *, sync_destination: str = "") -> None:
@@ -235,6 +246,7 @@ class Jobs:
                     job_id,
                 ),
             )
+            chain.advance(db, int(job["series_id"]))
 
     def _hand_over(
         self, job: Row, outcome: Outcome, order: Order, destinations: Sequence[str], sync_destination: str
@@ -311,7 +323,9 @@ class Jobs:
     def refuse(self, job_id: int, owner: str, error: str) -> None:
         """The input does not meet the model's contract; final until requeued or superseded."""
         with self.db.transaction():
-            self._leave(self._owned(job_id, owner), JobEvent.refuse, error)
+            job = self._owned(job_id, owner)
+            self._leave(job, JobEvent.refuse, error)
+            chain.advance(self.db, int(job["series_id"]))
 
     def fail(self, job_id: int, owner: str, error: str, *, max_attempts: int, backoff: float = 2.0) -> JobState:
         """An error that may pass: retried later, parked as failed after ``max_attempts``."""
@@ -321,6 +335,7 @@ class Jobs:
             state = self._leave(job, event, error)
             wait = backoff_seconds(job["attempts"], backoff, 300.0) if state is JobState.pending else 0.0
             self.db.execute("UPDATE jobs SET next_at = ? WHERE id = ?", (self.db.clock.ticks() + wait, job_id))
+            chain.advance(self.db, int(job["series_id"]))
             return state
 
     def owed_report(self) -> Row | None:
@@ -382,24 +397,32 @@ class Jobs:
             for job in lost:
                 event = JobEvent.give_up if job["attempts"] >= max_attempts else JobEvent.lose
                 self._leave(job, event, "the worker died or fell silent while it held the job")
+                chain.advance(db, int(job["series_id"]))
             return lost
 
     # The operator's side
 
     def retry(self, job_id: int) -> None:
-        """Requeue a failed or refused job. Raises OperatorError for an unknown one."""
+        """Requeue a failed or refused job; what was not run because of it waits again.
+
+        Raises OperatorError for an unknown one.
+        """
         with self.db.transaction():
             job = self.db.row("SELECT * FROM jobs WHERE id = ?", (job_id,))
             if job is None:
                 raise OperatorError("retry job", f"there is no job {job_id}", "See 'dicomnode jobs list'")
             self._leave(job, JobEvent.requeue)
             self.db.execute("UPDATE jobs SET attempts = 0, next_at = 0, report_owed = 0 WHERE id = ?", (job_id,))
+            if job["needs"]:
+                chain.hold(self.db, {**job, "state": JobState.pending})
+            chain.reopen(self.db, int(job["series_id"]))
+            chain.advance(self.db, int(job["series_id"]))
 
     def listing(self, limit: int = 100, state: str | None = None) -> list[Row]:
         where, parameters = ("WHERE j.state = ?", [state]) if state else ("", [])
         return self.db.rows(
             "SELECT j.id, j.state, j.model, j.model_version, j.revision, j.priority, j.reason, j.attempts,"
-            " j.last_error, j.created_time, j.finished_time, j.rules, j.critical,"
+            " j.last_error, j.created_time, j.finished_time, j.rules, j.critical, j.step,"
             " st.StudyInstanceUID, se.SeriesInstanceUID,"
             " (SELECT count(*) FROM job_inputs i WHERE i.job_id = j.id) AS instances"
             " FROM jobs j JOIN series se ON se.id = j.series_id JOIN studies st ON st.id = se.study_id"
@@ -416,6 +439,7 @@ class Jobs:
         )
         if job is None:
             return None
+        job["steps"] = chain.told(self.db, job)
         for column in (
             "rules",
             "destinations",
@@ -427,6 +451,7 @@ class Jobs:
             "summary",
             "seconds",
             "placement",
+            "needs",
         ):
             job[column] = json.loads(job[column]) if job[column] else None
         job["instances"] = self.db.value("SELECT count(*) FROM job_inputs WHERE job_id = ?", (job_id,))

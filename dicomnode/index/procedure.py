@@ -239,7 +239,8 @@ class Steps:
         db = self.db
         with db.transaction():
             jobs = db.rows(
-                "SELECT id, state FROM jobs WHERE series_id = ? AND state IN ('pending', 'running', 'failed')",
+                "SELECT id, state FROM jobs WHERE series_id = ?"
+                " AND state IN ('waiting', 'pending', 'running', 'failed')",
                 (series_id,),
             )
             for job in jobs:

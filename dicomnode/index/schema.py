@@ -443,3 +443,12 @@ def m0011_orders(db: Database) -> None:
 def m0012_model_life(db: Database) -> None:
     """States of model versions, their history, attempts by version and comparisons; see :mod:`dicomnode.index.life`."""
     create_model_life(db)
+
+
+@migrations()
+def m0013_chains(db: Database) -> None:
+    """Steps of rules: what a job waits for; see :mod:`dicomnode.index.chain`."""
+    db["jobs"].add_column("step", str, not_null_default="")
+    db["jobs"].add_column("needs", str)
+    db.execute("DROP INDEX idx_jobs_series_id_model_revision")
+    db["jobs"].create_index(["series_id", "model", "step", "revision"], unique=True)

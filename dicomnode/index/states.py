@@ -9,12 +9,15 @@ from dicomnode.errors import IllegalTransition
 
 
 class JobState(StrEnum):
+    waiting = "waiting"  # a step of a rule, for what it follows
     pending = "pending"
     running = "running"
     done = "done"
     refused = "refused"
     failed = "failed"
     superseded = "superseded"
+    skipped = "skipped"  # a step whose condition does not hold
+    not_run = "not-run"  # a step that follows one that failed
 
 
 class JobEvent(StrEnum):
@@ -27,6 +30,10 @@ class JobEvent(StrEnum):
     supersede = "supersede"  # late images made a newer revision
     withdraw = "withdraw"  # the modality said that the series must not be analysed
     requeue = "requeue"  # the operator wants it again
+    hold = "hold"  # what it follows is open (again)
+    ready = "ready"
+    skip = "skip"
+    bar = "bar"
 
 
 class SendState(StrEnum):
@@ -68,8 +75,17 @@ JOB_TABLE: Mapping[tuple[JobState, JobEvent], JobState] = {
     (JobState.failed, JobEvent.withdraw): JobState.refused,
     (JobState.refused, JobEvent.requeue): JobState.pending,
     (JobState.refused, JobEvent.supersede): JobState.superseded,
+    (JobState.waiting, JobEvent.ready): JobState.pending,
+    (JobState.waiting, JobEvent.skip): JobState.skipped,
+    (JobState.waiting, JobEvent.bar): JobState.not_run,
+    (JobState.waiting, JobEvent.supersede): JobState.superseded,
+    (JobState.waiting, JobEvent.withdraw): JobState.refused,
+    (JobState.pending, JobEvent.hold): JobState.waiting,
+    (JobState.not_run, JobEvent.hold): JobState.waiting,
+    (JobState.not_run, JobEvent.supersede): JobState.superseded,
+    (JobState.skipped, JobEvent.supersede): JobState.superseded,
 }
-"""Jobs. ``done`` and ``superseded`` are final: a new revision is a new job."""
+"""Jobs. ``done`` and ``superseded`` are final: a new revision is a new job. A step of a rule begins as ``waiting``."""
 
 SEND_TABLE: Mapping[tuple[SendState, SendEvent], SendState] = {
     (SendState.pending, SendEvent.lease): SendState.sending,

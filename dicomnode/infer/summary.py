@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from dicomnode.critical import is_positive
 from dicomnode.records import Analysis, Finding, Measurement
 
 
@@ -14,4 +15,11 @@ def measurement(one: Measurement, analysis: Analysis) -> dict[str, Any]:
 
 def finding(one: Finding) -> dict[str, Any]:
     answer = one.value.meaning if one.value else None
-    return {"key": one.key, "answer": answer, "probability": one.probability, "threshold": one.threshold}
+    return {
+        "key": one.key,
+        "answer": answer,
+        "code": one.value.value if one.value else None,
+        "positive": is_positive(one),
+        "probability": one.probability,
+        "threshold": one.threshold,
+    }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from dicomnode.index.jobs import PRIORITIES, Request
@@ -72,37 +73,59 @@ def rule_matches(rule: Rule, attributes: Mapping[str, Any]) -> bool:
 
 
 def requests_for(rules: Sequence[Rule], attributes: Mapping[str, Any]) -> list[Request]:
-    """One request for each model that a matching rule names.
+    """One request for each model that a matching rule names, and for each step that has to wait.
 
+    Steps that wait for nothing are like models that a rule names. One that waits comes behind
+    those that it follows and has a job of its own, since it may be skipped for its rule alone.
     Rules that name the same model share one analysis: it has the highest of their
     priorities, goes to all their destinations, and all their peers are notified. Each
     destination gets the kinds of objects that its own rules ask for.
     """
     found: dict[str, Request] = {}
+    later: list[Request] = []
     for rule in rules:
         if not rule_matches(rule, attributes):
             continue
-        for model in rule.models:
-            known = found.get(model)
-            if known is None:
-                found[model] = Request(
-                    model,
-                    (rule.name,),
-                    tuple(dict.fromkeys(rule.send_to)),
-                    rule.priority,
-                    tuple(dict.fromkeys(rule.notify)),
-                    order_of(rule),
-                )
+        free = [_request(rule, model) for model in rule.models]
+        for step in rule.ordered_steps:
+            asked = _request(rule.of_step(step), step.model, names=(f"{rule.name}/{step.name}",))
+            if not step.needs.any:
+                free.append(asked)
                 continue
-            found[model] = Request(
-                model,
-                (*known.rules, rule.name),
-                tuple(dict.fromkeys((*known.destinations, *rule.send_to))),
-                min(known.priority, rule.priority, key=lambda p: PRIORITIES[p]),
-                tuple(dict.fromkeys((*known.notify, *rule.notify))),
-                join(known.order, order_of(rule)),
+            needs = replace(
+                step.needs,
+                after=tuple(f"{rule.name}/{name}" for name in step.needs.after),
+                when=tuple(replace(w, step=f"{rule.name}/{w.step}") for w in step.needs.when),
             )
-    return list(found.values())
+            later.append(replace(asked, step=asked.names[0], needs=needs))
+        for asked in free:
+            known = found.get(asked.model)
+            found[asked.model] = asked if known is None else _joined(known, asked)
+    return [*found.values(), *later]
+
+
+def _request(rule: Rule, model: str, names: tuple[str, ...] = ()) -> Request:
+    return Request(
+        model,
+        (rule.name,),
+        tuple(dict.fromkeys(rule.send_to)),
+        rule.priority,
+        tuple(dict.fromkeys(rule.notify)),
+        order_of(rule),
+        names,
+    )
+
+
+def _joined(one: Request, other: Request) -> Request:
+    return Request(
+        one.model,
+        tuple(dict.fromkeys((*one.rules, *other.rules))),
+        tuple(dict.fromkeys((*one.destinations, *other.destinations))),
+        min(one.priority, other.priority, key=lambda p: PRIORITIES[p]),
+        tuple(dict.fromkeys((*one.notify, *other.notify))),
+        join(one.order, other.order),
+        (*one.names, *other.names),
+    )
 
 
 def order_of(rule: Rule) -> Order:

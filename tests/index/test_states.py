@@ -21,7 +21,16 @@ from dicomnode.index.states import (
 
 # Written out by hand, so that a change of the table has to be made twice.
 JOBS = {
-    "pending": {"lease": "running", "supersede": "superseded", "withdraw": "refused"},
+    "waiting": {
+        "ready": "pending",
+        "skip": "skipped",
+        "bar": "not-run",
+        "supersede": "superseded",
+        "withdraw": "refused",
+    },
+    "skipped": {"supersede": "superseded"},
+    "not-run": {"hold": "waiting", "supersede": "superseded"},
+    "pending": {"hold": "waiting", "lease": "running", "supersede": "superseded", "withdraw": "refused"},
     "running": {
         "finish": "done",
         "refuse": "refused",

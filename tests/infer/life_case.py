@@ -92,8 +92,13 @@ def boxes(self: ReadyModel, instances: Sequence[SourceInstance], **_: Any) -> An
     )
 
 
-def add_series(db: Database, series: Series | None = None, destinations: tuple[str, ...] = ("pacs",)) -> int:
-    """Store a series as the receiver does and make its job; returns the job's id."""
+def add_series(
+    db: Database,
+    series: Series | None = None,
+    destinations: tuple[str, ...] = ("pacs",),
+    requests: Sequence[Request] = (),
+) -> int:
+    """Store a series as the receiver does and make its job, or those of ``requests``; returns the first job's id."""
     series = series or make_series("life")
     store, new = ObjectStore(db.data_dir), []
     for ds in series.datasets:
@@ -118,7 +123,7 @@ def add_series(db: Database, series: Series | None = None, destinations: tuple[s
     row = db.row("SELECT id, generation FROM series WHERE SeriesInstanceUID = ?", (series.series_uid,))
     assert row is not None
     request = Request("ct-lung", ("rule",), destinations, "routine")
-    return Jobs(db).select(row["id"], row["generation"], "because", [request])[0]
+    return Jobs(db).select(row["id"], row["generation"], "because", requests or [request])[0]
 
 
 def worker_on(settings: Settings, db: Database) -> Worker:

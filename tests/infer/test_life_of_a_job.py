@@ -14,9 +14,10 @@ from typing import Any
 import pydicom
 import pytest
 
+from dicomnode.chains import Needs, When
 from dicomnode.errors import EngineError
 from dicomnode.index.database import Database
-from dicomnode.index.jobs import Jobs
+from dicomnode.index.jobs import Jobs, Request
 from dicomnode.index.life import Change, Life
 from dicomnode.index.operation import Events, Models
 from dicomnode.index.runs import Runs
@@ -109,6 +110,35 @@ def texts(item: pydicom.Dataset, code: str) -> set[str]:
             found.add(str(child.TextValue))
         found |= texts(child, code)
     return found
+
+
+@pytest.mark.parametrize("phase", ["files", "commit", "committed"])
+@pytest.mark.parametrize("step", ["first", "second"])
+def test_killed_between_two_steps_of_a_rule(
+    killer: subprocess.Popen[str], folder: Path, db: Database, step: str, phase: str
+) -> None:
+    """Each step has one result, and the one whose condition does not hold none; nothing is lost or done twice."""
+    when = {
+        name: Needs(when=(When("r/first", measurement="volume_ml", minimum=bound),))
+        for name, bound in (("second", 150.0), ("third", 1e6))
+    }
+    chain = [Request("ct-lung", ("r",), ("pacs",), "routine", names=("r/first",))] + [
+        Request("ct-lung@1.1.0", ("r",), ("pacs",), "routine", names=(f"r/{n}",), step=f"r/{n}", needs=needs)
+        for n, needs in when.items()
+    ]
+    first = add_series(db, requests=chain)
+    if step == "second":
+        assert worker_on(settings_of(folder), db).run_once()
+    kill_in(killer, phase, folder)
+    worker = worker_on(settings_of(folder), db)
+    runs = 0
+    while worker.run_once():
+        runs += 1
+    assert runs == 2 - (step == "second") - (phase == "committed")
+    assert_one_result(db, folder, first, "1.0.0")
+    assert_one_result(db, folder, first + 1, "1.1.0")
+    assert [j["state"] for j in Jobs(db).listing()] == ["skipped", "done", "done"]
+    assert db.value("SELECT count(*) FROM results") == 4
 
 
 @pytest.mark.parametrize("phase", PHASES)

@@ -126,3 +126,21 @@ def test_rules_that_name_one_model_share_its_job() -> None:
     )
     assert (bone.model, bone.rules, bone.priority) == ("bone", ("a",), "batch")
     assert requests_for(rules, {"Modality": "US"}) == []
+
+
+def test_steps_that_wait_have_jobs_of_their_own_behind_what_they_follow() -> None:
+    chain = Rule(
+        name="chain",
+        send_to=("pacs",),
+        steps=[
+            {"name": "sum", "model": "sum", "after": ["detail"], "send_to": []},
+            {"name": "detail", "model": "lung@2.0.0", "when": [{"step": "lungs", "measurement": "v", "min": 1}]},
+            {"name": "lungs", "model": "lung", "results": ["SR"]},
+        ],
+    )
+    lung, detail, sums = requests_for([chain, rule("plain", "lung", send_to=("archive",))], {})
+    assert (lung.rules, lung.names, lung.step, lung.needs.any) == (("chain", "plain"), ("chain/lungs",), "", False)
+    assert (lung.order.kinds_for("pacs"), lung.order.kinds_for("archive")) == (("SR",), ("SEG", "SR"))
+    assert (detail.model, detail.step, detail.needs.steps) == ("lung@2.0.0", "chain/detail", ("chain/lungs",))
+    assert (sums.step, sums.needs.after, sums.destinations) == ("chain/sum", ("chain/detail",), ())
+    assert detail.destinations == ("pacs",)

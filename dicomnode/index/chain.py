@@ -1,0 +1,98 @@
+"""Steps of rules in rows: jobs that wait for others, decided in the transaction that ends what they follow.
+
+There is no state beside the rows, so a process that dies between two steps leaves nothing to
+be made up for: either the earlier step has ended and the later one is decided, or neither.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from dicomnode.chains import OPEN, Decision, Fate, Known, Needs, decide, dump, load
+from dicomnode.index.database import Database, Row
+from dicomnode.index.states import JobEvent, JobState, next_job_state
+
+EVENTS: Mapping[Fate, JobEvent] = {Fate.run: JobEvent.ready, Fate.skip: JobEvent.skip, Fate.bar: JobEvent.bar}
+
+
+def bound(needs: Needs, jobs: Mapping[str, int]) -> str:
+    """What a step waits for with the jobs of the steps that it names, as its row keeps it."""
+    return dump(needs, {name: jobs[name] for name in needs.steps if name in jobs})
+
+
+def advance(db: Database, series_id: int) -> dict[int, JobState]:
+    """Inside a transaction: decide every step of the series that waits and can be decided.
+
+    Repeated until nothing changes, since one that is skipped decides those that follow it; each
+    round takes one job at least out of ``waiting``. Returns the new states by job.
+    """
+    decided: dict[int, JobState] = {}
+    while True:
+        changed = False
+        for job in db.rows(
+            "SELECT id, state, needs FROM jobs WHERE series_id = ? AND state = ? ORDER BY id",
+            (series_id, JobState.waiting),
+        ):
+            decision = _decide(db, job)
+            if decision.fate is Fate.wait:
+                continue
+            state = next_job_state(job["state"], EVENTS[decision.fate])
+            db.execute(
+                "UPDATE jobs SET state = ?, last_error = ? WHERE id = ?", (state, decision.reason or None, job["id"])
+            )
+            decided[int(job["id"])] = state
+            changed = True
+        if not changed:
+            return decided
+
+
+def _decide(db: Database, job: Row) -> Decision:
+    needs, jobs = load(job["needs"])
+    return decide(needs, {name: known for name, number in jobs.items() if (known := _known(db, number)) is not None})
+
+
+def _known(db: Database, job_id: int) -> Known | None:
+    row = db.row("SELECT state, summary FROM jobs WHERE id = ?", (job_id,))
+    return None if row is None else Known(str(row["state"]), json.loads(row["summary"]) if row["summary"] else {})
+
+
+def reopen(db: Database, series_id: int) -> None:
+    """Inside a transaction, after a job was requeued: what was not run because of it waits again."""
+    while True:
+        changed = False
+        for job in db.rows(
+            "SELECT id, state, needs FROM jobs WHERE series_id = ? AND state = ?", (series_id, JobState.not_run)
+        ):
+            _, jobs = load(job["needs"])
+            if any((known := _known(db, number)) is not None and known.state in OPEN for number in jobs.values()):
+                hold(db, job)
+                changed = True
+        if not changed:
+            return
+
+
+def hold(db: Database, job: Row) -> None:
+    """Inside a transaction: the step waits for what it follows, again."""
+    state = next_job_state(job["state"], JobEvent.hold)
+    db.execute("UPDATE jobs SET state = ?, last_error = NULL WHERE id = ?", (state, job["id"]))
+
+
+def told(db: Database, job: Row) -> list[Row]:
+    """Steps of the same rule around a job: those that it follows and those that follow it, for people."""
+    around: list[Row] = []
+    before = load(job["needs"])[1] if job["needs"] else {}
+    query = "SELECT id, step, state, model, last_error FROM jobs WHERE id = ?"
+    for name, number in before.items():
+        row = db.row(query, (number,))
+        if row is not None:
+            around.append({"follows": True, "name": name, **row})
+    for other in db.rows(
+        "SELECT id, step, state, model, last_error, needs FROM jobs WHERE series_id = ? AND needs IS NOT NULL"
+        " ORDER BY id",
+        (job["series_id"],),
+    ):
+        needs = other.pop("needs")
+        if int(job["id"]) in load(needs)[1].values():
+            around.append({"follows": False, "name": other["step"].partition("/")[2], **other})
+    return around
