@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from dicomnode import __version__, cli_models, logs
+from dicomnode.cli_cloud import cloud
 from dicomnode.cli_common import Config, Json, Limit, console
 from dicomnode.cli_common import index as _index
 from dicomnode.cli_common import output as _print
@@ -38,6 +39,7 @@ app.add_typer(deliveries_app, name="deliveries")
 app.add_typer(commitments_app, name="commitments")
 app.add_typer(notifications_app, name="notifications")
 app.add_typer(alerts_app, name="alerts")
+app.command()(cloud)
 cli_models.register(models_app)
 app.add_typer(models_app, name="models")
 app.command()(conformance)

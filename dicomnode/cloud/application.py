@@ -1,0 +1,259 @@
+"""The aiohttp application of the reference endpoint; see config/cloud-api.yaml."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import ipaddress
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from aiohttp import web
+
+from dicomnode import __version__, logs
+from dicomnode.cloud import page, shapes, stow
+from dicomnode.cloud.storage import Storage
+from dicomnode.errors import DiskFull, NodeError, OperatorError, StorageError
+
+MAX_JSON_BYTES = 8 << 20
+FEED_DEFAULT, FEED_MOST = 100, 1000
+CONFLICT_STATES = ("open", "cloud", "edge", "merged")
+
+T = TypeVar("T")
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+
+
+class Cloud:
+    """Handlers over one storage. ``token``: the bearer token to ask for; None: loopback callers only."""
+
+    def __init__(self, storage: Storage, token: str | None = None) -> None:
+        self.storage = storage
+        self.token = token
+
+    async def blocking(self, function: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.to_thread(function, *arguments)
+
+    def refused(self, request: web.Request) -> int:
+        """0, or the HTTP status with which a caller is turned away.
+
+        Without a token only this machine is served, and by a loopback name, which ends DNS rebinding;
+        the page is never shown elsewhere.
+        """
+        shown = request.headers.get("Authorization", "")
+        if self.token is not None and hmac.compare_digest(shown.encode(), f"Bearer {self.token}".encode()):
+            return 0
+        local = is_loopback(request.remote or "") and is_loopback(_host(request.headers.get("Host", "")))
+        if request.path == "/health" or (local and request.path in {"/", "/style.css"} and request.method == "GET"):
+            return 0
+        if self.token is not None:
+            return 401
+        cross_site = request.headers.get("Sec-Fetch-Site", "none") not in {"none", "same-origin"}
+        return 0 if local and not cross_site and "Origin" not in request.headers else 403
+
+    async def health(self, _: web.Request) -> web.Response:
+        return web.json_response({"status": "ok", "version": __version__})
+
+    async def page(self, _: web.Request) -> web.Response:
+        text = await self.blocking(page.render, self.storage)
+        return web.Response(text=text, content_type="text/html")
+
+    async def style(self, _: web.Request) -> web.Response:
+        return web.Response(text=page.STYLE, content_type="text/css")
+
+    async def stow(self, request: web.Request) -> web.Response:
+        return await stow.store(self.storage, request)
+
+    async def object(self, request: web.Request) -> web.StreamResponse:
+        path = await self.blocking(self.storage.object_file, request.match_info["uid"])
+        if path is None:
+            raise web.HTTPNotFound
+        return web.FileResponse(path, headers={"Content-Type": "application/dicom"})
+
+    async def post_records(self, request: web.Request) -> web.Response:
+        node, records = shapes.batch(await _json(request))
+
+        def apply() -> list[dict[str, Any]]:
+            outcomes = []
+            for record in records:
+                fault = shapes.record_fault(record)
+                key = record["idempotency_key"]
+                if fault:
+                    outcomes.append({"idempotency_key": key, "outcome": "rejected", "version": None, "reason": fault})
+                else:
+                    outcomes.append(self.storage.add_record(node, record))
+            return outcomes
+
+        return web.json_response({"outcomes": await self.blocking(apply)})
+
+    async def get_records(self, request: web.Request) -> web.Response:
+        after = shapes.number(request.query.get("after"), 0, 0, shapes.MAX_VERSION, "after")
+        limit = shapes.number(request.query.get("limit"), FEED_DEFAULT, 1, FEED_MOST, "limit")
+        kind = shapes.kind(request.query["type"]) if "type" in request.query else None
+        rows = await self.blocking(self.storage.feed, after, kind, limit)
+        return web.json_response({"records": rows, "next": rows[-1]["seq"] if rows else after})
+
+    async def get_record(self, request: web.Request) -> web.Response:
+        row = await self.blocking(self.storage.record, request.match_info["type"], request.match_info["id"])
+        if row is None:
+            raise web.HTTPNotFound
+        return web.json_response(row, headers={"ETag": f'"{row["version"]}"'})
+
+    async def put_record(self, request: web.Request) -> web.Response:
+        """A change at the cloud, guarded by If-Match (RFC 9110 13.1.1); If-Match "0" makes a new one."""
+        kind, name = shapes.kind(request.match_info["type"]), shapes.name(request.match_info["id"], "id")
+        expected = request.headers.get("If-Match", "").strip('"')
+        if not expected:
+            return stow.problem(428, OperatorError("change record", "If-Match is missing", "Send the version read"))
+        version = shapes.number(expected, 0, 0, shapes.MAX_VERSION, "If-Match")
+        body = shapes.fields(await _json(request), {"data"})
+        row = await self.blocking(self.storage.change_record, kind, name, version, shapes.data(body["data"]))
+        if row is None:
+            return stow.problem(412, OperatorError("change record", "it has another version", "Read it again"))
+        return web.json_response(row, headers={"ETag": f'"{row["version"]}"'})
+
+    async def get_conflicts(self, request: web.Request) -> web.Response:
+        state = request.query.get("state")
+        if state is not None and state not in CONFLICT_STATES:
+            raise OperatorError("read request", f"state is not one of {', '.join(CONFLICT_STATES)}")
+        limit = shapes.number(request.query.get("limit"), FEED_DEFAULT, 1, FEED_MOST, "limit")
+        return web.json_response({"conflicts": await self.blocking(self.storage.conflicts, state, limit)})
+
+    async def decide(self, request: web.Request) -> web.Response:
+        body = shapes.fields(await _json(request), {"take"}, frozenset({"data"}))
+        take = body["take"]
+        if take not in CONFLICT_STATES[1:]:
+            raise OperatorError("read request", f"take is not one of {', '.join(CONFLICT_STATES[1:])}")
+        if (take == "merged") != ("data" in body):
+            raise OperatorError("read request", "data goes with take = merged, and only with it")
+        merged = shapes.data(body["data"]) if take == "merged" else None
+        row = await self.blocking(self.storage.decide, int(request.match_info["id"]), take, merged)
+        if row is None:
+            raise web.HTTPNotFound
+        return web.json_response(row)
+
+    async def post_heartbeat(self, request: web.Request) -> web.Response:
+        body = shapes.data(await _json(request), "the body")
+        node = shapes.name(body.get("node"))
+        generation = await self.blocking(self.storage.heartbeat, node, body)
+        return web.json_response({"generation": generation})
+
+    async def get_nodes(self, _: web.Request) -> web.Response:
+        return web.json_response({"nodes": await self.blocking(self.storage.nodes)})
+
+    async def get_desired(self, request: web.Request) -> web.Response:
+        node = await self.blocking(self.storage.node, shapes.name(request.match_info["node"]))
+        if node is None or node["desired"] is None:
+            raise web.HTTPNotFound
+        headers = {"ETag": f'"{node["generation"]}"'}
+        if request.headers.get("If-None-Match") == headers["ETag"]:
+            return web.Response(status=304, headers=headers)
+        return web.json_response({"generation": node["generation"], "state": node["desired"]}, headers=headers)
+
+    async def put_desired(self, request: web.Request) -> web.Response:
+        name = shapes.name(request.match_info["node"])
+        body = shapes.fields(await _json(request), {"state"})
+        generation = await self.blocking(self.storage.desire, name, shapes.data(body["state"], "state"))
+        return web.json_response({"generation": generation})
+
+    async def post_report(self, request: web.Request) -> web.Response:
+        name = shapes.name(request.match_info["node"])
+        body = shapes.fields(await _json(request), {"generation", "applied"}, frozenset({"reason"}))
+        if not isinstance(body["applied"], bool) or not isinstance(body["generation"], int):
+            raise OperatorError("read request", "applied is not a boolean, or generation not a number")
+        if not await self.blocking(self.storage.report, name, body):
+            raise web.HTTPNotFound
+        return web.json_response({"taken": True})
+
+
+def make_app(storage: Storage, token: str | None = None) -> web.Application:
+    cloud = Cloud(storage, token)
+    app = web.Application(client_max_size=MAX_JSON_BYTES, middlewares=[_errors, _guard(cloud)])
+    add = app.router
+    add.add_get("/", cloud.page)
+    add.add_get("/style.css", cloud.style)
+    add.add_get("/health", cloud.health)
+    add.add_post("/studies", cloud.stow)
+    add.add_post(r"/studies/{study:[0-9.]{1,64}}", cloud.stow)
+    add.add_get(r"/v1/objects/{uid:[0-9.]{1,64}}", cloud.object)
+    add.add_post("/v1/records", cloud.post_records)
+    add.add_get("/v1/records", cloud.get_records)
+    add.add_get("/v1/records/{type}/{id}", cloud.get_record)
+    add.add_put("/v1/records/{type}/{id}", cloud.put_record)
+    add.add_get("/v1/conflicts", cloud.get_conflicts)
+    add.add_post(r"/v1/conflicts/{id:\d{1,15}}/decide", cloud.decide)
+    add.add_post("/v1/heartbeat", cloud.post_heartbeat)
+    add.add_get("/v1/nodes", cloud.get_nodes)
+    add.add_get("/v1/nodes/{node}/desired", cloud.get_desired)
+    add.add_put("/v1/nodes/{node}/desired", cloud.put_desired)
+    add.add_post("/v1/nodes/{node}/report", cloud.post_report)
+
+    async def secure(_: web.Request, response: web.StreamResponse) -> None:
+        response.headers.update(_HEADERS)
+        response.headers.popall("Server", None)
+
+    app.on_response_prepare.append(secure)
+    return app
+
+
+async def _json(request: web.Request) -> Any:
+    body = await request.read()
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        raise OperatorError("read request", "the body is not JSON", "See config/cloud-api.yaml") from None
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def _host(header: str) -> str:
+    try:
+        return urlsplit(f"//{header}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def _guard(cloud: Cloud) -> Any:
+    @web.middleware
+    async def guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
+        status = cloud.refused(request)
+        if status == 401:
+            answer = stow.problem(401, OperatorError("answer request", "the bearer token is missing or wrong"))
+            answer.headers["WWW-Authenticate"] = "Bearer"
+            return answer
+        if status:
+            hint = "Start it with --token-file to serve other machines"
+            return stow.problem(403, OperatorError("answer request", "only this machine is served", hint))
+        return await handler(request)
+
+    return guarded
+
+
+@web.middleware
+async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except web.HTTPException as error:
+        answer = stow.problem(error.status, NodeError("answer request", error.reason))
+        if isinstance(error, web.HTTPMethodNotAllowed):
+            answer.headers["Allow"] = error.headers["Allow"]
+        return answer
+    except DiskFull as error:
+        return stow.problem(507, error)
+    except StorageError as error:
+        logs.get().error("request failed", operation="cloud", exc_type=type(error).__name__)
+        return stow.problem(503, NodeError("answer request", "the storage does not answer"))
+    except OperatorError as error:
+        return stow.problem(400, error)

@@ -1,0 +1,357 @@
+"""What arrived: one SQLite file and a folder of objects. Blocking: call it off the event loop."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import apsw
+
+from dicomnode import durable
+from dicomnode.errors import DiskFull, OperatorError
+
+Row = dict[str, Any]
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS objects (
+    SOPInstanceUID TEXT PRIMARY KEY, SOPClassUID TEXT, SeriesInstanceUID TEXT, StudyInstanceUID TEXT,
+    Modality TEXT, PatientID TEXT, PatientIdentityRemoved TEXT, TransferSyntaxUID TEXT,
+    file TEXT NOT NULL, size INTEGER NOT NULL, sha256 TEXT NOT NULL, puts INTEGER NOT NULL DEFAULT 1,
+    differing INTEGER NOT NULL DEFAULT 0, received_time TEXT NOT NULL) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS objects_study ON objects(StudyInstanceUID);
+CREATE TABLE IF NOT EXISTS records (
+    type TEXT NOT NULL, id TEXT NOT NULL, version INTEGER NOT NULL, node TEXT NOT NULL, study TEXT,
+    data TEXT NOT NULL, changed_time TEXT NOT NULL, received_time TEXT NOT NULL, seq INTEGER NOT NULL,
+    PRIMARY KEY (type, id)) WITHOUT ROWID;
+CREATE UNIQUE INDEX IF NOT EXISTS records_seq ON records(seq);
+CREATE TABLE IF NOT EXISTS keys (
+    key TEXT PRIMARY KEY, digest TEXT NOT NULL, outcome TEXT NOT NULL, version INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS conflicts (
+    id INTEGER PRIMARY KEY, type TEXT NOT NULL, record_id TEXT NOT NULL, node TEXT NOT NULL, cloud_version INTEGER,
+    cloud_data TEXT, edge_version INTEGER, edge_base INTEGER, edge_data TEXT, state TEXT NOT NULL, time TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS nodes (
+    name TEXT PRIMARY KEY, heartbeat TEXT, heartbeat_time TEXT,
+    generation INTEGER NOT NULL DEFAULT 0, desired TEXT, report TEXT, report_time TEXT) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS arrivals (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, kind TEXT NOT NULL, name TEXT NOT NULL, study TEXT, time TEXT NOT NULL);
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """A file that was staged in the object store, and what its header says."""
+
+    attributes: Mapping[str, str]
+    transfer_syntax_uid: str
+    staged: durable.StagedFile
+    size: int
+    sha256: str
+
+    @property
+    def uid(self) -> str:
+        return self.attributes["SOPInstanceUID"]
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+class Storage:
+    """``reserve_mb`` MiB of the volume stay free. One connection, one thread at a time."""
+
+    def __init__(self, data_dir: Path, reserve_mb: int = 256) -> None:
+        durable.make_directory(data_dir)
+        self.data_dir = data_dir
+        self.reserve_bytes = reserve_mb << 20
+        self.objects = durable.ObjectStore(data_dir)
+        self.objects.prepare()
+        self._lock = threading.Lock()
+        self._connection: Any = apsw.Connection(str(data_dir / "cloud.sqlite"))
+        self._connection.execute("PRAGMA journal_mode=WAL")
+        self._connection.execute("PRAGMA synchronous=FULL")
+        self._connection.execute(_SCHEMA)
+        for folder in self.objects.folders():  # a request that was cut by the end of the process
+            for part in folder.glob(f"*{durable.TEMPORARY_SUFFIX}"):
+                durable.remove(part)
+
+    def close(self) -> None:
+        with self._lock:
+            self._connection.close()
+
+    def rows(self, sql: str, parameters: Sequence[Any] = ()) -> list[Row]:
+        with self._lock:
+            return self._rows(sql, parameters)
+
+    def _rows(self, sql: str, parameters: Sequence[Any] = ()) -> list[Row]:
+        cursor = self._connection.execute(sql, parameters)
+        first = cursor.fetchone()
+        if first is None:
+            return []
+        names = [d[0] for d in cursor.get_description()]
+        return [dict(zip(names, values, strict=True)) for values in (first, *cursor)]
+
+    @contextmanager
+    def _transaction(self) -> Iterator[Any]:
+        with self._lock:
+            try:
+                self._connection.execute("BEGIN IMMEDIATE")
+                try:
+                    yield self._connection
+                except BaseException:
+                    self._connection.execute("ROLLBACK")
+                    raise
+                self._connection.execute("COMMIT")
+            except apsw.FullError as error:
+                raise DiskFull("commit", "no space left", "Free space on the volume of the cloud's data") from error
+            except (apsw.IOError, apsw.CorruptError) as error:
+                durable.die(error)
+
+    # Objects
+
+    def begin(self) -> durable.StagedFile:
+        """A file for an object that comes in. Raises DiskFull below the reserve."""
+        if durable.free_bytes(self.data_dir) <= self.reserve_bytes:
+            raise DiskFull("store an object", "free space is at the reserve", "Free space on the cloud's volume")
+        return self.objects.begin()
+
+    def add_objects(self, arrived: Sequence[Arrived]) -> dict[str, str]:
+        """Name the files, sync them and commit their rows: ``stored``, ``known`` or ``differs`` by UID.
+
+        The first object with a UID stays; ``differs``: another came with other bytes.
+        """
+        fates: dict[str, str] = {}
+        fresh: list[tuple[Arrived, str]] = []
+        known = self._known([a.uid for a in arrived])
+        for one in arrived:
+            digest = known.get(one.uid)
+            if digest is None:
+                name = self.objects.new_name(one.attributes.get("SeriesInstanceUID", ""))
+                self.objects.place(one.staged, name)
+                fresh.append((one, name))
+                known[one.uid] = one.sha256
+                fates[one.uid] = "stored"
+            else:
+                one.staged.abandon()
+                if fates.get(one.uid) != "stored" or digest != one.sha256:
+                    fates[one.uid] = "known" if digest == one.sha256 else "differs"
+        for folder in {self.objects.path(name).parent for _, name in fresh}:
+            durable.sync_directory(folder)
+        with self._transaction() as db:
+            for one, name in fresh:
+                self._insert_object(db, one, name)
+            for uid, fate in fates.items():
+                if fate != "stored":
+                    column = "differing" if fate == "differs" else "puts"
+                    db.execute(f"UPDATE objects SET {column} = {column} + 1 WHERE SOPInstanceUID = ?", (uid,))  # noqa: S608 two constants
+        return fates
+
+    def _known(self, uids: Sequence[str]) -> dict[str, str]:
+        marks = ", ".join("?" * len(uids))
+        query = f"SELECT SOPInstanceUID, sha256 FROM objects WHERE SOPInstanceUID IN ({marks})"  # noqa: S608 marks only
+        return {r["SOPInstanceUID"]: r["sha256"] for r in self.rows(query, uids)}
+
+    @staticmethod
+    def _insert_object(db: Any, one: Arrived, name: str) -> None:
+        moment, a = now(), one.attributes
+        study = a.get("StudyInstanceUID", "")
+        db.execute(
+            "INSERT INTO objects (SOPInstanceUID, SOPClassUID, SeriesInstanceUID, StudyInstanceUID, Modality,"
+            " PatientID, PatientIdentityRemoved, TransferSyntaxUID, file, size, sha256, received_time)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                one.uid, a.get("SOPClassUID", ""), a.get("SeriesInstanceUID", ""), study, a.get("Modality", ""),
+                a.get("PatientID", ""), a.get("PatientIdentityRemoved", ""), one.transfer_syntax_uid,
+                name, one.size, one.sha256, moment,
+            ),
+        )  # fmt: skip
+        _arrival(db, "object", one.uid, study, moment)
+
+    def object_file(self, uid: str) -> Path | None:
+        found = self.rows("SELECT file FROM objects WHERE SOPInstanceUID = ?", (uid,))
+        return self.objects.path(found[0]["file"]) if found else None
+
+    # Records
+
+    def add_record(self, node: str, record: Row) -> Row:
+        """Apply one record of a node, once for its key; the outcome as the API describes it.
+
+        ``conflict``: it was made from a version that the cloud's has left behind; both sides are kept
+        and the cloud's serves.
+        """
+        data = json.dumps(record["data"], sort_keys=True, ensure_ascii=False)
+        digest = durable.sha256(f"{record['type']}\n{record['id']}\n{record['version']}\n{data}".encode())
+        with self._transaction() as db:
+            used = self._rows("SELECT * FROM keys WHERE key = ?", (record["idempotency_key"],))
+            if used:
+                same = used[0]["digest"] == digest
+                if same:
+                    return _outcome(record, "duplicate", used[0]["version"], was=used[0]["outcome"])
+                return _outcome(record, "rejected", None, reason="the key was used for another record")
+            held = self._rows("SELECT * FROM records WHERE type = ? AND id = ?", (record["type"], record["id"]))
+            version = int(held[0]["version"]) if held else 0
+            if version > record["base_version"]:
+                outcome = "conflict"
+                db.execute(
+                    "INSERT INTO conflicts (type, record_id, node, cloud_version, cloud_data, edge_version, edge_base,"
+                    " edge_data, state, time) VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'open', ?)",
+                    (record["type"], record["id"], node, version, held[0]["data"], record["version"],
+                     record["base_version"], data, now()),
+                )  # fmt: skip
+            else:
+                outcome, version = "stored", int(record["version"])
+                self._write(db, record["type"], record["id"], version, node, data, record)
+            db.execute("INSERT INTO keys VALUES (?, ?, ?, ?)", (record["idempotency_key"], digest, outcome, version))
+            return _outcome(record, outcome, version)
+
+    @staticmethod
+    def _write(db: Any, kind: str, name: str, version: int, node: str, data: str, record: Row) -> None:
+        moment = now()
+        seq = _arrival(db, "record", f"{kind}/{name}/{version}", record.get("study"), moment)
+        db.execute(
+            "INSERT OR REPLACE INTO records (type, id, version, node, study, data, changed_time, received_time, seq)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (kind, name, version, node, record.get("study"), data, record["changed_time"], moment, seq),
+        )
+
+    def record(self, kind: str, name: str) -> Row | None:
+        found = self.rows("SELECT * FROM records WHERE type = ? AND id = ?", (kind, name))
+        return _shown(found[0]) if found else None
+
+    def change_record(self, kind: str, name: str, expected: int, data: Mapping[str, Any]) -> Row | None:
+        """A change made at the cloud: None when its version is not ``expected`` (0: there is none)."""
+        with self._transaction() as db:
+            held = self._rows("SELECT version, node, study FROM records WHERE type = ? AND id = ?", (kind, name))
+            version = int(held[0]["version"]) if held else 0
+            if version != expected:
+                return None
+            record = {"changed_time": now(), "study": held[0]["study"] if held else None}
+            text = json.dumps(data, sort_keys=True, ensure_ascii=False)
+            self._write(db, kind, name, version + 1, "", text, record)
+        return self.record(kind, name)
+
+    def feed(self, after: int, kind: str | None, limit: int) -> list[Row]:
+        """Records in the order of their last change, from behind ``after`` (a ``seq``)."""
+        rows = self.rows(
+            "SELECT * FROM records WHERE seq > ? AND (? IS NULL OR type = ?) ORDER BY seq LIMIT ?",
+            (after, kind, kind, limit),
+        )
+        return [_shown(row) for row in rows]
+
+    def conflicts(self, state: str | None, limit: int) -> list[Row]:
+        rows = self.rows(
+            "SELECT * FROM conflicts WHERE ? IS NULL OR state = ? ORDER BY id DESC LIMIT ?", (state, state, limit)
+        )
+        for row in rows:
+            for side in ("cloud_data", "edge_data"):
+                row[side] = json.loads(row[side] or "{}")
+        return rows
+
+    def decide(self, conflict: int, take: str, data: Mapping[str, Any] | None) -> Row | None:
+        """Close a conflict with the cloud's value, the node's, or ``data``; None when it is not open."""
+        with self._transaction() as db:
+            found = self._rows("SELECT * FROM conflicts WHERE id = ? AND state = 'open'", (conflict,))
+            if not found:
+                return None
+            row = found[0]
+            db.execute("UPDATE conflicts SET state = ? WHERE id = ?", (take, conflict))
+            if take != "cloud":
+                held = self._rows("SELECT version, study FROM records WHERE type = ? AND id = ?",
+                                  (row["type"], row["record_id"]))  # fmt: skip
+                text = row["edge_data"] if take == "edge" else json.dumps(data, sort_keys=True, ensure_ascii=False)
+                record = {"changed_time": now(), "study": held[0]["study"] if held else None}
+                version = max(int(held[0]["version"]) if held else 0, int(row["edge_version"])) + 1
+                self._write(db, row["type"], row["record_id"], version, "", text, record)
+        return self.record(row["type"], row["record_id"])
+
+    # Nodes
+
+    def heartbeat(self, node: str, body: Mapping[str, Any]) -> int:
+        """Keep the last one; the generation that is desired of this node."""
+        with self._transaction() as db:
+            db.execute(
+                "INSERT INTO nodes (name, heartbeat, heartbeat_time) VALUES (?, ?, ?) ON CONFLICT (name)"
+                " DO UPDATE SET heartbeat = excluded.heartbeat, heartbeat_time = excluded.heartbeat_time",
+                (node, json.dumps(body), now()),
+            )
+            return int(self._rows("SELECT generation FROM nodes WHERE name = ?", (node,))[0]["generation"])
+
+    def node(self, name: str) -> Row | None:
+        found = self.rows("SELECT * FROM nodes WHERE name = ?", (name,))
+        return _node(found[0]) if found else None
+
+    def nodes(self) -> list[Row]:
+        return [_node(row) for row in self.rows("SELECT * FROM nodes ORDER BY name")]
+
+    def desire(self, node: str, state: Mapping[str, Any]) -> int:
+        """Set what is desired of a node; the new generation."""
+        with self._transaction() as db:
+            db.execute(
+                "INSERT INTO nodes (name, generation, desired) VALUES (?, 1, ?) ON CONFLICT (name)"
+                " DO UPDATE SET generation = generation + 1, desired = excluded.desired",
+                (node, json.dumps(state)),
+            )
+            return int(self._rows("SELECT generation FROM nodes WHERE name = ?", (node,))[0]["generation"])
+
+    def report(self, node: str, body: Mapping[str, Any]) -> bool:
+        """What a node made of a generation; False when the node is unknown."""
+        with self._transaction() as db:
+            db.execute("UPDATE nodes SET report = ?, report_time = ? WHERE name = ?", (json.dumps(body), now(), node))
+            return bool(db.changes())
+
+    def counts(self) -> dict[str, int]:
+        queries = {
+            "objects": "SELECT count(*) AS n FROM objects",
+            "bytes": "SELECT coalesce(sum(size), 0) AS n FROM objects",
+            "studies": "SELECT count(DISTINCT StudyInstanceUID) AS n FROM objects",
+            "records": "SELECT count(*) AS n FROM records",
+            "conflicts": "SELECT count(*) AS n FROM conflicts WHERE state = 'open'",
+            "repeated": "SELECT coalesce(sum(puts - 1), 0) AS n FROM objects",
+        }
+        return {name: int(self.rows(sql)[0]["n"]) for name, sql in queries.items()}
+
+    def arrivals(self, limit: int = 1000, after: int = 0) -> list[Row]:
+        """What arrived, in order; an object or a version of a record once, whatever was repeated."""
+        return self.rows("SELECT * FROM arrivals WHERE seq > ? ORDER BY seq LIMIT ?", (after, limit))
+
+
+def _arrival(db: Any, kind: str, name: str, study: str | None, moment: str) -> int:
+    db.execute("INSERT INTO arrivals (kind, name, study, time) VALUES (?, ?, ?, ?)", (kind, name, study, moment))
+    return int(db.last_insert_rowid())
+
+
+def _outcome(record: Row, outcome: str, version: int | None, **more: Any) -> Row:
+    return {"idempotency_key": record["idempotency_key"], "outcome": outcome, "version": version, **more}
+
+
+def _shown(row: Row) -> Row:
+    return {**row, "data": json.loads(row["data"])}
+
+
+def _node(row: Row) -> Row:
+    return {**row, **{k: json.loads(row[k]) if row[k] else None for k in ("heartbeat", "desired", "report")}}
+
+
+def read_token(path: Path | None) -> str | None:
+    """The one bearer token that nodes must show. Raises OperatorError when the file holds none."""
+    if path is None:
+        return None
+    try:
+        token = path.read_bytes()[:4096].decode("ascii", errors="replace").strip()
+    except OSError as error:
+        raise OperatorError("read the token file", error.strerror or "unreadable", "Check the file") from None
+    if len(token) < 16 or " " in token or not token.isprintable() or "\ufffd" in token:
+        raise OperatorError("read the token file", "it does not hold one token of 16 characters", "Make a longer one")
+    return token
+
+
+def make_token(path: Path) -> None:
+    """Write a new random token (0600); for demos."""
+    durable.write_durable(path, uuid.uuid4().hex.encode() + os.urandom(8).hex().encode())
