@@ -91,12 +91,13 @@ def test_a_body_that_breaks_off_keeps_what_was_whole(tmp_path: Path) -> None:
         assert client._base_url is not None
         _, writer = await asyncio.open_connection(client._base_url.host, client._base_url.port)
         head = f"POST /studies HTTP/1.1\r\nHost: localhost\r\nContent-Type: {headers['Content-Type']}\r\n"
-        writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data[:-3000])
-        async with asyncio.timeout(10):
-            for count in (1, 2):
-                while len(list(storage.objects.root.rglob(f"*{durable.TEMPORARY_SUFFIX}"))) < count:
-                    await asyncio.sleep(0.01)
-                writer.write(data[-3000:-2000])  # the reader of parts looks one piece ahead
+        writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data[: len(first) + 300])
+        async with asyncio.timeout(30):
+            for at in range(len(first) + 300, len(data) - 500, 100):
+                writer.write(data[at : at + 100])
+                await asyncio.sleep(0.01)
+                if len(list(storage.objects.root.rglob(f"*{durable.TEMPORARY_SUFFIX}"))) == 2:
+                    break
             writer.close()
             while storage.counts()["objects"] == 0:
                 await asyncio.sleep(0.01)
