@@ -85,16 +85,18 @@ def shares(made: Sequence[tuple[int, str]], order: Order, destination: str) -> l
 
     ``made``: (result id, kind) in the order of sending.
     """
-    ids = {kind: result for result, kind in made}
+    ids: dict[str, list[int]] = {}
+    for result, kind in made:
+        ids.setdefault(kind, []).append(result)
     labelmap = order.seg.get(destination) == "labelmap" and LABELMAP in ids
     wanted = order.kinds_for(destination)
     found: list[tuple[int, int | None]] = []
     for result, kind in made:
         if kind not in wanted:
             continue
-        alternative = ids.get(ALTERNATIVE.get(kind, ""))
-        if labelmap and "SEG" in wanted and alternative is not None:
-            found.append((alternative, result))
+        alternatives = ids.get(ALTERNATIVE.get(kind, ""), [])  # of several, as many as there are of the kind
+        if labelmap and "SEG" in wanted and alternatives:
+            found.append((alternatives[ids[kind].index(result)], result))
         else:
             found.append((result, None))
     return found

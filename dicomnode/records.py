@@ -25,7 +25,8 @@ class SegmentDefinition:
     """One segment of a segmentation.
 
     ``number`` is the value in the label map and the SegmentNumber, from 1 without holes.
-    ``rgb`` is the recommended display colour, 0..255.
+    ``rgb`` is the recommended display colour, 0..255. ``image``: index into ``source_uids`` of the
+    image that it is on, where each image was analysed by itself.
     """
 
     number: int
@@ -35,11 +36,14 @@ class SegmentDefinition:
     type_modifier: Code | None = None
     anatomic_region: Code | None = None
     rgb: tuple[int, int, int] = (255, 0, 0)
+    image: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
     """One number: of a segment when ``segment`` is given, of the whole series otherwise.
+
+    ``image``: index into ``source_uids`` of the image that it is of, where each was analysed by itself.
 
     ``unit`` is a UCUM code. ``key`` is the stable name in JSON, e.g. ``volume_ml``.
     """
@@ -50,6 +54,7 @@ class Measurement:
     unit: Code
     segment: int | None = None
     derivation: Code | None = None
+    image: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +63,7 @@ class Finding:
 
     ``key`` is the stable name in JSON and rules. ``value`` is the coded answer, such as
     Present or Absent. ``probability`` and ``threshold`` lie in 0..1. ``text``: a remark.
+    ``image`` as in :class:`Measurement`.
     """
 
     key: str
@@ -66,6 +72,7 @@ class Finding:
     probability: float | None
     threshold: float | None
     text: str = ""
+    image: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +117,9 @@ class Analysis:
     ``findings``: answers about the whole series. ``probability_maps``: in the geometry of ``labels``.
     ``source_frames``: frame number, from 1, of each slice within its instance of
     ``source_uids``; empty where the instances have one frame each.
+    ``projection``: ``source_uids`` are single images, each analysed by itself, in the order of
+    their instance numbers. They may differ in size: ``labels`` are then as large as the largest
+    of each dimension, 0 beyond an image, and every segment is on one image.
     """
 
     labels: npt.NDArray[np.uint8] | None
@@ -124,6 +134,7 @@ class Analysis:
     findings: tuple[Finding, ...] = ()
     probability_maps: tuple[ProbabilityMap, ...] = ()
     source_frames: tuple[int, ...] = ()
+    projection: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,12 +23,14 @@ from dicomnode.records import Analysis, EncodedObject, SegmentDefinition
 SERIES_NUMBER = 4000
 
 
-def encode_gsps(analysis: Analysis, found: Sequence[SegmentDefinition], key: int, context: Context) -> EncodedObject:
+def encode_gsps(
+    analysis: Analysis, found: Sequence[SegmentDefinition], key: int, context: Context, variant: str = ""
+) -> EncodedObject:
     """Every outline as a closed polyline on the slice that it was found on, a named layer for each segment.
 
     Window and rescale are those of slice ``key``. Graphic data are in pixels, 0.0\\0.0 being the
-    top left corner of the top left pixel (PS3.3 C.10.5). Raises ``InputError`` where a source
-    header cannot be read.
+    top left corner of the top left pixel (PS3.3 C.10.5). ``variant`` sets the UID apart from that of
+    another image. Raises ``InputError`` where a source header cannot be read.
     """
     assert analysis.labels is not None
     provenance, headers = context.provenance, context.headers
@@ -64,6 +66,10 @@ def encode_gsps(analysis: Analysis, found: Sequence[SegmentDefinition], key: int
     state.GraphicAnnotationSequence = annotations
     state.ReferencedSeriesSequence[0].ReferencedImageSequence = [_reference(image) for image in used]
     _true_proportions(state, used[0])
+    if variant:
+        state.SOPInstanceUID = state.file_meta.MediaStorageSOPInstanceUID = derived_uid(
+            context.identity.sr_uid, "GSPS", variant
+        )
     state.SeriesDescription = long_string(f"AI {provenance.name} {provenance.version} outlines")
     state.PresentationCreationDate, state.PresentationCreationTime = provenance.date, provenance.time
     state.ContentCreatorName = re.sub(r"[\^=]", " ", provenance.name)[:60] + "^AI"

@@ -101,7 +101,11 @@ class SourceHeaders:
 
 
 def read_headers(
-    source_uids: Sequence[str], sources: Sequence[SourceInstance], source_frames: Sequence[int] = ()
+    source_uids: Sequence[str],
+    sources: Sequence[SourceInstance],
+    source_frames: Sequence[int] = (),
+    *,
+    one_size: bool = True,
 ) -> SourceHeaders:
     """Read the headers of ``source_uids``, the first one in full, the others' geometry.
 
@@ -109,7 +113,7 @@ def read_headers(
     for patient and study. ``source_frames`` as in ``Analysis``: with it each slice is a frame, and
     ``frames`` says what the UIDs of ``slices`` stand for. Raises ``NodeError`` when a UID is not among ``sources``,
     ``StorageError`` when a file cannot be opened, ``MalformedDataSet`` when it cannot be read,
-    ``UnsuitableSeries`` when the slices belong to different series or differ in size.
+    ``UnsuitableSeries`` when the slices belong to different series or, with ``one_size``, differ in size.
     """
     if not sources:
         raise NodeError(OPERATION, "no source instance was given")
@@ -123,7 +127,7 @@ def read_headers(
     first = _read(chosen[0], _FIRST_KEYWORDS)
     shared: _Shared = {}
     raw = [first, *(_read_slice(source, shared) for source in chosen[1:])]
-    return normalise_headers(raw, with_slices=bool(source_uids))
+    return normalise_headers(raw, with_slices=bool(source_uids), one_size=one_size)
 
 
 def _frame_headers(chosen: Sequence[SourceInstance], numbers: Sequence[int]) -> SourceHeaders:
@@ -142,13 +146,13 @@ def _frame_headers(chosen: Sequence[SourceInstance], numbers: Sequence[int]) -> 
     return replace(headers, frames=frames)
 
 
-def normalise_headers(raw: Sequence[Dataset], *, with_slices: bool) -> SourceHeaders:
+def normalise_headers(raw: Sequence[Dataset], *, with_slices: bool, one_size: bool = True) -> SourceHeaders:
     """Skeletons and patient/study attributes from data sets as read; changes none of them.
 
     Raises ``UnsuitableSeries`` with code ``MIXED_SERIES``, ``MIXED_SIZE`` or ``MULTI_FRAME``.
     """
     first = raw[0]
-    _refuse_mixture(raw)
+    _refuse_mixture(raw, one_size=one_size)
     modality = str(first.get("Modality") or "OT")
     notes: list[str] = []
     skeletons = [_skeleton(ds, modality) for ds in raw] if with_slices else []
@@ -211,11 +215,11 @@ def _read_slice(source: SourceInstance, shared: _Shared) -> Dataset:
     return out
 
 
-def _refuse_mixture(raw: Sequence[Dataset]) -> None:
+def _refuse_mixture(raw: Sequence[Dataset], *, one_size: bool) -> None:
     series = {(str(ds.StudyInstanceUID), str(ds.SeriesInstanceUID)) for ds in raw}
     if len(series) > 1:
         raise UnsuitableSeries(OPERATION, "MIXED_SERIES", f"the slices belong to {len(series)} series")
-    if len({(ds.get("Rows"), ds.get("Columns")) for ds in raw}) > 1:
+    if one_size and len({(ds.get("Rows"), ds.get("Columns")) for ds in raw}) > 1:
         raise UnsuitableSeries(OPERATION, "MIXED_SIZE", "the slices differ in rows or columns")
     if any(_number(_clean(ds, "NumberOfFrames")) > 1 for ds in raw):
         raise UnsuitableSeries(OPERATION, "MULTI_FRAME", "the analysis does not say which frames it looked at")

@@ -13,6 +13,7 @@ from dicomnode.encode.gsps import encode_gsps
 from dicomnode.encode.headers import SourceHeaders, read_headers
 from dicomnode.encode.keys import key_slices
 from dicomnode.encode.kos import encode_kos
+from dicomnode.encode.parts import Part, parts
 from dicomnode.encode.pixels import Pixels, read_pixels
 from dicomnode.encode.pm import encode_pm
 from dicomnode.encode.sc import encode_key_images
@@ -59,11 +60,11 @@ def encode_results(
     if untracked:
         raise NodeError("encode result", f"segments {sorted(untracked)} have no tracking UID")
     keys = key_slices(analysis, found)
-    every = bool(found or keys or analysis.probability_maps)
+    every = bool(found or keys or analysis.probability_maps or analysis.projection)
     wanted = analysis.source_uids if every else analysis.source_uids[:1]
     frames = analysis.source_frames if every else analysis.source_frames[:1]
     with quiet_pydicom():
-        headers = read_headers(wanted, sources, frames)
+        headers = read_headers(wanted, sources, frames, one_size=not analysis.projection)
         provenance = Provenance.of(model, identity, analysis.engine, analysis.precision)
         context = Context(identity, model, provenance, headers, tuple(sources), station)
         hits = critical_hits(analysis, order.critical)
@@ -84,29 +85,32 @@ def _segmentations_and_reports(
 ) -> list[EncodedObject]:
     """Each segmentation before the report that refers to it."""
     out: list[EncodedObject] = []
-    seg: Segmentation | None = None
-    if found and "SEG" in order.made:
-        labels = _fitting_labels(analysis, context.headers)
-        if order.labelmap:
-            labelmap = encode_labelmap(labels, found, context)
-            out.append(labelmap)
-            if "SR" in order.made:
-                out.append(
-                    encode_sr(
-                        analysis,
-                        found,
-                        context,
-                        segmentation=_of(labelmap),
-                        variant=LABELMAP,
-                        hits=hits,
-                        remarks=remarks,
-                    )
+
+    def report(segmentations: Sequence[Segmentation], variant: str) -> None:
+        if "SR" in order.made:
+            out.append(
+                encode_sr(
+                    analysis,
+                    found,
+                    context,
+                    segmentations=segmentations,
+                    variant=variant,
+                    hits=hits,
+                    remarks=remarks,
                 )
-        out.append(encode_seg(labels, found, context))
-        seg = _of(out[-1])
-    if "SR" in order.made:
-        variant = "plain" if found and seg is None else ""
-        out.append(encode_sr(analysis, found, context, segmentation=seg, variant=variant, hits=hits, remarks=remarks))
+            )
+
+    segmentations: list[Segmentation] = []
+    if found and "SEG" in order.made:
+        each = [(p, _fitting_labels(p.analysis, p.context.headers)) for p in parts(analysis, found, context)]
+        if order.labelmap:
+            maps = [encode_labelmap(labels, p.found, p.context) for p, labels in each]
+            out += maps
+            report([_of(m, p, one_frame=True) for m, (p, _) in zip(maps, each, strict=True)], LABELMAP)
+        for part, labels in each:
+            out.append(encode_seg(labels, part.found, part.context))
+            segmentations.append(_of(out[-1], part))
+    report(segmentations, "plain" if found and not segmentations else "")
     return out
 
 
@@ -127,7 +131,10 @@ def _pictures(
         return out
     if "GSPS" in order.made and found:
         try:
-            out.append(encode_gsps(analysis, found, keys[0], context))
+            out += [
+                encode_gsps(p.analysis, p.found, p.key(keys), p.context, p.variant)
+                for p in parts(analysis, found, context)
+            ]
         except InputError as error:
             remarks.append(f"No presentation state could be made: {error.cause}.")
     if "SC" in order.made:
@@ -154,8 +161,14 @@ def _maps(analysis: Analysis, context: Context, order: Order, remarks: list[str]
         return []
 
 
-def _of(encoded: EncodedObject) -> Segmentation:
-    return Segmentation(encoded.sop_class_uid, encoded.sop_instance_uid, encoded.series_instance_uid)
+def _of(encoded: EncodedObject, part: Part, *, one_frame: bool = False) -> Segmentation:
+    return Segmentation(
+        encoded.sop_class_uid,
+        encoded.sop_instance_uid,
+        encoded.series_instance_uid,
+        {segment.number: position for position, segment in enumerate(part.found, start=1)},
+        one_frame,
+    )
 
 
 def _fitting_labels(analysis: Analysis, headers: SourceHeaders) -> npt.NDArray[np.uint8]:

@@ -65,14 +65,14 @@ def _encode(
     spacing, in_patient = spacing_of(shown)
     orientation = [float(v) for v in shown.get("ImageOrientationPatient") or ()]
     turn = turn_for(orientation or orientation_of(shown.get("PatientOrientation")))
-    labels = None if analysis.labels is None else analysis.labels[index]
+    labels = None if analysis.labels is None else analysis.labels[index, : int(image.Rows), : int(image.Columns)]
     present = [s for s in found if labels is not None and bool(np.any(labels == s.number))]
     caption = Caption(
         lines=[
             clean_text(f"{provenance.name} {provenance.version}, {provenance.manufacturer}"),
             f"Image {index + 1} of {len(headers.slices)}"
             + (f", series {headers.series_number}" if headers.series_number else ""),
-            *[clean_text(finding_line(f)) for f in analysis.findings[:_MOST_LINES]],
+            *[clean_text(finding_line(f)) for f in analysis.findings if f.image in (None, index)][:_MOST_LINES],
         ],
         legend=[(clean_text(s.label), s.rgb) for s in present[:_MOST_LINES]],
         alarm=[clean_text(f"CRITICAL: {hit.text}") for hit in hits[:_MOST_LINES]],

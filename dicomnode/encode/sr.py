@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import highdicom as hd
@@ -67,11 +67,16 @@ LABELMAP_SR_SERIES_NUMBER = 8000
 
 @dataclass(frozen=True, slots=True)
 class Segmentation:
-    """The SEG that a report refers to."""
+    """A SEG that a report refers to; ``numbers``: segment of the analysis -> Segment Number in it.
+
+    ``one_frame``: of a single image it has one frame for all segments (label map), else one for each.
+    """
 
     sop_class_uid: str
     sop_instance_uid: str
     series_instance_uid: str
+    numbers: Mapping[int, int]
+    one_frame: bool = False
 
 
 def encode_sr(
@@ -79,31 +84,30 @@ def encode_sr(
     found: Sequence[SegmentDefinition],
     context: Context,
     *,
-    segmentation: Segmentation | None,
+    segmentations: Sequence[Segmentation],
     variant: str = "",
     hits: Sequence[Hit] = (),
     remarks: Sequence[str] = (),
 ) -> EncodedObject:
-    """SR with a group per segment, one per finding, and one for measurements of the whole series.
+    """SR with a group per segment, one per finding, and one for measurements of the series or each image.
 
-    ``found``: the segments that have voxels, in the order in which the SEG numbers them.
-    ``segmentation``: that SEG, ``None`` where none is made. ``variant``: "" for the report beside
+    ``found``: the segments that have voxels. ``segmentations``: the SEGs that hold them, one for a
+    volume, one for each image of its own, none where none is made. ``variant``: "" for the report beside
     the binary SEG, else what sets its UIDs apart (``plain``: without one, ``LABELMAP``).
-    Every instance of ``context.sources`` is listed as evidence, and so is the SEG.
+    Every instance of ``context.sources`` is listed as evidence, and so is each SEG.
     Measured numbers are written with 8 significant digits and, unrounded, as FD.
     """
-    identity, provenance = context.identity, context.provenance
-    numbers = {segment.number: position for position, segment in enumerate(found, start=1)}
+    provenance = context.provenance
     groups: list[Dataset] = []
     for segment in analysis.segments:
         measured = [m for m in analysis.measurements if m.segment == segment.number]
-        reference = numbers.get(segment.number)
-        groups += _segment_group(segment, reference, measured, context, segmentation)
+        in_it = next((s for s in segmentations if segment.number in s.numbers), None)
+        groups += _segment_group(segment, segment in found, measured, context, in_it)
     for finding in analysis.findings:
         groups += _finding_group(finding, context)
-    series_wide = [m for m in analysis.measurements if m.segment is None]
-    if series_wide:
-        groups += _series_group(series_wide, identity, provenance)
+    for image in dict.fromkeys(m.image for m in analysis.measurements if m.segment is None):
+        of_it = [m for m in analysis.measurements if m.segment is None and m.image == image]
+        groups += _whole_group(of_it, image, context)
     unknown = {m.segment for m in analysis.measurements} - {None, *(s.number for s in analysis.segments)}
     if unknown:
         raise NodeError("encode SR", f"measurements name undefined segments {sorted(map(str, unknown))}")
@@ -116,7 +120,7 @@ def encode_sr(
     title = f"AI {provenance.name} {provenance.version} report"
     return build_report(
         content,
-        evidence=_evidence(context, segmentation if found else None),
+        evidence=_evidence(context, segmentations),
         description=f"CRITICAL: {title}" if hits else title,
         context=context,
         variant=variant,
@@ -204,12 +208,12 @@ def _algorithm(provenance: Provenance, parameters: Sequence[str] | None = None) 
 
 def _segment_group(
     segment: SegmentDefinition,
-    number: int | None,
+    found: bool,
     measured: Sequence[Measurement],
     context: Context,
     segmentation: Segmentation | None,
 ) -> list[Dataset]:
-    """TID 1411 for a segment of the SEG (its ``number`` there), else TID 1501: looked for, not found."""
+    """TID 1411 for a segment of the SEG, TID 1410 on an image of its own, TID 1501 without SEG or when not found."""
     identity, provenance = context.identity, context.provenance
     common = {
         "tracking_identifier": hd.sr.TrackingIdentifier(
@@ -221,17 +225,29 @@ def _segment_group(
         "algorithm_id": _algorithm(provenance),
         "measurements": [_measurement(m) for m in measured],
     }
-    if number is not None and segmentation is None:
-        return list(hd.sr.MeasurementsAndQualitativeEvaluations(**common))
-    if number is not None and segmentation is not None:
+    if found and segmentation is None:
+        return list(
+            hd.sr.MeasurementsAndQualitativeEvaluations(source_images=_images(segment.image, context), **common)
+        )
+    if found and segmentation is not None and segment.image is not None:
+        source = context.headers.slices[segment.image]
+        on_image = hd.sr.ReferencedSegmentationFrame(
+            sop_class_uid=segmentation.sop_class_uid,
+            sop_instance_uid=segmentation.sop_instance_uid,
+            frame_number=1 if segmentation.one_frame else segmentation.numbers[segment.number],
+            segment_number=segmentation.numbers[segment.number],
+            source_image=hd.sr.SourceImageForSegmentation(str(source.SOPClassUID), str(source.SOPInstanceUID)),
+        )
+        return list(hd.sr.PlanarROIMeasurementsAndQualitativeEvaluations(referenced_segment=on_image, **common))
+    if found and segmentation is not None:
         reference = hd.sr.ReferencedSegment(
             sop_class_uid=segmentation.sop_class_uid,
             sop_instance_uid=segmentation.sop_instance_uid,
-            segment_number=number,
+            segment_number=segmentation.numbers[segment.number],
             source_series=hd.sr.SourceSeriesForSegmentation(context.headers.series_uid),
         )
         return list(hd.sr.VolumetricROIMeasurementsAndQualitativeEvaluations(referenced_segment=reference, **common))
-    group = hd.sr.MeasurementsAndQualitativeEvaluations(**common)
+    group = hd.sr.MeasurementsAndQualitativeEvaluations(source_images=_images(segment.image, context), **common)
     if (segment.category.value, segment.category.scheme) != ANATOMICAL_STRUCTURE:
         group[0].ContentSequence.append(CodeContentItem(_PRESENCE, _ABSENT, _CONTAINS))
     text = f"Not found: the model marked no voxel as {clean_text(segment.label)}."
@@ -240,7 +256,7 @@ def _segment_group(
 
 
 def _finding_group(finding: Finding, context: Context) -> list[Dataset]:
-    """TID 1501 for an answer about the whole series: the finding, its value, its probability."""
+    """TID 1501 for an answer about the whole series or an image: the finding, its value, its probability."""
     identity, provenance = context.identity, context.provenance
     threshold = [f"threshold of {finding.key}: {finding.threshold:.6g}"] if finding.threshold is not None else None
     measurements = []
@@ -251,13 +267,14 @@ def _finding_group(finding: Finding, context: Context) -> list[Dataset]:
         evaluations.append(hd.sr.QualitativeEvaluation(_PRESENCE, concept(finding.value)))
     group = hd.sr.MeasurementsAndQualitativeEvaluations(
         tracking_identifier=hd.sr.TrackingIdentifier(
-            derived_uid(identity.sr_uid, "tracking", "finding", finding.key),
-            long_string(f"{provenance.name}: {finding.key}"),
+            derived_uid(identity.sr_uid, "tracking", "finding", finding.key, *_number_of(finding.image)),
+            long_string(f"{provenance.name}: {finding.key}{_image_name(finding.image)}"),
         ),
         finding_type=concept(finding.name),
         algorithm_id=_algorithm(provenance, threshold),
         measurements=[_measurement(m) for m in measurements] or None,
         qualitative_evaluations=evaluations or None,
+        source_images=_images(finding.image, context),
     )
     if finding.text.strip():
         group[0].ContentSequence.append(TextContentItem(_COMMENT, clean_text(finding.text), _CONTAINS))
@@ -275,18 +292,38 @@ def _critical(hits: Sequence[Hit]) -> list[Dataset]:
     ]
 
 
-def _series_group(measured: Sequence[Measurement], identity: ResultIdentity, provenance: Provenance) -> list[Dataset]:
-    """TID 1501 for measurements of the whole series."""
+def _whole_group(measured: Sequence[Measurement], image: int | None, context: Context) -> list[Dataset]:
+    """TID 1501 for measurements of the whole series, or of the image ``image``."""
+    identity, provenance = context.identity, context.provenance
     return list(
         hd.sr.MeasurementsAndQualitativeEvaluations(
             tracking_identifier=hd.sr.TrackingIdentifier(
-                derived_uid(identity.sr_uid, "tracking", "series"),
-                long_string(f"{provenance.name}: whole series"),
+                derived_uid(identity.sr_uid, "tracking", "series", *_number_of(image)),
+                long_string(
+                    f"{provenance.name}: whole series" if image is None else f"{provenance.name}:{_image_name(image)}"
+                ),
             ),
             algorithm_id=_algorithm(provenance),
             measurements=[_measurement(m) for m in measured],
+            source_images=_images(image, context),
         )
     )
+
+
+def _images(image: int | None, context: Context) -> list[hd.sr.SourceImageForMeasurementGroup] | None:
+    """The image that a group is about; the library takes None for no one in particular."""
+    if image is None:
+        return None
+    source = context.headers.slices[image]
+    return [hd.sr.SourceImageForMeasurementGroup(str(source.SOPClassUID), str(source.SOPInstanceUID))]
+
+
+def _number_of(image: int | None) -> tuple[str, ...]:
+    return () if image is None else (str(image),)
+
+
+def _image_name(image: int | None) -> str:
+    return "" if image is None else f" image {image + 1}"
 
 
 def _sites(segment: SegmentDefinition) -> list[hd.sr.FindingSite] | None:
@@ -357,22 +394,16 @@ def _evaluations(
 
 def source_evidence(context: Context) -> list[Dataset]:
     """Every source instance, for Current Requested Procedure Evidence."""
-    return _evidence(context, None)
+    return _evidence(context, ())
 
 
-def _evidence(context: Context, segmentation: Segmentation | None) -> list[Dataset]:
-    """Every source instance and the SEG, for Current Requested Procedure Evidence."""
+def _evidence(context: Context, segmentations: Sequence[Segmentation]) -> list[Dataset]:
+    """Every source instance and each SEG, for Current Requested Procedure Evidence."""
     study, series = context.headers.study_uid, context.headers.series_uid
     evidence = [_reference(study, series, s.sop_class_uid, s.sop_instance_uid) for s in context.sources]
-    if segmentation:
-        evidence.append(
-            _reference(
-                study,
-                segmentation.series_instance_uid,
-                segmentation.sop_class_uid,
-                segmentation.sop_instance_uid,
-            )
-        )
+    evidence += [
+        _reference(study, seg.series_instance_uid, seg.sop_class_uid, seg.sop_instance_uid) for seg in segmentations
+    ]
     evidence[0] = with_empty_patient(evidence[0])
     return evidence
 
