@@ -238,6 +238,10 @@ def _segment_group(
             segment_number=segmentation.numbers[segment.number],
             source_image=hd.sr.SourceImageForSegmentation(str(source.SOPClassUID), str(source.SOPInstanceUID)),
         )
+        # Only one of the two may be there (PS3.3 Table 10-3): a frame of a label map has several segments.
+        del on_image[0].ReferencedSOPSequence[0][
+            "ReferencedFrameNumber" if segmentation.one_frame else "ReferencedSegmentNumber"
+        ]
         return list(hd.sr.PlanarROIMeasurementsAndQualitativeEvaluations(referenced_segment=on_image, **common))
     if found and segmentation is not None:
         reference = hd.sr.ReferencedSegment(

@@ -116,13 +116,14 @@ def test_every_group_of_the_report_names_its_image_and_segment(tmp_path: Path) -
         {segs[0], uids[0]}, {segs[0], uids[0]}, {segs[1], uids[1]},
         {uids[0]}, {uids[1]}, {uids[0]}, {uids[1]},
     ]  # fmt: skip
-    segments = []
-    for group in groups(found["SR"][0])[:3]:
-        (item,) = [c for c in group.ContentSequence if c.ValueType == "IMAGE" and "ReferencedSegmentNumber"
-                   in c.ReferencedSOPSequence[0]]  # fmt: skip
-        reference = item.ReferencedSOPSequence[0]
-        segments.append((reference.ReferencedSegmentNumber, reference.ReferencedFrameNumber))
-    assert segments == [(1, 1), (2, 2), (1, 1)]
+    for report, keyword in (("SR", "ReferencedFrameNumber"), (LABELMAP_SR, "ReferencedSegmentNumber")):
+        numbers = [
+            int(c.ReferencedSOPSequence[0][keyword].value)
+            for group in groups(found[report][0])[:3]
+            for c in group.ContentSequence
+            if c.ValueType == "IMAGE" and keyword in c.ReferencedSOPSequence[0]
+        ]
+        assert numbers == [1, 2, 1], "a binary SEG has a frame for each segment, a label map one for all"
     trackers = [str(c.UID) for g in groups(found["SR"][0]) for c in g.ContentSequence if c.ValueType == "UIDREF"]
     assert len(set(trackers)) == 7, "what is said of two images is tracked apart"
 
