@@ -17,7 +17,8 @@ from dicomnode.errors import LeaseLost, OperatorError
 from dicomnode.identity import input_digest
 from dicomnode.index import chain
 from dicomnode.index.catalogue import Catalogue, NewInstance
-from dicomnode.index.database import Database, Row
+from dicomnode.index.database import Row
+from dicomnode.index.job_views import JobViews
 from dicomnode.index.notices import make_notices
 from dicomnode.index.states import JobEvent, JobState, backoff_seconds, next_job_state
 from dicomnode.index.urgency import hurry, raise_alert
@@ -26,6 +27,8 @@ from dicomnode.orders import Order, dump, load, shares
 PRIORITIES: Mapping[str, int] = {"stat": 0, "routine": 1, "batch": 2}
 REPORT_TRIES = 3
 """A report of failure that takes its worker down is not tried for ever."""
+LONGEST_WAIT = 300.0
+"""Seconds between two tries of one job."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +72,7 @@ class Outcome:
     """Whether a webhook is told of critical results."""
 
 
-class Jobs:
-    def __init__(self, db: Database) -> None:
-        self.db = db
-
+class Jobs(JobViews):
     # Select's side
 
     def select(self, series_id: int, generation: int, reason: str, requests: Iterable[Request]) -> list[int]:
@@ -215,16 +215,6 @@ class Jobs:
             self._owned(job_id, owner)
             self.db.execute("UPDATE jobs SET placement = ? WHERE id = ?", (json.dumps(dict(decision)), job_id))
 
-    def predecessor(self, job: Row, kind: str = "SR") -> Row | None:
-        """The latest SR for the same series and model: of an earlier revision, or this one's report of failure."""
-        return self.db.row(
-            "SELECT r.*, st.StudyInstanceUID FROM jobs j JOIN results r ON r.job_id = j.id AND r.kind = ?"
-            " JOIN series se ON se.id = j.series_id JOIN studies st ON st.id = se.study_id"
-            " WHERE j.series_id = ? AND j.model = ? AND j.step = ? AND j.revision <= ?"
-            " ORDER BY j.revision DESC, r.id DESC LIMIT 1",
-            (kind, job["series_id"], job["model"], job["step"], job["revision"]),
-        )
-
     def finish(self, job_id: int, owner: str, outcome: Outcome, *, sync_destination: str = "") -> None:
         """Commit results, deliveries, cloud items and notices together with the end of the job."""
         db = self.db
@@ -333,15 +323,32 @@ class Jobs:
             job = self._owned(job_id, owner)
             event = JobEvent.give_up if job["attempts"] >= max_attempts else JobEvent.retry
             state = self._leave(job, event, error)
-            wait = backoff_seconds(job["attempts"], backoff, 300.0) if state is JobState.pending else 0.0
+            wait = backoff_seconds(job["attempts"], backoff, LONGEST_WAIT) if state is JobState.pending else 0.0
             self.db.execute("UPDATE jobs SET next_at = ? WHERE id = ?", (self.db.clock.ticks() + wait, job_id))
             chain.advance(self.db, int(job["series_id"]))
             return state
+
+    def wait(self, job_id: int, owner: str, error: str, *, backoff: float = 2.0) -> int:
+        """What it needs is away: it waits without limit, longer each time, and the attempt does not count.
+
+        Returns how often it has waited.
+        """
+        with self.db.transaction():
+            job = self._owned(job_id, owner)
+            self._leave(job, JobEvent.retry, error)
+            return self._wait(job, backoff, "attempts = max(0, attempts - 1)")
+
+    def _wait(self, job: Row, backoff: float, change: str) -> int:
+        waits = int(job["waits"]) + 1
+        due = self.db.clock.ticks() + backoff_seconds(waits, backoff, LONGEST_WAIT)
+        self.db.execute(f"UPDATE jobs SET {change}, waits = ?, next_at = ? WHERE id = ?", (waits, due, job["id"]))
+        return waits
 
     def owed_report(self) -> Row | None:
         """A job that ended without a result and whose rule asks for a report of that; counts a try.
 
         Committed before the report is made, so one that takes the worker with it ends some time.
+        What keeps it from being made and passes is no try: see :meth:`report_waits`.
         """
         query = (
             "SELECT * FROM jobs WHERE report_owed > 0 AND state IN ('refused', 'failed')"
@@ -357,6 +364,18 @@ class Jobs:
                     "UPDATE jobs SET report_owed = report_owed - 1, next_at = ? WHERE id = ?", (now + 10.0, job["id"])
                 )
             return job
+
+    def report_waits(self, job_id: int, *, at_once: bool = False) -> None:
+        """The try that :meth:`owed_report` counted was none: a full disk, a stop. It waits, or is due ``at_once``."""
+        with self.db.transaction():
+            job = self.db.row("SELECT * FROM jobs WHERE id = ? AND state IN ('refused', 'failed')", (job_id,))
+            if job is None:
+                return
+            again = f"report_owed = min({REPORT_TRIES}, report_owed + 1)"
+            if at_once:
+                self.db.execute(f"UPDATE jobs SET {again}, next_at = 0 WHERE id = ?", (job_id,))
+            else:
+                self._wait(job, 10.0, again)
 
     def reported(self, job_id: int, outcome: Outcome, *, sync_destination: str = "") -> bool:
         """Commit the report of a failure with its deliveries; False when the job has changed meanwhile."""
@@ -412,71 +431,13 @@ class Jobs:
             if job is None:
                 raise OperatorError("retry job", f"there is no job {job_id}", "See 'dicomnode jobs list'")
             self._leave(job, JobEvent.requeue)
-            self.db.execute("UPDATE jobs SET attempts = 0, next_at = 0, report_owed = 0 WHERE id = ?", (job_id,))
+            self.db.execute(
+                "UPDATE jobs SET attempts = 0, waits = 0, next_at = 0, report_owed = 0 WHERE id = ?", (job_id,)
+            )
             if job["needs"]:
                 chain.hold(self.db, {**job, "state": JobState.pending})
             chain.reopen(self.db, int(job["series_id"]))
             chain.advance(self.db, int(job["series_id"]))
-
-    def listing(self, limit: int = 100, state: str | None = None) -> list[Row]:
-        where, parameters = ("WHERE j.state = ?", [state]) if state else ("", [])
-        return self.db.rows(
-            "SELECT j.id, j.state, j.model, j.model_version, j.revision, j.priority, j.reason, j.attempts,"
-            " j.last_error, j.created_time, j.finished_time, j.rules, j.critical, j.step,"
-            " st.StudyInstanceUID, se.SeriesInstanceUID,"
-            " (SELECT count(*) FROM job_inputs i WHERE i.job_id = j.id) AS instances"
-            " FROM jobs j JOIN series se ON se.id = j.series_id JOIN studies st ON st.id = se.study_id"
-            f" {where} ORDER BY j.id DESC LIMIT ?",
-            (*parameters, limit),
-        )
-
-    def show(self, job_id: int) -> Row | None:
-        """One job with its results and deliveries, JSON columns parsed."""
-        job = self.db.row(
-            "SELECT j.*, st.StudyInstanceUID, se.SeriesInstanceUID FROM jobs j JOIN series se ON se.id = j.series_id"
-            " JOIN studies st ON st.id = se.study_id WHERE j.id = ?",
-            (job_id,),
-        )
-        if job is None:
-            return None
-        job["steps"] = chain.told(self.db, job)
-        for column in (
-            "rules",
-            "destinations",
-            "notify",
-            "wishes",
-            "critical",
-            "identity",
-            "notes",
-            "summary",
-            "seconds",
-            "placement",
-            "needs",
-        ):
-            job[column] = json.loads(job[column]) if job[column] else None
-        job["instances"] = self.db.value("SELECT count(*) FROM job_inputs WHERE job_id = ?", (job_id,))
-        job["results"] = self.db.rows("SELECT * FROM results WHERE job_id = ? ORDER BY id", (job_id,))
-        job["deliveries"] = self.db.rows("SELECT * FROM deliveries WHERE job_id = ? ORDER BY id", (job_id,))
-        return job
-
-    def counts(self) -> dict[str, int]:
-        found = {r["state"]: int(r["n"]) for r in self.db.rows("SELECT state, count(*) AS n FROM jobs GROUP BY state")}
-        return {state.value: found.get(state.value, 0) for state in JobState}
-
-    def inputs(self, job_id: int) -> list[Row]:
-        """The stored instances that the job was made for, with the content it was made for.
-
-        One whose content was replaced since is left out: its series is selected again.
-        """
-        return self.db.rows(
-            "SELECT n.* FROM job_inputs i"
-            " JOIN instances n ON n.SOPInstanceUID = i.SOPInstanceUID AND n.dataset_sha256 = i.sha256"
-            " WHERE i.job_id = ? ORDER BY n.id",
-            (job_id,),
-        )
-
-    def input_count(self, job_id: int) -> int:
-        return int(self.db.value("SELECT count(*) FROM job_inputs WHERE job_id = ?", (job_id,)))
 
     def _owned(self, job_id: int, owner: str) -> Row:
         job = self.db.row("SELECT * FROM jobs WHERE id = ?", (job_id,))
@@ -492,5 +453,5 @@ class Jobs:
             (state, error, job["id"]),
         )
         if event in (JobEvent.refuse, JobEvent.give_up) and load(job["wishes"]).report_to:
-            self.db.execute("UPDATE jobs SET report_owed = ? WHERE id = ?", (REPORT_TRIES, job["id"]))
+            self.db.execute("UPDATE jobs SET report_owed = ?, waits = 0 WHERE id = ?", (REPORT_TRIES, job["id"]))
         return state

@@ -452,3 +452,13 @@ def m0013_chains(db: Database) -> None:
     db["jobs"].add_column("needs", str)
     db.execute("DROP INDEX idx_jobs_series_id_model_revision")
     db["jobs"].create_index(["series_id", "model", "step", "revision"], unique=True)
+
+
+@migrations()
+def m0014_waits(db: Database) -> None:
+    """How often a job, or the report of its failure, waited for what was away; and what an attempt ran on.
+
+    Such a wait is no attempt. Only attempts on the same engine and precision are compared in time.
+    """
+    db["jobs"].add_column("waits", int, not_null_default=0)
+    db["model_runs"].add_column("engine", str)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 from dicomnode import durable, logs
 from dicomnode.durable import SyncFailed
-from dicomnode.errors import NodeError
+from dicomnode.errors import NodeError, OperatorError, PeerAway
 from dicomnode.index.database import Database, Row
-from dicomnode.index.jobs import Jobs, Outcome
+from dicomnode.index.jobs import Jobs, Outcome, Result
 from dicomnode.index.operation import Events
 from dicomnode.infer.job_files import JobFiles
 from dicomnode.records import EncodedObject, ModelIdentity, SourceInstance
@@ -35,6 +36,7 @@ class FailureReports:
         self._files = files
         self._identity = identity
         self._report = report
+        self._in_hand: int | None = None
         self._log = logs.get()
 
     def run_once(self, on_results: Callable[[], None]) -> bool:
@@ -45,24 +47,40 @@ class FailureReports:
         job = self._jobs.owed_report()
         if job is None:
             return False
+        self._in_hand = int(job["id"])
         try:
             made = self._report(job, self._files.sources(job), self._identity(str(job["model"])))
-            cloud = cloud_of(self._settings)
-            self._files.keep(
-                self._files.staged([made]),
-                lambda results: self._jobs.reported(job["id"], Outcome(results), sync_destination=cloud),
-            )
+            self._files.keep(self._files.staged([made]), lambda results: self._commit(job, results))
         except SyncFailed as error:
             durable.die(error)
+        except (OperatorError, PeerAway) as error:  # a full disk: it passes, if only once the operator has acted
+            with contextlib.suppress(NodeError):  # a locked index: then it counts as a try
+                self._jobs.report_waits(int(job["id"]))
+            self._log.warning("failure not reported yet", job=job["id"], error=str(error))
+            if not job["waits"]:
+                self._events.add("warning", "report-waits", f"job {job['id']}", str(error))
+            return True
         except Exception as error:  # noqa: BLE001 the failure of a report must not stop the next study
             cause = str(error) if isinstance(error, NodeError) else type(error).__name__
             self._log.error("failure not reported", job=job["id"], exc_type=type(error).__name__, error=cause)
             if int(job["report_owed"]) <= 1:  # as it was before this try
                 self._events.add("error", "report-impossible", f"job {job['id']}", cause)
             return True
+        finally:
+            self._in_hand = None
         self._log.info("failure reported", job=job["id"], model=job["model"], state=job["state"])
         on_results()
         return True
+
+    def _commit(self, job: Row, results: Sequence[Result]) -> bool:
+        self._in_hand = None  # a stop from here on must not make it owed again
+        return self._jobs.reported(int(job["id"]), Outcome(results), sync_destination=cloud_of(self._settings))
+
+    def hand_back(self) -> None:
+        """The worker is told to stop: what is being reported is due again, and this was no try."""
+        job_id, self._in_hand = self._in_hand, None
+        if job_id is not None:
+            self._jobs.report_waits(job_id, at_once=True)
 
 
 def cloud_of(settings: Settings) -> str:

@@ -45,7 +45,6 @@ from dicomnode.settings import Settings
 
 Encode = Callable[[Analysis, ResultIdentity, ModelIdentity, Sequence[SourceInstance], Order], Sequence[EncodedObject]]
 
-WITHOUT_LIMIT = 1_000_000_000
 EXIT_LOST = EXIT_HUNG
 """The accelerator is spoilt for this process; the next one gets a fresh context."""
 
@@ -98,6 +97,8 @@ class Worker:
     def hand_back(self) -> int:
         """Give up what this worker holds; the attempt does not count."""
         self._router.stop()
+        if self._reports is not None:
+            self._reports.hand_back()
         return self._jobs.hand_back(self._owner)
 
     def run_once(self) -> bool:
@@ -187,8 +188,7 @@ class Worker:
             self._lost = True
         except (OperatorError, PeerAway) as error:
             # A missing model, a full disk, an endpoint that is away: it passes, if only once the operator has acted.
-            self._router.end(job_id, "stopped")
-            self._retry(job, str(error), WITHOUT_LIMIT)
+            self._wait(job, str(error))
         except NodeError as error:
             self._retry(job, str(error), self._settings.inference.max_attempts)
         except Exception as error:  # noqa: BLE001 whatever a model does, the next study must work
@@ -205,6 +205,17 @@ class Worker:
         self._log.error("job not done", job=job_id, state=state, attempts=job["attempts"], error=text)
         if state == "failed" or job["attempts"] == 1:
             self._events.add("error", "job-failed", f"job {job_id}", text)
+
+    def _wait(self, job: Row, text: str) -> None:
+        """Without limit, and it is no attempt: ten such waits must not let the first crash park the job."""
+        job_id = int(job["id"])
+        self._router.end(job_id, "stopped")
+        waits: list[int] = []
+        self._settle(lambda: waits.append(self._jobs.wait(job_id, self._owner, text)))
+        metrics.job("retried")
+        self._log.error("job waits", job=job_id, attempts=job["attempts"], error=text)
+        if waits == [1]:
+            self._events.add("error", "job-waits", f"job {job_id}", text)
 
     def _settle(self, change: Callable[[], None]) -> None:
         try:

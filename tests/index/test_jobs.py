@@ -132,6 +132,31 @@ def test_failure_waits_longer_each_time(db: Database, clock: FakeClock) -> None:
     assert waits == sorted(waits) and waits[0] == 2.0 and waits[-1] == 300.0
 
 
+def test_a_wait_is_longer_each_time_and_no_attempt(db: Database, clock: FakeClock) -> None:
+    jobs = Jobs(db)
+    job_id = job(db)
+    dues = []
+    for n in range(1, 13):
+        assert jobs.lease("w", 60) is not None
+        assert jobs.wait(job_id, "w", "the endpoint is away") == n
+        assert jobs.lease("w", 60) is None
+        due = float(db.value("SELECT next_at FROM jobs WHERE id = ?", (job_id,)))
+        dues.append(due - clock.now)
+        clock.now = due
+    assert dues == sorted(dues) and dues[0] == 2.0 and dues[-1] == 300.0
+    leased = jobs.lease("w", 60)
+    assert leased is not None and (leased["attempts"], leased["waits"]) == (1, 12)
+    jobs.expire(2, ("w",))
+    assert state(db, job_id) == "pending", "the first crash"
+    with pytest.raises(LeaseLost):
+        jobs.wait(job_id, "w", "x")
+    assert jobs.lease("w", 60) is not None
+    jobs.expire(2, ("w",))
+    assert state(db, job_id) == "failed"
+    jobs.retry(job_id)
+    assert db.row("SELECT attempts, waits FROM jobs") == {"attempts": 0, "waits": 0}
+
+
 def test_retry_of_what_cannot_be_retried(db: Database) -> None:
     with pytest.raises(OperatorError, match="there is no job 99"):
         Jobs(db).retry(99)

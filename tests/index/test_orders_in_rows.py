@@ -94,6 +94,28 @@ def test_a_report_that_kills_its_worker_is_not_tried_for_ever(db: Database, cloc
     assert jobs.owed_report() is None
 
 
+def test_a_passing_cause_uses_up_no_try_of_a_report(db: Database, clock: FakeClock) -> None:
+    jobs = Jobs(db)
+    job_id = ordered_job(db, ("pacs",), report_failures=True)
+    jobs.refuse(job_id, "w", "x")
+    begun = clock.now
+    for _ in range(10 * REPORT_TRIES):
+        assert jobs.owed_report() is not None
+        jobs.report_waits(job_id)
+        assert jobs.owed_report() is None, "not at once again"
+        clock.move(301)
+    assert clock.now > begun
+    assert jobs.owed_report() is not None
+    jobs.report_waits(job_id, at_once=True)
+    for _ in range(REPORT_TRIES):
+        assert jobs.owed_report() is not None
+        clock.move(11)
+    assert jobs.owed_report() is None
+    jobs.retry(job_id)
+    jobs.report_waits(job_id)
+    assert db.value("SELECT report_owed FROM jobs") == 0, "it runs again"
+
+
 def test_where_no_rule_asks_nothing_is_owed(db: Database) -> None:
     jobs = Jobs(db)
     jobs.refuse(ordered_job(db, ("pacs",)), "w", "x")

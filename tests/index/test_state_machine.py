@@ -40,7 +40,8 @@ class Work(RuleBasedStateMachine):
     @rule()
     def arrive(self) -> None:
         if len(self.model) < 4:
-            self.model[job(self.db)] = {"state": "pending", "owner": None, "until": 0.0, "tries": 0, "due": 0.0}
+            new = {"state": "pending", "owner": None, "until": 0.0, "tries": 0, "waits": 0, "due": 0.0}
+            self.model[job(self.db)] = new
 
     @rule(owner=OWNERS)
     def lease(self, owner: str) -> None:
@@ -88,13 +89,22 @@ class Work(RuleBasedStateMachine):
             known.update(state="failed" if given_up else "pending", owner=None, due=due)
 
     @precondition(lambda self: self.model)
+    @rule(pick=PICK, owner=OWNERS)
+    def wait(self, pick: int, owner: str) -> None:
+        known = self.change(pick, owner, lambda i: self.jobs.wait(i, owner, "away"))
+        if known is not None:
+            waits = known["waits"] + 1
+            due = self.clock.now + 2.0 * 2 ** (waits - 1)
+            known.update(state="pending", owner=None, tries=known["tries"] - 1, waits=waits, due=due)
+
+    @precondition(lambda self: self.model)
     @rule(pick=PICK)
     def requeue(self, pick: int) -> None:
         job_id = list(self.model)[pick % len(self.model)]
         known = self.model[job_id]
         if known["state"] in ("failed", "refused"):
             self.jobs.retry(job_id)
-            known.update(state="pending", tries=0, due=0.0)
+            known.update(state="pending", tries=0, waits=0, due=0.0)
         else:
             with pytest.raises(IllegalTransition):
                 self.jobs.retry(job_id)

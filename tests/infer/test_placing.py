@@ -15,6 +15,7 @@ from dicomnode.endpoint_settings import Endpoint
 from dicomnode.errors import EngineError, PeerAway
 from dicomnode.index.database import Database
 from dicomnode.index.jobs import Jobs
+from dicomnode.index.operation import Events
 from dicomnode.infer.bundle import load_bundle
 from dicomnode.infer.decode import InlineDecoder
 from dicomnode.infer.kserve import KServe
@@ -233,7 +234,7 @@ def test_a_job_without_a_place_waits_without_limit_and_shows_why(
         inference={
             "engine": "kserve",
             "models_dir": ROOT / "models",
-            "max_attempts": 1,
+            "max_attempts": 2,
             "endpoints": [Endpoint(name="gpu1", url=f"http://127.0.0.1:{free_port()}")],
         },
     )
@@ -252,10 +253,14 @@ def test_a_job_without_a_place_waits_without_limit_and_shows_why(
             db.execute("UPDATE jobs SET next_at = 0")
     shown = Jobs(db).show(job_id)
     assert shown is not None
-    assert shown["state"] == "pending" and shown["attempts"] == 3, "not parked, whatever max_attempts says"
+    assert (shown["state"], shown["attempts"], shown["waits"]) == ("pending", 0, 3), "not parked, and no attempts"
     assert "gpu1" in shown["last_error"]
     assert shown["placement"]["chosen"] is None
     assert "cannot be reached" in shown["placement"]["candidates"][0]["skipped"]
+    assert [e["subject"] for e in Events(db).listing(kind="job-waits")] == [f"job {job_id}"], "told once"
+    assert Jobs(db).lease("w", 60) is not None
+    worker.start()  # the process was killed: one crash, after however many waits, does not park it
+    assert Jobs(db).show(job_id)["state"] == "pending"
     engine.close()
     db.close()
 
