@@ -18,7 +18,7 @@ from dicomnode.index.model_states import ModelState
 from dicomnode.index.operation import Events, Models
 from dicomnode.index.runs import Runs
 from dicomnode.infer.bundle import BundleFolder
-from dicomnode.infer.serving import bundle_folders, resolve, version_before
+from dicomnode.infer.serving import bundle_folders, resolve, serving_version, version_before
 from dicomnode.settings import Settings
 
 Action = Literal["stage", "shadow", "canary", "activate", "retire"]
@@ -93,8 +93,8 @@ class ModelDesk:
             )
         if action != "retire":
             self._verify(resolve(self.folders(), f"{name}@{version}", {}).path)
-        if action in ("stage", "shadow", "canary"):
-            self._pin_default(name, version, who)
+        if action != "activate":
+            self._keep_service(action, name, version, who)
         match action:
             case "stage":
                 self._life.stage(name, version, who=who, why=why)
@@ -117,11 +117,13 @@ class ModelDesk:
             self._life.roll_back(name, version, None, Change(who, why))
             self._told(name, version, "was rolled back as a canary", who)
             return {"name": name, "version": self._pointer.active().get(name), "rolled_back": version}
-        active, recorded = self._pointer.active().get(name), self._pointer.previous(name)
-        target = version_before(self.folders(), name, active, recorded)
+        active, served = self._pointer.active().get(name), self._life.served_before(name)
+        target = version_before(self.folders(), name, active, served, self._life.held_back())
         if active is None or target is None:
             raise OperatorError(
-                "roll back model", f"no earlier version of '{name}' was active", "See 'dicomnode models list'"
+                "roll back model",
+                f"no earlier version of '{name}' was active, but for those that were rolled back",
+                f"Choose one: 'dicomnode models list', then 'dicomnode models activate {name}@VERSION'",
             )
         self._verify(resolve(self.folders(), f"{name}@{target}", {}).path)
         self._life.roll_back(name, active, target, Change(who, why))
@@ -146,6 +148,28 @@ class ModelDesk:
 
     def comparisons(self, name: str | None = None, version: str | None = None, limit: int = 100) -> list[Row]:
         return Runs(self._db).comparisons(name, version, limit)
+
+    def _keep_service(self, action: Action, name: str, version: str, who: str) -> None:
+        """Before ``version`` is taken out of the default: another becomes the active one, or nothing changes.
+
+        Raises OperatorError where rules name the model and nothing else could serve it, and what
+        ``verify`` raises for the version that would have to.
+        """
+        held = self._life.held_back()
+        default = serving_version(self.folders(), name, self._pointer.active(), held)
+        ends = default == version and name not in self._pointer.active()
+        others = [f for f in self.folders() if f.name == name and f.version != version]
+        successor = serving_version(others, name, {}, held)
+        if ends and successor is None and any(name in rule.models for rule in self._settings.rules):
+            raise OperatorError(
+                f"{action} {name}@{version}",
+                "it is the only version that can serve the rules that name it",
+                f"Activate another version first, or take '{name}' out of [[rules]]",
+            )
+        if ends and successor is not None:
+            self._verify(resolve(others, f"{name}@{successor}", {}).path)
+        if ends or action != "retire":
+            self._pin_default(name, version, who)
 
     def _pin_default(self, name: str, version: str, who: str) -> None:
         """What serves only because it is the newest on the disk becomes the active one, so that there is a way back."""

@@ -76,6 +76,40 @@ def test_staging_makes_what_serves_by_default_the_way_back(settings: Settings, d
     assert states(db) == {"1.1.0": "active", "1.2.0": "retired"}
 
 
+def test_a_roll_back_by_hand_never_returns_to_what_was_rolled_back(settings: Settings, db: Database) -> None:
+    on = desk(settings, db)
+    for version in ("1.0.0", "1.1.0", "1.2.0"):
+        on.change("activate", NAME, version, who="me")
+    Life(db).roll_back(NAME, "1.2.0", "1.1.0", Change("node", "errors", automatic=True))
+    assert on.roll_back(NAME, who="me")["version"] == "1.0.0"
+    with pytest.raises(OperatorError, match="but for those that were rolled back") as caught:
+        on.roll_back(NAME, who="me")
+    assert "models activate" in caught.value.hint
+    assert states(db) == {"1.0.0": "active", "1.1.0": "retired", "1.2.0": "retired"}
+    on.change("activate", NAME, "1.2.0", who="me")  # an operator may try again, by its name
+    assert on.roll_back(NAME, who="me")["version"] == "1.0.0"
+
+
+@pytest.mark.parametrize("action", ["stage", "shadow", "canary", "retire"])
+def test_the_only_version_that_serves_stays(folder: Path, db: Database, action: Any) -> None:
+    """It serves for being the newest. Without rules nothing is served, and it may go."""
+    rules = [{"name": "r", "match": {"Modality": "CT"}, "models": [NAME]}]
+    ruled, verified = settings_of(folder, rules=rules), []
+    for version in ("1.0.0", "1.1.0"):
+        Life(db).stage(NAME, version, who="me")
+    with pytest.raises(OperatorError, match="the only version") as caught:
+        desk(ruled, db).change(action, NAME, "1.2.0", who="me", percent=10)
+    assert "Activate another version first" in caught.value.hint
+    Life(db).activate(NAME, "1.0.0", who="me")  # another serves: this one is free
+    desk(ruled, db).change(action, NAME, "1.2.0", who="me", percent=10)
+    assert states(db)["1.0.0"] == "active"
+    db.execute("DELETE FROM models")
+    db.execute("DELETE FROM model_versions")
+    on = desk(ruled, db, lambda path: verified.append(path.name))
+    on.change(action, NAME, "1.2.0", who="me", percent=10)
+    assert states(db)["1.1.0"] == "active" and "1.1.0" in verified, "the next release was verified and serves"
+
+
 def test_nothing_that_fails_verification_gets_anywhere(settings: Settings, db: Database) -> None:
     Models(db).activate(NAME, "1.0.0")
     on = desk(settings, db, refuse)

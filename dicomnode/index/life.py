@@ -64,6 +64,22 @@ class Life:
             found.setdefault(row["name"], set()).add(row["version"])
         return {name: frozenset(versions) for name, versions in found.items()}
 
+    def unfit(self, name: str) -> frozenset[str]:
+        """Versions that must not step in for another: rolled back, staged or on trial."""
+        waiting = (ModelState.staged, ModelState.shadow, ModelState.canary)
+        return frozenset(r["version"] for r in self.versions(name) if r["faulty"] or r["state"] in waiting)
+
+    def served_before(self, name: str) -> list[str]:
+        """Versions that were active before the one that is, the last one first; none that was rolled back."""
+        active, previous = self._pointer(name)
+        rows = self.db.rows(
+            "SELECT version, max(id) AS last FROM model_history WHERE name = ? AND event = 'activate'"
+            " GROUP BY version ORDER BY last DESC",
+            (name,),
+        )
+        unfit = {r["version"] for r in self.versions(name) if r["faulty"]} | {active}
+        return [v for v in dict.fromkeys((previous, *(r["version"] for r in rows))) if v and v not in unfit]
+
     def in_state(self, state: ModelState, name: str | None = None) -> list[Row]:
         return [row for row in self.versions(name) if row["state"] == state]
 
@@ -149,7 +165,8 @@ class Life:
             back = Change(change.who, f"{version} was rolled back: {change.why}".strip(" :"), change.automatic)
             self._known(name, target, back)
             self._move(name, target, ModelEvent.activate, back)
-            self._point(name, target, version)
+            # Never the one that was just found wanting: a second roll-back would bring it back.
+            self._point(name, target, next((v for v in self.served_before(name) if v != target), None))
 
     # Rows
 

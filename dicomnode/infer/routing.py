@@ -20,6 +20,7 @@ from dicomnode.index.life import Change, Life
 from dicomnode.index.model_states import ModelState
 from dicomnode.index.operation import Events, Models
 from dicomnode.index.runs import Origin, Runs
+from dicomnode.infer.choice import NotBuilt
 from dicomnode.infer.placing import PlacedModels, Record, Servable
 from dicomnode.infer.serving import ServingModels, bundle_folders, serving_version, version_before
 from dicomnode.records import Analysis
@@ -113,6 +114,9 @@ class Router:
         except PeerAway as error:  # no fault of this version: it is not counted, and the study need not wait for it
             self._log.warning("canary has no place now", model=name, version=version, error=str(error))
             return None
+        except NotBuilt as error:  # its engine is on its way
+            self._log.info("canary waits for its engine", model=name, version=version, cause=error.cause)
+            return None
         except (BundleError, EngineError) as error:
             self._log.error("canary cannot serve", model=name, version=version, error=str(error))
             run = self._runs.begin(job_id, origin.study_id, name, version, "canary", instances)
@@ -180,12 +184,10 @@ class Router:
         return None
 
     def _way_back(self, name: str, version: str) -> str | None:
-        """The version before, when it is on the disk and was not rolled back itself."""
+        """The version before, when it is on the disk; one that was rolled back itself is none."""
         folders = bundle_folders(*self._folders)
-        before = version_before(folders, name, version, self._pointer.previous(name))
-        faulty = {r["version"] for r in self._life.versions(name) if r["faulty"]}
-        present = {f.version for f in folders if f.name == name}
-        return before if before in present - faulty else None
+        before = version_before(folders, name, version, self._life.served_before(name), self._life.held_back())
+        return before if before in {f.version for f in folders if f.name == name} else None
 
     def _roll_back(self, name: str, version: str, target: str | None, verdict: Verdict) -> bool:
         change = Change(NODE, f"{verdict.reason}: {verdict.text}", automatic=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cmp_to_key
@@ -12,7 +13,6 @@ from dicomnode import logs, metrics
 from dicomnode.errors import BundleError, EngineError
 from dicomnode.index.database import Database
 from dicomnode.index.life import Life
-from dicomnode.index.model_states import ModelState
 from dicomnode.index.operation import Events, Models, Severity
 from dicomnode.infer.bundle import BundleFolder, compare_versions, find_bundles
 from dicomnode.infer.choice import EngineChoice, NotBuilt, engine_name, engine_text
@@ -63,17 +63,26 @@ def serving_version(
         return None
 
 
-def version_before(folders: Sequence[BundleFolder], name: str, active: str | None, previous: str | None) -> str | None:
+def version_before(
+    folders: Sequence[BundleFolder],
+    name: str,
+    active: str | None,
+    served: Sequence[str],
+    held_back: Mapping[str, frozenset[str]] | None = None,
+) -> str | None:
     """What a roll-back of ``name`` returns to. Pure.
 
-    The version that was active before; after a first activation the one that served by
-    default, which is the newest other release on this box. None when nothing was activated
-    or there is no other version.
+    The last of those that ``served`` before (:meth:`Life.served_before`) and are on this box;
+    where none did, the one that served by default, which is the newest other release that is not
+    ``held_back``. None when nothing was activated or there is no such version.
     """
-    if active is None or previous is not None:
-        return previous
+    if active is None:
+        return None
+    present = {f.version for f in folders if f.name == name}
+    if served:
+        return next((version for version in served if version in present), served[0])
     others = [f for f in folders if f.name == name and f.version != active]
-    return resolve(others, name, {}).version if others else None
+    return serving_version(others, name, {}, held_back or {})
 
 
 RETRY_SECONDS = 30.0
@@ -127,7 +136,8 @@ class ServingModels:
         if known is not None and known.identity.version == wanted.version:
             better = self._upgrades.take(wanted.path)
             return known if better is None else self._swap(reference, better)
-        if known is not None and time.monotonic() < self._not_before.get(reference, 0.0):
+        good = known is not None and known.identity.version not in self._life.unfit(wanted.name)
+        if known is not None and good and time.monotonic() < self._not_before.get(reference, 0.0):
             return known
         try:
             ready = self._open(wanted)
@@ -135,10 +145,11 @@ class ServingModels:
             self._fail(reference, str(error))
             if "@" in reference:
                 raise
-            if known is not None:
+            if known is not None and good:
                 return known
             fallback = self._fallback(folders, wanted)
             if fallback is None:
+                self.forget(reference)  # what is loaded was rolled back: no answer is better than its
                 raise
             ready = fallback
         else:
@@ -150,8 +161,7 @@ class ServingModels:
         if known is not None:
             _told(known, on=False)
             self._replaced.append(known)
-            if (spare := self._spare.pop(known.bundle.path, None)) is not None:
-                self._retired.append(spare)
+            self._drop_spare(known.bundle.path)
         self._ready[reference] = ready
         _told(ready)
         return ready
@@ -180,7 +190,12 @@ class ServingModels:
             if known is not None:
                 _told(known, on=False)
                 self._retired.append(known)
+                self._drop_spare(known.bundle.path)
             self._not_before.pop(name, None)
+
+    def _drop_spare(self, path: Path) -> None:
+        if (spare := self._spare.pop(path, None)) is not None:
+            self._retired.append(spare)
 
     def _open(self, folder: BundleFolder) -> ReadyModel:
         """On the best engine that is built; a better one is built beside serving."""
@@ -207,11 +222,7 @@ class ServingModels:
         """The best of the other versions that passes, or None."""
         previous = self._models.previous(failed.name)
         others = [f for f in folders if f.name == failed.name and f.version != failed.version and "-" not in f.version]
-        unfit = {
-            r["version"]
-            for r in self._life.versions(failed.name)
-            if r["faulty"] or r["state"] in (ModelState.staged, ModelState.shadow, ModelState.canary)
-        }
+        unfit = self._life.unfit(failed.name)
         others = [f for f in others if f.version not in unfit]
         others.sort(key=cmp_to_key(lambda a, b: compare_versions(b.version, a.version)))
         others.sort(key=lambda f: f.version != previous)
@@ -259,10 +270,23 @@ class ServingModels:
         """Give back what none of these needs any more, such as a canary that was retired."""
         for reference in [r for r in self._ready if r not in references]:
             _told(self._ready[reference], on=False)
-            self._replaced.append(self._ready.pop(reference))
+            known = self._ready.pop(reference)
+            self._replaced.append(known)
+            self._drop_spare(known.bundle.path)
         self._close_replaced()
+        self._upgrades.keep({model.bundle.path for model in self._ready.values()} | self._wanted(references))
         for reference in [r for r in self._errors if r not in references]:
             del self._errors[reference]
+
+    def _wanted(self, references: Sequence[str]) -> set[Path]:
+        """Folders of the versions that should serve, loaded or not."""
+        folders = bundle_folders(self._models_dir, self._data_dir)
+        active, held = self._models.active(), self._life.held_back()
+        found: set[Path] = set()
+        for reference in references:
+            with contextlib.suppress(BundleError):
+                found.add(resolve(folders, reference, active, held).path)
+        return found
 
     def _fail(self, reference: str, error: str) -> None:
         self._not_before[reference] = time.monotonic() + RETRY_SECONDS
@@ -282,7 +306,7 @@ class ServingModels:
                     "digest": m.identity.digest,
                     "rejected": [f"{r.engine} {r.code}: {r.text}" for r in self._choice.refusals(m.bundle.digest)],
                 }
-                for reference, m in self._ready.items()
+                for reference, m in list(self._ready.items())  # asked by the thread of the heartbeat
             },
             "failed": dict(self._errors),
             "building": self._upgrades.report(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -56,6 +56,13 @@ class Upgrades:
         """The model on its better engine, once; the caller closes it."""
         with self._lock:
             return self._done.pop(path, None)
+
+    def keep(self, paths: Collection[Path]) -> None:
+        """Close what was built for bundles that are none of these: nobody will take it."""
+        with self._lock:
+            unwanted = [self._done.pop(path) for path in self._done.keys() - set(paths)]
+        for model in unwanted:
+            model.close()
 
     def report(self) -> dict[str, dict[str, Any]]:
         """``name@version`` -> what is being built, its share done in 0..1, and for how many seconds."""

@@ -85,6 +85,7 @@ def test_a_roll_back_returns_and_marks_what_it_left(db: Database) -> None:
     life.roll_back("m", "2.0.0", "1.0.0", Change("node", "errors: many", automatic=True))
     assert Models(db).active() == {"m": "1.0.0"} and states(db) == {"1.0.0": "active", "2.0.0": "retired"}
     assert [r["version"] for r in life.versions("m") if r["faulty"]] == ["2.0.0"]
+    assert life.served_before("m") == [] and Models(db).previous("m") is None, "it is no way back"
     [last] = life.rolled_back()
     assert (last["name"], last["version"], last["why"]) == ("m", "2.0.0", "errors: many")
     with pytest.raises(IllegalTransition):  # two saw the same and the other was quicker

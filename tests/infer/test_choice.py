@@ -242,6 +242,24 @@ def test_a_named_engine_is_built_and_serves_then(db: Database, tmp_path: Path, b
     assert models.report()["failed"] == {}
 
 
+def test_what_was_built_for_nobody_is_closed(db: Database, tmp_path: Path, bundle: Path) -> None:
+    """An engine that came too late, and a spare one, of a model that no rule wants any more."""
+    engines, _, cuda = box(tmp_path)
+    better = threading.Event()
+    models = serving(db, tmp_path, EngineChoice("auto", engines, limits=LIMITS), better.set)
+    spare = models.other(models.get("ct-lung"))
+    assert spare is not None and better.wait(20)
+    models.keep(["ct-lung"])
+    assert models._upgrades._done, "it is to be taken"
+    hu = {"hu": np.zeros((1, 1, 8, 8), np.float32)}
+    assert spare.session.run(hu)
+    models.keep([])
+    models.prepare([])
+    assert not models._upgrades._done and not cuda.hosts
+    with pytest.raises(EngineError, match="closed"):
+        spare.session.run(hu)
+
+
 class FailingModel:
     """A ReadyModel whose engine fails with ``code``."""
 

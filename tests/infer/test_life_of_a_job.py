@@ -22,6 +22,7 @@ from dicomnode.index.life import Change, Life
 from dicomnode.index.operation import Events, Models
 from dicomnode.index.runs import Runs
 from dicomnode.infer.bundle import load_bundle
+from dicomnode.infer.choice import NotBuilt
 from dicomnode.infer.golden import ReadyModel
 from dicomnode.infer.worker import Worker
 from tests.e2e.harness import SEG, make_series, python_environment
@@ -243,6 +244,27 @@ def test_a_canary_that_cannot_serve_delays_nobody_and_goes_back(folder: Path, db
     [row] = Life(db).rolled_back()
     assert row["why"].startswith("errors: 3 of 3")
     assert "model-rolled-back" in {e["kind"] for e in Events(db).listing()}
+
+
+def test_a_canary_whose_engine_is_being_built_is_not_to_blame(
+    folder: Path, db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The active version does its studies meanwhile, however many they are."""
+    canary(db)
+    worker = worker_on(settings_of(folder), db)
+    for_job = worker._models.for_job
+
+    def building(reference: str, record: Any) -> Any:
+        if reference == "ct-lung@1.1.0":
+            raise NotBuilt("open ct-lung 1.1.0", "BUILDING", "tensorrt fp16 is being built for it")
+        return for_job(reference, record)
+
+    monkeypatch.setattr(worker._models, "for_job", building)
+    jobs = [add_series(db) for _ in range(4)]
+    assert all(worker.run_once() for _ in jobs)
+    assert versions_of(db, *jobs) == ["1.0.0"] * 4
+    assert Life(db).state("ct-lung", "1.1.0") == "canary"
+    assert Runs(db).recent("ct-lung", "1.1.0", 9) == []
 
 
 def broken(worker: Worker, version: str, monkeypatch: pytest.MonkeyPatch) -> None:

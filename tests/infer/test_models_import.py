@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 from collections.abc import Callable
@@ -12,8 +13,11 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from dicomnode import durable
 from dicomnode.cli import app
 from dicomnode.errors import BundleError, EngineError, NodeError
+from dicomnode.index.database import Database
+from dicomnode.index.life import Life
 from dicomnode.infer.bundle import load_bundle
 from dicomnode.infer.golden import open_model
 from dicomnode.infer.importing.build import import_monai
@@ -317,21 +321,22 @@ def test_golden_cases_hold_other_engines_to_it(tmp_path: Path) -> None:
         open_model(path, Slightly())
 
 
+OPTIONS_TOML = """
+name = "spleen"
+manufacturer = "tests"
+licence = "Apache-2.0"
+[segments.spleen]
+key = "spleen"
+label = "Spleen"
+category = { value = "91723000", scheme = "SCT", meaning = "Anatomical Structure" }
+type = { value = "78961009", scheme = "SCT", meaning = "Spleen" }
+"""
+
+
 def test_command_line(tmp_path: Path) -> None:
     folder = monai_bundle(tmp_path / "monai")
     options = tmp_path / "options.toml"
-    options.write_text(
-        """
-        name = "spleen"
-        manufacturer = "tests"
-        licence = "Apache-2.0"
-        [segments.spleen]
-        key = "spleen"
-        label = "Spleen"
-        category = { value = "91723000", scheme = "SCT", meaning = "Anatomical Structure" }
-        type = { value = "78961009", scheme = "SCT", meaning = "Spleen" }
-        """
-    )
+    options.write_text(OPTIONS_TOML)
     arguments = ["models", "import", str(folder), "--options", str(options), "--into", str(tmp_path / "m")]
     result = CliRunner().invoke(app, [*arguments, "--json"])
     assert result.exit_code == 0, result.output
@@ -347,6 +352,33 @@ def test_command_line(tmp_path: Path) -> None:
     text = CliRunner().invoke(app, [*arguments[:-1], str(tmp_path / "n"), "--onnx", str(moved)])
     assert text.exit_code == 0
     assert "dicomnode models activate spleen@0.5.3" in text.output
+
+
+def test_where_the_node_looks_it_is_staged_before_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A newer version in data_dir/models would serve at once where none was activated."""
+    folder = monai_bundle(tmp_path / "monai")
+    options = tmp_path / "options.toml"
+    options.write_text(OPTIONS_TOML)
+    config = tmp_path / "node.toml"
+    config.write_text(f'[node]\ndata_dir = "{tmp_path / "data"}"\n[inference]\nmodels_dir = "{tmp_path / "models"}"\n')
+    (tmp_path / "data").mkdir()
+    found: list[Any] = []
+    placed = durable.rename_into_place
+
+    def rename(temporary: Path, final: Path) -> None:
+        with contextlib.closing(Database(tmp_path / "data")) as db:
+            found.append(Life(db).state("spleen", "0.5.3"))
+        placed(temporary, final)
+
+    monkeypatch.setattr(durable, "rename_into_place", rename)
+    arguments = ["models", "import", str(folder), "--options", str(options), "--config", str(config)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert found == ["staged"]
+    result = CliRunner().invoke(app, [*arguments, "--into", str(tmp_path / "elsewhere")])
+    assert result.exit_code == 0 and found == ["staged"] * 2, "the node does not look there"
+    with contextlib.closing(Database(tmp_path / "data")) as db:
+        assert [h["why"] for h in Life(db).history()] == ["imported"]
 
 
 def test_options_are_strict(tmp_path: Path) -> None:

@@ -60,13 +60,37 @@ def test_a_first_activation_can_be_rolled_back(db: Database, tmp_path: Path) -> 
     Models(db).activate("ct-lung", "1.1.0")
     assert models.get("ct-lung").identity.version == "1.1.0"
     folders = bundle_folders(tmp_path / "models", tmp_path / "data")
-    before = version_before(folders, "ct-lung", "1.1.0", Models(db).previous("ct-lung"))
+    before = version_before(folders, "ct-lung", "1.1.0", Life(db).served_before("ct-lung"))
     assert before == "1.0.0"
     Models(db).activate("ct-lung", before)
     assert models.get("ct-lung").identity.version == "1.0.0"
-    assert version_before(folders, "ct-lung", "1.0.0", Models(db).previous("ct-lung")) == "1.1.0"
-    assert version_before(folders, "ct-lung", None, None) is None
-    assert version_before(folders[:1], "ct-lung", "1.0.0", None) is None
+    assert version_before(folders, "ct-lung", "1.0.0", Life(db).served_before("ct-lung")) == "1.1.0"
+    assert version_before(folders, "ct-lung", None, []) is None
+    assert version_before(folders[:1], "ct-lung", "1.0.0", []) is None
+    assert version_before(folders, "ct-lung", "1.0.0", [], {"ct-lung": frozenset({"1.1.0"})}) is None
+    assert version_before(folders, "ct-lung", "1.1.0", ["0.9.0", "1.0.0"]) == "1.0.0", "0.9.0 is not on this box"
+    assert version_before(folders, "ct-lung", "1.1.0", ["0.9.0"]) == "0.9.0", "so that the error names it"
+
+
+def test_a_faulty_version_does_not_serve_on_when_the_one_before_is_broken(db: Database, tmp_path: Path) -> None:
+    """It is loaded, and what the roll-back named cannot be opened: an older one serves, or none."""
+    for version in ("1.0.0", "1.1.0"):
+        copy_as(tmp_path / "models", version)
+    Models(db).activate("ct-lung", "1.0.0")
+    Models(db).activate("ct-lung", "1.1.0")
+    models = serving(db, tmp_path)
+    faulty = models.get("ct-lung")
+    Life(db).roll_back("ct-lung", "1.1.0", "1.0.0", Change("node", "errors", automatic=True))
+    (tmp_path / "models" / "ct-lung" / "1.0.0" / "model.onnx").write_bytes(b"damaged")
+    for _ in range(2):
+        with pytest.raises(BundleError, match=r"model\.onnx"):
+            models.get("ct-lung")
+        models.prepare([])
+    assert models.report()["ready"] == {}
+    with pytest.raises(EngineError, match="closed"):
+        faulty.session.run({"hu": np.zeros((1, 1, 8, 8), np.float32)})
+    copy_as(tmp_path / "models", "0.9.0")
+    assert models.get("ct-lung").identity.version == "0.9.0"
 
 
 def test_a_model_that_a_job_holds_stays_open_when_it_is_replaced(db: Database, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,11 +50,20 @@ class Imported:
         }
 
 
-def import_monai(folder: Path, options: ImportOptions, into: Path, *, onnx: Path | None = None) -> Imported:
+def import_monai(
+    folder: Path,
+    options: ImportOptions,
+    into: Path,
+    *,
+    onnx: Path | None = None,
+    before_placing: Callable[[str, str], None] = lambda name, version: None,
+) -> Imported:
     """Make ``into``/name/version from the MONAI bundle in ``folder`` and prove it on the CPU.
 
-    ``onnx``: the model where it is not models/model.onnx. Raises BundleError naming what
-    cannot be mapped or is missing, EngineError when the model does not run.
+    ``onnx``: the model where it is not models/model.onnx. ``before_placing(name, version)`` is
+    called when it has passed and is not yet where a worker would find it: the newest version
+    serves where none was activated. Raises BundleError naming what cannot be mapped or is
+    missing, EngineError when the model does not run.
     """
     config = read_json(folder / "configs" / "inference.json")
     metadata = read_json(folder / "configs" / "metadata.json")
@@ -64,7 +73,7 @@ def import_monai(folder: Path, options: ImportOptions, into: Path, *, onnx: Path
     base = manifest_of(metadata, options, mapped, graph)
     inputs = golden_inputs(base)
     manifest, files = with_golden(base, inputs, model, card(metadata, mapped, options))
-    path = _place(into, manifest, files)
+    path = _place(into, manifest, files, before_placing)
     steps = [s["step"] for s in (*base["preprocess"], *base["activations"])]
     steps += [s["step"] for s in (base["decision"], *base["postprocess"]) if s]
     return Imported(
@@ -108,7 +117,9 @@ def read_graph(model: bytes) -> Graph:
     return Graph(inputs[0].name, sizes, tuple(o.name for o in session.get_outputs()))
 
 
-def _place(into: Path, manifest: Mapping[str, Any], files: Mapping[str, bytes]) -> Path:
+def _place(
+    into: Path, manifest: Mapping[str, Any], files: Mapping[str, bytes], before_placing: Callable[[str, str], None]
+) -> Path:
     """Write beside, prove, rename: a half-made bundle is never where models are looked for."""
     identity = manifest["identity"]
     final: Path = into / identity["name"] / identity["version"]
@@ -127,6 +138,7 @@ def _place(into: Path, manifest: Mapping[str, Any], files: Mapping[str, bytes]) 
             durable.sync_directory(folder)
         open_model(candidate, OnnxRuntimeCpu()).close()
         durable.make_directory(final.parent)
+        before_placing(identity["name"], identity["version"])
         durable.rename_into_place(candidate, final)
         durable.sync_directory(final.parent)
     finally:

@@ -80,6 +80,7 @@ def run_staged(
     return Analysis(
         labels=labels,
         source_uids=volume.source_uids,
+        source_frames=volume.source_frames,
         segments=segments,
         measurements=measurements,
         notes=(*volume.notes, *found.notes),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,20 @@ def build(folder: Path, data: dict[str, Any], onnx: bytes, cases: dict[str, np.n
             files[f"golden/{name}.{found.key}.npy"] = npy(found.values)
         golden_cases.append(case)
     return write(folder, {**data, "golden": golden_cases}, files)
+
+
+def test_slices_of_a_multi_frame_object_keep_their_frame_numbers() -> None:
+    """Without them the writer of results refuses two slices of one instance."""
+    parsed = StagedManifest.model_validate(
+        {
+            **manifest(),
+            "files": {"model.onnx": "0" * 64, "golden/one.npy": "0" * 64},
+            "golden": [{**golden("one"), "labels": "golden/one.npy"}],
+        }
+    )
+    volume = replace(make_volume(ball(), np.diag([4.0, 2.0, 2.0, 1.0])), source_frames=tuple(range(16, 0, -1)))
+    analysis = run_staged(parsed, CPU.load(two_channels()), volume)
+    assert analysis.source_frames == tuple(range(16, 0, -1)) and len(analysis.source_uids) == 16
 
 
 CASES = {"one": ball(), "two": ball((12, 30, 30), (20.0, 30.0, 24.0))}
