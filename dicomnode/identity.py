@@ -70,6 +70,15 @@ def result_identity(
     )
 
 
+def tracking_uids(stored: Mapping[str, Any], segment_numbers: Iterable[int]) -> dict[int, str]:
+    """Tracking UIDs of a stored identity, and of segments that it does not name.
+
+    Versions up to 0.1 of this program stored only those that the first attempt had found.
+    """
+    derived = {n: derived_uid(stored["sr_uid"], "tracking", str(n)) for n in segment_numbers}
+    return derived | {int(n): uid for n, uid in stored["tracking_uids"].items()}
+
+
 def failure_identity(
     *,
     inputs: str,

@@ -24,7 +24,7 @@ class Code:
 class SegmentDefinition:
     """One segment of a segmentation.
 
-    ``number`` is the value in the label map and the SegmentNumber, from 1 without holes.
+    ``number`` is the value in the label map, that of the manifest: a SEG numbers what it holds anew.
     ``rgb`` is the recommended display colour, 0..255. ``image``: index into ``source_uids`` of the
     image that it is on, where each image was analysed by itself.
     """
@@ -107,8 +107,10 @@ class ModelIdentity:
 class Analysis:
     """What a model found in one series, in the geometry of the source.
 
-    ``labels``: uint8 array (slices, rows, columns), 0 background, else SegmentNumber; the
+    ``labels``: uint8 array (slices, rows, columns), 0 background, else a segment's number; the
     slice axis follows ``source_uids``; ``None`` when the model makes no segmentation.
+    ``segments``: all that the model looks for; those without a voxel were not found, and have
+    no measurement but a volume of 0.
     ``source_uids``: SOPInstanceUID of each slice, in slice order along the normal.
     ``excluded_uids``: instances of the series that were left out, ``notes`` say why.
     ``engine``: engine name with version, e.g. ``onnxruntime-cpu 1.32.0``; ``precision``: that of
@@ -136,12 +138,19 @@ class Analysis:
     source_frames: tuple[int, ...] = ()
     projection: bool = False
 
+    def numbers_found(self) -> frozenset[int]:
+        """The values other than 0 that occur in ``labels``."""
+        if self.labels is None or not self.labels.size:
+            return frozenset()
+        data = self.labels.tobytes()  # a byte search is far faster and smaller than a histogram
+        return frozenset(n for n in range(1, int(self.labels.max()) + 1) if data.find(n) >= 0)
+
 
 @dataclass(frozen=True, slots=True)
 class ResultIdentity:
     """UIDs and time of a result, fixed and stored before anything is encoded or sent.
 
-    ``tracking_uids`` maps SegmentNumber to the Tracking UID shared by SEG and SR.
+    ``tracking_uids`` maps a segment's number to the Tracking UID shared by SEG and SR.
     ``content_datetime`` is ISO 8601 with offset; dates and times in the objects are its
     local parts. ``predecessor_sr`` is (StudyInstanceUID, SeriesInstanceUID, SOPClassUID,
     SOPInstanceUID) of the SR that this revision replaces, ``predecessor_labelmap_sr`` the same

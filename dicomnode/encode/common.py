@@ -23,7 +23,7 @@ from dicomnode.records import Code, EncodedObject, ModelIdentity, ResultIdentity
 
 ARTIFICIAL_INTELLIGENCE = hd.sr.CodedConcept("123110", "DCM", "Artificial Intelligence")  # CID 7162
 PROCESSING_EQUIPMENT = hd.sr.CodedConcept("109102", "DCM", "Processing Equipment")  # CID 7005
-ANATOMICAL_STRUCTURE = ("123037004", "SCT")  # CID 7150
+_ANATOMICAL = {("91723000", "SCT"), ("123037004", "SCT")}  # CID 7150, as it is and as it was
 LONG_STRING = 64
 SHORT_TEXT = 1024
 LONG_TEXT = 10240
@@ -128,6 +128,11 @@ def long_string(text: str) -> str:
 def concept(code: Code) -> hd.sr.CodedConcept:
     """A coded concept with its meaning cut to 64 characters."""
     return hd.sr.CodedConcept(code.value, code.scheme, long_string(code.meaning))
+
+
+def is_anatomical(category: Code) -> bool:
+    """Whether a segmented property category (CID 7150) says: a structure that everybody has."""
+    return (category.value, category.scheme) in _ANATOMICAL
 
 
 def contributing_equipment(provenance: Provenance) -> Dataset:

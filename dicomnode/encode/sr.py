@@ -20,13 +20,13 @@ from pydicom.uid import ExplicitVRLittleEndian
 
 from dicomnode.critical import Hit, is_positive
 from dicomnode.encode.common import (
-    ANATOMICAL_STRUCTURE,
     ARTIFICIAL_INTELLIGENCE,
     Context,
     Provenance,
     clean_text,
     concept,
     finish,
+    is_anatomical,
     long_string,
     refuse_what_the_library_refuses,
 )
@@ -252,7 +252,7 @@ def _segment_group(
         )
         return list(hd.sr.VolumetricROIMeasurementsAndQualitativeEvaluations(referenced_segment=reference, **common))
     group = hd.sr.MeasurementsAndQualitativeEvaluations(source_images=_images(segment.image, context), **common)
-    if (segment.category.value, segment.category.scheme) != ANATOMICAL_STRUCTURE:
+    if not is_anatomical(segment.category):
         group[0].ContentSequence.append(CodeContentItem(_PRESENCE, _ABSENT, _CONTAINS))
     text = f"Not found: the model marked no voxel as {clean_text(segment.label)}."
     group[0].ContentSequence.append(TextContentItem(_COMMENT, text, _CONTAINS))
@@ -332,7 +332,7 @@ def _image_name(image: int | None) -> str:
 
 def _sites(segment: SegmentDefinition) -> list[hd.sr.FindingSite] | None:
     """Finding Site: the region, or the structure itself when that is what was segmented."""
-    anatomical = (segment.category.value, segment.category.scheme) == ANATOMICAL_STRUCTURE
+    anatomical = is_anatomical(segment.category)
     site = segment.anatomic_region or (segment.type if anatomical else None)
     if site is None:
         return None

@@ -187,16 +187,12 @@ def _run(bundle: Bundle, manifest: Manifest, session: Session, case: GoldenCase)
         code = cause.code if cause.code in ("OOM", "DEVICE_LOST") else "GOLDEN_MISMATCH"
         return CaseResult(case.name, (cause.cause,), 1.0, 0.0, code)
     assert analysis.labels is not None
-    by_key = {s.label: s.key for s in manifest.outputs.segments}
-    numbers = {s.key: s.number for s in manifest.outputs.segments}
-    table = np.zeros(256, np.uint8)  # numbers of the result back to those of the manifest
-    for segment in analysis.segments:
-        table[segment.number] = numbers[by_key[segment.label]]
-    labels = table[analysis.labels]
+    labels = analysis.labels
     disagreement = float(np.mean(labels != expected))
-    dice = min((_dice(labels == n, expected == n) for n in numbers.values()), default=1.0)
-    keys = {segment.number: by_key[segment.label] for segment in analysis.segments}
-    got = {f"{keys[m.segment]}.{m.key}": m.value for m in analysis.measurements if m.segment is not None}
+    numbers = [s.number for s in manifest.outputs.segments]
+    dice = min((_dice(labels == n, expected == n) for n in numbers), default=1.0)
+    keys = {s.number: s.key for s in manifest.outputs.segments if s.number in analysis.numbers_found()}
+    got = {f"{keys[m.segment]}.{m.key}": m.value for m in analysis.measurements if m.segment in keys}
     problems: list[str] = []
     if disagreement > case.max_disagreement:
         problems.append(f"{disagreement:.2%} of the voxels have another label")

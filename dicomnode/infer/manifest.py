@@ -77,10 +77,9 @@ class SegmentEntry(Strict):
     anatomic_region: CodeEntry | None = None
     rgb: tuple[int, int, int] = (255, 0, 0)
 
-    def definition(self, number: int) -> SegmentDefinition:
-        """The record, under ``number`` (segments that were not found leave no holes)."""
+    def definition(self) -> SegmentDefinition:
         return SegmentDefinition(
-            number=number,
+            number=self.number,
             label=self.label,
             category=self.category.code(),
             type=self.type.code(),

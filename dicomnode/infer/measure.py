@@ -38,15 +38,15 @@ MeasureSpec = Annotated[VolumeSpec | MeanSpec | FractionBelowSpec, Field(discrim
 
 
 def measure(spec: VolumeSpec | MeanSpec | FractionBelowSpec, values: Array, voxel_ml: float) -> float:
-    """One number from ``values``, the 1-D array of the segment's voxels (at least one).
+    """One number from ``values``, the 1-D array of the segment's voxels; without any only a volume, of 0.
 
     Sums are exact for integers (int64) and pairwise in float64 otherwise, so the result does
     not depend on the machine.
     """
-    if values.size == 0:
-        raise ValueError("a segment without voxels has no measurements")
     if isinstance(spec, VolumeSpec):
         return values.size * voxel_ml
+    if values.size == 0:
+        raise ValueError("a segment without voxels has no other measurement than its volume")
     if isinstance(spec, MeanSpec):
         kind = np.int64 if values.dtype.kind in "iu" else np.float64
         return float(values.sum(dtype=kind)) / values.size

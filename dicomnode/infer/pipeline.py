@@ -17,7 +17,7 @@ from dicomnode.infer.bundle import Bundle
 from dicomnode.infer.decode import Decoder
 from dicomnode.infer.engine import Session
 from dicomnode.infer.manifest import Manifest
-from dicomnode.infer.measure import measure
+from dicomnode.infer.measure import VolumeSpec, measure
 from dicomnode.infer.stages.manifest import StagedManifest
 from dicomnode.infer.stages.run import run_staged
 from dicomnode.infer.steps import start
@@ -38,8 +38,8 @@ def _silent(step: str, share: float) -> None:
 def run_bundle(bundle: Bundle, session: Session, volume: Volume, progress: Progress | None = None) -> Analysis:
     """Analyse ``volume``; ``session`` must hold the bundle's model.
 
-    ``labels`` of the result has the volume's shape. Segments that were not found are left
-    out and the others numbered from 1 without holes. Raises EngineError when the network
+    ``labels`` of the result has the volume's shape; every segment of the manifest is named,
+    under its number there, whether it was found or not. Raises EngineError when the network
     fails or gives something other than one finite value per voxel.
     """
     report: Progress = progress or _silent
@@ -55,11 +55,10 @@ def run_bundle(bundle: Bundle, session: Session, volume: Volume, progress: Progr
         state = step.apply(state)
     if state.labels is None:
         raise NodeError("post-process", "no step of the bundle makes labels", "Add one to the manifest")
-    found = [s for s in manifest.outputs.segments if bool(np.any(state.labels == s.number))]
-    renumber = np.zeros(256, np.uint8)
+    labels = np.zeros(volume.values.shape, np.uint8)
+    labels[state.box] = state.labels
     measurements: list[Measurement] = []
-    for number, segment in enumerate(found, start=1):
-        renumber[segment.number] = number
+    for segment in manifest.outputs.segments:
         values = state.values[state.labels == segment.number]
         measurements += [
             Measurement(
@@ -67,19 +66,18 @@ def run_bundle(bundle: Bundle, session: Session, volume: Volume, progress: Progr
                 name=entry.name.code(),
                 value=measure(entry.compute, values, volume.voxel_ml),
                 unit=entry.unit.code(),
-                segment=number,
+                segment=segment.number,
                 derivation=entry.derivation.code() if entry.derivation else None,
             )
             for entry in manifest.outputs.measurements
+            if values.size or isinstance(entry.compute, VolumeSpec)  # what is not there still has a volume: none
         ]
-    labels = np.zeros(volume.values.shape, np.uint8)
-    labels[state.box] = renumber[state.labels]
     report("postprocess", 1.0)
     return Analysis(
         labels=labels,
         source_uids=volume.source_uids,
         source_frames=volume.source_frames,
-        segments=tuple(s.definition(n) for n, s in enumerate(found, start=1)),
+        segments=tuple(s.definition() for s in manifest.outputs.segments),
         measurements=tuple(measurements),
         notes=(*volume.notes, *state.notes),
         excluded_uids=volume.excluded_uids,

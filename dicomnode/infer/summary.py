@@ -23,3 +23,9 @@ def finding(one: Finding) -> dict[str, Any]:
         "probability": one.probability,
         "threshold": one.threshold,
     }
+
+
+def labels_found(analysis: Analysis) -> list[str]:
+    """Labels of the segments that occur."""
+    found = analysis.numbers_found()
+    return [s.label for s in analysis.segments if s.number in found]

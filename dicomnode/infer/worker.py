@@ -22,7 +22,7 @@ from dicomnode.errors import (
     PeerAway,
     UnsuitableSeries,
 )
-from dicomnode.identity import parameters_digest, result_identity
+from dicomnode.identity import parameters_digest, result_identity, tracking_uids
 from dicomnode.index.database import Database, Row
 from dicomnode.index.jobs import Jobs, Outcome
 from dicomnode.index.operation import Events
@@ -37,7 +37,7 @@ from dicomnode.infer.pipeline import Progress
 from dicomnode.infer.placing import PlacedModels, Servable
 from dicomnode.infer.routing import Router
 from dicomnode.infer.serving import ServingModels
-from dicomnode.infer.summary import finding, measurement
+from dicomnode.infer.summary import finding, labels_found, measurement
 from dicomnode.infer.volume import ReadSlice
 from dicomnode.orders import LABELMAP_SR, Order, load
 from dicomnode.records import Analysis, EncodedObject, ModelIdentity, ResultIdentity, SourceInstance
@@ -363,7 +363,7 @@ class Worker:
         return ResultIdentity(
             **{
                 **stored,
-                "tracking_uids": {int(n): uid for n, uid in stored["tracking_uids"].items()},
+                "tracking_uids": tracking_uids(stored, [s.number for s in analysis.segments]),
                 "predecessor_sr": tuple(before) if before else None,
                 "predecessor_labelmap_sr": tuple(labelmap) if labelmap else None,
             }
@@ -391,7 +391,7 @@ class Worker:
                         "precision": analysis.precision,
                         "role": self._router.role(int(job["id"])),
                         "slices": len(analysis.source_uids),
-                        "segments": [s.label for s in analysis.segments],
+                        "segments": labels_found(analysis),
                         "measurements": [measurement(m, analysis) for m in analysis.measurements],
                         "findings": [finding(f) for f in analysis.findings],
                     },

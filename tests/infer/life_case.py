@@ -75,7 +75,7 @@ def boxes(self: ReadyModel, instances: Sequence[SourceInstance], **_: Any) -> An
     """Stands for an analysis: a box for each segment. What these tests are about comes after it."""
     manifest = self.bundle.manifest
     labels = np.zeros((len(instances), 176, 176), np.uint8)
-    segments = [s.definition(n) for n, s in enumerate(manifest.outputs.segments, start=1)]
+    segments = [s.definition() for s in manifest.outputs.segments]
     for segment in segments:
         labels[4:20, 10 * segment.number : 10 * segment.number + 8, 20:60] = segment.number
     entry = manifest.outputs.measurements[0]

@@ -117,23 +117,27 @@ def test_lungs_merged_over_a_wide_area_are_divided_at_the_midline() -> None:
 
 
 @pytest.mark.parametrize("side", ["Left", "Right"])
-def test_single_lung_is_named_and_numbered_without_holes(side: str) -> None:
+def test_a_lung_that_is_not_there_keeps_its_number_and_has_no_volume(side: str) -> None:
     hu = phantom()
     half = slice(0, 72) if side == "Left" else slice(88, None)
     region = hu[:, :, half]
     region[(region < -500) & (region > -1000)] = 30
     analysis = analyse(hu)
-    assert [(s.number, s.label) for s in analysis.segments] == [(1, f"{side} lung")]
+    numbers = {s.label: s.number for s in analysis.segments}
+    assert numbers == {"Right lung": 1, "Left lung": 2}
     assert "Only one lung was found" in analysis.notes
     assert analysis.labels is not None
-    assert set(np.unique(analysis.labels)) == {0, 1}
+    assert analysis.numbers_found() == {numbers[f"{side} lung"]} == set(np.unique(analysis.labels)) - {0}
+    other = numbers[f"{'Right' if side == 'Left' else 'Left'} lung"]
+    assert [(m.key, m.value) for m in analysis.measurements if m.segment == other] == [("volume_ml", 0.0)]
 
 
 @pytest.mark.parametrize("fill", [-1000, 0, 40])
 def test_series_without_lungs_gives_an_empty_answer_with_a_note(fill: int) -> None:
     hu = np.full(SHAPE, fill, np.int16)
     analysis = analyse(hu)
-    assert analysis.segments == analysis.measurements == ()
+    assert len(analysis.segments) == 2
+    assert [(m.key, m.value) for m in analysis.measurements] == [("volume_ml", 0.0)] * 2
     assert analysis.labels is not None
     assert not analysis.labels.any()
     assert any(note.startswith("No ") for note in analysis.notes)
@@ -203,9 +207,10 @@ def test_measures_by_definition(hu: np.ndarray, voxel_ml: float) -> None:
     assert measure(below, hu, voxel_ml) == 100 * sum(1 for v in hu if v < -950) / len(hu)
 
 
-def test_measure_of_nothing_is_an_error() -> None:
+def test_measure_of_nothing_is_an_error_but_for_its_volume() -> None:
+    assert measure(VolumeSpec(kind="volume_ml"), np.zeros(0), 1.0) == 0.0
     with pytest.raises(ValueError, match="without voxels"):
-        measure(VolumeSpec(kind="volume_ml"), np.zeros(0), 1.0)
+        measure(MeanSpec(kind="mean"), np.zeros(0), 1.0)
 
 
 MASKS = st.integers(0, 2**32 - 1).map(lambda seed: np.random.default_rng(seed).random((3, 12, 13)) < 0.6)

@@ -18,7 +18,7 @@ from dicomnode.infer.importing.monai import Mapped
 from dicomnode.infer.importing.options import ImportOptions
 from dicomnode.infer.importing.phantom import body
 from dicomnode.infer.ort import OnnxRuntimeCpu
-from dicomnode.infer.stages.golden import manifest_labels, measured, statistics
+from dicomnode.infer.stages.golden import measured, statistics
 from dicomnode.infer.stages.manifest import StagedManifest
 from dicomnode.infer.stages.network import Answers
 from dicomnode.infer.stages.run import run_staged
@@ -94,7 +94,7 @@ def _record(case: dict[str, Any], manifest: StagedManifest, analysis: Analysis, 
     """What a sound engine gives, written down in the case."""
     if analysis.labels is not None:
         case["labels"] = f"golden/{case['name']}.labels.npy"
-        files[case["labels"]] = npy(manifest_labels(manifest, analysis))
+        files[case["labels"]] = npy(analysis.labels)
         case["measurements"] = measured(manifest, analysis)
     case["findings"] = {f.key: f.probability for f in analysis.findings}
     case["probability_maps"] = {}

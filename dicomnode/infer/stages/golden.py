@@ -53,9 +53,10 @@ def run_case(manifest: StagedManifest, read: Read, session: Session, case: Golde
         return Outcome((cause.cause,), 1.0, 0.0)
     disagreement, dice = 0.0, 1.0
     if expected is not None:
+        assert analysis.labels is not None
         if expected.shape != volume.values.shape:
             raise BundleError("verify bundle", f"{case.labels} and {case.input} differ in shape")
-        disagreement, dice = _compare(manifest_labels(manifest, analysis), expected, len(manifest.outputs.segments))
+        disagreement, dice = _compare(analysis.labels, expected, len(manifest.outputs.segments))
         if disagreement > case.max_disagreement:
             problems.append(f"{disagreement:.2%} of the voxels have another label")
         if dice < case.min_dice:
@@ -119,21 +120,10 @@ def finding_problems(case: GoldenCase, got: Mapping[str, float]) -> list[str]:
     return problems
 
 
-def manifest_labels(manifest: StagedManifest, analysis: Analysis) -> npt.NDArray[np.uint8]:
-    """Labels in the numbers of the manifest (a result numbers only what was found)."""
-    assert analysis.labels is not None
-    numbers = {s.label: s.number for s in manifest.outputs.segments}
-    table = np.zeros(256, np.uint8)
-    for segment in analysis.segments:
-        table[segment.number] = numbers[segment.label]
-    return np.asarray(table[analysis.labels])
-
-
 def measured(manifest: StagedManifest, analysis: Analysis) -> dict[str, float]:
-    """Measurements by ``segment key.measurement key``."""
-    by_label = {s.label: s.key for s in manifest.outputs.segments}
-    keys = {s.number: by_label[s.label] for s in analysis.segments}
-    return {f"{keys[m.segment]}.{m.key}": m.value for m in analysis.measurements if m.segment is not None}
+    """Measurements by ``segment key.measurement key``, of the segments that occur."""
+    keys = {s.number: s.key for s in manifest.outputs.segments if s.number in analysis.numbers_found()}
+    return {f"{keys[m.segment]}.{m.key}": m.value for m in analysis.measurements if m.segment in keys}
 
 
 def _measurement_problems(case: GoldenCase, got: Mapping[str, float]) -> list[str]:

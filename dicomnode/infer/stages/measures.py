@@ -73,17 +73,17 @@ MeasureSpec = Annotated[
 
 
 def measure_segment(spec: MeasureSpec, values: npt.NDArray[Any], mask: Mask, affine: Points) -> float:
-    """One number of the segment ``mask`` (at least one voxel) in ``values``, both of one shape.
+    """One number of the segment ``mask`` in ``values``, both of one shape.
 
     ``affine``: index to LPS mm; also right for a tilted gantry, whose columns are not at
-    right angles. Raises ValueError for an empty mask.
+    right angles. Raises ValueError for an empty mask, but for its volume, which is 0.
     """
     if isinstance(spec, DiameterSpec):
         return diameter_in_plane(mask, affine)
     if isinstance(spec, FeretSpec):
         return feret(_largest(mask) if spec.largest_only else mask, affine)
     inside = values[mask]
-    if inside.size == 0:
+    if inside.size == 0 and not isinstance(spec, VolumeSpec):
         raise ValueError("a segment without voxels has no measurements")
     if isinstance(spec, FractionAboveSpec):
         return 100.0 * int(np.count_nonzero(inside > spec.threshold)) / inside.size

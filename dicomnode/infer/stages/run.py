@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from dicomnode.errors import EngineError
 from dicomnode.infer.engine import Loads, Session
+from dicomnode.infer.measure import VolumeSpec
 from dicomnode.infer.stages.classify import probability
 from dicomnode.infer.stages.decide import Argmax, MaskFrom, Threshold
 from dicomnode.infer.stages.frame import Frame, Undo, frame_of, restore
@@ -189,38 +190,36 @@ def _keys(entries: tuple[Any, ...]) -> list[str]:
 def _measured(
     outputs: Outputs, volume: Volume, found: _Found
 ) -> tuple[tuple[SegmentDefinition, ...], tuple[Measurement, ...], npt.NDArray[np.uint8] | None]:
-    """Segments that occur, numbered from 1 without holes, with their measurements."""
+    """Every segment of the manifest, with the measurements of those that occur; others have a volume of 0."""
     from dicomnode.infer.stages.components import segments_in
 
     if found.labels is None:
         return (), (), None
-    table = np.zeros(256, np.uint8)
-    definitions: list[SegmentDefinition] = []
+    boxes = dict(segments_in(found.labels, None))
+    undefined = boxes.keys() - {s.number for s in outputs.segments}
+    if undefined:
+        raise EngineError("post-process", "GOLDEN_MISMATCH", f"label {min(undefined)} is no segment of the manifest")
     measurements: list[Measurement] = []
-    by_number = {s.number: s for s in outputs.segments}
     values = volume.values[found.box]
-    for present, box in segments_in(found.labels, None):
-        segment = by_number.get(present)
-        if segment is None:
-            raise EngineError("post-process", "GOLDEN_MISMATCH", f"label {present} is no segment of the manifest")
-        number = len(definitions) + 1
-        table[present] = number
-        definitions.append(segment.definition(number))
-        mask = found.labels[box] == present
+    nowhere = (slice(0, 0),) * 3
+    for segment in outputs.segments:
+        box = boxes.get(segment.number, nowhere)
+        mask = found.labels[box] == segment.number
         measurements += [
             Measurement(
                 key=entry.key,
                 name=entry.name.code(),
                 value=measure_segment(entry.compute, values[box], mask, volume.affine),
                 unit=entry.unit.code(),
-                segment=number,
+                segment=segment.number,
                 derivation=entry.derivation.code() if entry.derivation else None,
             )
             for entry in outputs.measurements
+            if mask.size or isinstance(entry.compute, VolumeSpec)
         ]
     labels = np.zeros(volume.values.shape, np.uint8)
-    labels[found.box] = table[found.labels]
-    return tuple(definitions), tuple(measurements), labels
+    labels[found.box] = found.labels
+    return tuple(s.definition() for s in outputs.segments), tuple(measurements), labels
 
 
 def _finding(outputs: Outputs, key: str, probabilities: Mapping[str, float]) -> Finding:

@@ -260,7 +260,7 @@ def test_map_without_activation_is_an_error() -> None:
         run_staged(parsed, CPU.load(two_channels(slope=5)), make_volume(CASES["two"], np.array(golden()["affine"])))
 
 
-def test_segments_not_found_leave_no_hole() -> None:
+def test_segments_not_found_keep_their_number() -> None:
     data = {**manifest(), "files": {n: "0" * 64 for n in ("model.onnx", "golden/one.npy")}}
     data["golden"] = [golden(labels="golden/one.npy")]
     data["outputs"] = {**data["outputs"], "segments": [segment(1, "a"), segment(2, "b")]}
@@ -270,7 +270,8 @@ def test_segments_not_found_leave_no_hole() -> None:
         CPU.load(two_channels()),
         make_volume(CASES["two"], np.array(golden()["affine"])),
     )
-    assert [(s.number, s.label) for s in analysis.segments] == [(1, "b")]
+    assert [(s.number, s.label) for s in analysis.segments] == [(1, "a"), (2, "b")]
     assert analysis.labels is not None
-    assert set(np.unique(analysis.labels)) == {0, 1}
-    assert {m.segment for m in analysis.measurements} == {1}
+    assert set(np.unique(analysis.labels)) == {0, 2}
+    assert [(m.key, m.value) for m in analysis.measurements if m.segment == 1] == [("volume_ml", 0.0)]
+    assert len([m for m in analysis.measurements if m.segment == 2]) == 4
