@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from dicomnode.errors import BundleError
+from dicomnode.infer import wire
 from dicomnode.infer.onnxcheck import fields
 
 MAX_ELEMENTS = 1 << 28
@@ -100,11 +101,16 @@ def check_expansion(data: bytes, name: str) -> None:
     ``data`` has passed :func:`dicomnode.infer.onnxcheck.check_onnx`: its nesting is bounded.
     """
     total = _Sum(name)
-    for number, value in fields(memoryview(data), name):
-        if number == 7 and isinstance(value, memoryview):
-            _graph(value, total, {})
-        elif number == 25 and isinstance(value, memoryview):  # FunctionProto: its nodes are in field 7
-            _nodes([v for n, v in fields(value, name) if n == 7 and isinstance(v, memoryview)], total, {})
+    try:
+        for number, value in fields(memoryview(data), name):
+            if number == 7 and isinstance(value, memoryview):
+                _graph(value, total, {})
+            elif number == 25 and isinstance(value, memoryview):  # FunctionProto: its nodes are in field 7
+                _nodes([v for n, v in fields(value, name) if n == 7 and isinstance(v, memoryview)], total, {})
+    except ValueError as cause:  # packed numbers that are none
+        raise BundleError(
+            "check model file", f"{name}: it is not an ONNX model ({cause})", "Export it again as one ONNX file"
+        ) from cause
 
 
 def _graph(view: memoryview, total: _Sum, outer: dict[str, list[float]]) -> None:
@@ -192,13 +198,13 @@ def _attribute(view: memoryview, total: _Sum, constants: dict[str, list[float]])
     found = _Attribute()
     for number, value in fields(view, total.name):
         if (number == 8 and not isinstance(value, memoryview)) or (number == 3 and not isinstance(value, memoryview)):
-            found.ints.append(_signed(value))
+            found.ints.append(wire.signed(value))
         if not isinstance(value, memoryview):
             continue
         if number == 1:
             found.name = _text(value)
         elif number == 8:
-            found.ints += _packed_ints(value, total.name)
+            found.ints += _ints(value)
         elif number == 7:
             found.floats += struct.unpack(f"<{len(value) // 4}f", value[: len(value) // 4 * 4])
         elif number == 5:
@@ -219,9 +225,9 @@ def _tensor(view: memoryview, total: _Sum) -> _Tensor:
     data: dict[int, memoryview] = {}
     for number, value in fields(view, total.name):
         if number == 1:
-            found.dims += _packed_ints(value, total.name) if isinstance(value, memoryview) else [_signed(value)]
+            found.dims += _ints(value)
         elif number == 2 and not isinstance(value, memoryview):
-            found.kind = value
+            found.kind = value & 0xFFFF_FFFF  # an int32
         elif number == 6:
             strings += 1
         elif not isinstance(value, memoryview):
@@ -240,11 +246,11 @@ def _tensor(view: memoryview, total: _Sum) -> _Tensor:
             "Export the model again as one ONNX file",
         )
     if found.elements <= MAX_DIMS:
-        found.values = list(_values(found, data, total.name))
+        found.values = list(_values(found, data))
     return found
 
 
-def _values(tensor: _Tensor, data: dict[int, memoryview], name: str) -> Iterator[float]:
+def _values(tensor: _Tensor, data: dict[int, memoryview]) -> Iterator[float]:
     formats = {_FLOAT: ("f", 4), _INT32: ("i", 4), _INT64: ("q", 8), _DOUBLE: ("d", 8)}
     if tensor.kind not in formats:
         return
@@ -258,7 +264,7 @@ def _values(tensor: _Tensor, data: dict[int, memoryview], name: str) -> Iterator
             yield from struct.unpack(f"<{count}{packed}", data[number][: count * width])
     for number in (5, 7):
         if number in data:
-            yield from _packed_ints(data[number], name)
+            yield from _ints(data[number])
 
 
 def _sparse(view: memoryview, total: _Sum) -> None:
@@ -266,26 +272,14 @@ def _sparse(view: memoryview, total: _Sum) -> None:
     dims: list[int] = []
     for number, value in fields(view, total.name):
         if number == 3:
-            dims += _packed_ints(value, total.name) if isinstance(value, memoryview) else [_signed(value)]
+            dims += _ints(value)
         elif number in (1, 2) and isinstance(value, memoryview):
             _tensor(value, total)
     total.made(math.prod(max(0, d) for d in dims[: MAX_DIMS + 1]), "a sparse tensor")
 
 
-def _packed_ints(view: memoryview, name: str) -> list[int]:
-    from dicomnode.infer.onnxcheck import varint
-
-    found, at = [], 0
-    while at < len(view):
-        value, at = varint(view, at, name)
-        found.append(_signed(value))
-        if len(found) > MAX_DIMS:
-            break  # longer ones are no shape
-    return found
-
-
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >= 1 << 63 else value
+def _ints(value: int | memoryview) -> list[int]:
+    return wire.integers(value, MAX_DIMS + 1)  # longer ones are no shape
 
 
 def _text(view: memoryview) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dicomnode.errors import BundleError
+from dicomnode.infer import wire
 
 ALLOWED_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml"})
 MAX_DEPTH = 32
@@ -59,7 +60,7 @@ def _walk(view: memoryview, kind: str, depth: int, budget: list[int], seen: set[
         budget[0] -= 1
         if budget[0] < 0:
             raise _bad(name, f"more than {MAX_FIELDS} fields")
-        if kind == "Tensor" and (number == _TENSOR_EXTERNAL_DATA or (number == _TENSOR_DATA_LOCATION and value == 1)):
+        if kind == "Tensor" and (number == _TENSOR_EXTERNAL_DATA or (number == _TENSOR_DATA_LOCATION and _is_1(value))):
             raise _bad(name, "a tensor is kept in an external file")
         if _DOMAIN_FIELD.get(kind) == number and isinstance(value, memoryview):
             domain = bytes(value[:80]).decode("utf-8", "replace")
@@ -71,38 +72,14 @@ def _walk(view: memoryview, kind: str, depth: int, budget: list[int], seen: set[
             _walk(value, children[number], depth + 1, budget, seen, name)
 
 
-def fields(view: memoryview, name: str) -> Iterator[tuple[int, int | memoryview]]:
-    """Yield (field number, varint or bytes) of one message; fixed-width fields yield 0."""
-    at, end = 0, len(view)
-    while at < end:
-        key, at = varint(view, at, name)
-        number, wire = key >> 3, key & 7
-        if number == 0:
-            raise _bad(name, "it is not an ONNX model")
-        if wire == 0:
-            value, at = varint(view, at, name)
-            yield number, value
-            continue
-        if wire == 2:
-            size, at = varint(view, at, name)
-        elif wire in (1, 5):
-            size = 8 if wire == 1 else 4
-        else:
-            raise _bad(name, "it is not an ONNX model")
-        if size > end - at:
-            raise _bad(name, "it is cut short")
-        yield number, (view[at : at + size] if wire == 2 else 0)
-        at += size
+def _is_1(value: int | memoryview) -> bool:
+    """As an enumeration is read: of its 32 lower bits."""
+    return isinstance(value, int) and value & 0xFFFF_FFFF == 1
 
 
-def varint(view: memoryview, at: int, name: str) -> tuple[int, int]:
-    result = shift = 0
-    while True:
-        if at >= len(view) or shift > 63:
-            raise _bad(name, "it is not an ONNX model or is cut short")
-        byte = view[at]
-        at += 1
-        result |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return result, at
-        shift += 7
+def fields(view: memoryview, name: str) -> Iterator[wire.Field]:
+    """``wire.fields`` of a file ``name``; raises BundleError. What may be wrong in all is bounded by the caller."""
+    try:
+        yield from wire.fields(view, MAX_FIELDS)
+    except ValueError as cause:
+        raise _bad(name, f"it is not an ONNX model ({cause})") from cause

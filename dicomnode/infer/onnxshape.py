@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from dicomnode.errors import BundleError
+from dicomnode.infer import wire
 from dicomnode.infer.onnxcheck import fields
 from dicomnode.infer.plans import InputRange
 
@@ -24,7 +26,7 @@ SPACE = (8, 128, 256)
 def onnx_inputs(data: bytes) -> dict[str, tuple[int, ...]]:
     """Input name -> dimensions; -1 where the model leaves one open. Initializers are no inputs.
 
-    Raises BundleError for bytes that are not protobuf.
+    Raises BundleError for bytes that are not protobuf, and names that are no UTF-8.
     """
     found: dict[str, tuple[int, ...]] = {}
     constants: set[str] = set()
@@ -38,12 +40,15 @@ def onnx_inputs(data: bytes) -> dict[str, tuple[int, ...]]:
                 name, shape = _value_info(value)
                 found[name] = shape
             elif field == _INITIALIZER:
-                constants |= {bytes(v).decode() for f, v in fields(value, "model") if f == _TENSOR_NAME and _is(v)}
+                constants |= {_name(v) for f, v in fields(value, "model") if f == _TENSOR_NAME}
     return {name: shape for name, shape in found.items() if name not in constants}
 
 
-def _is(value: object) -> bool:
-    return isinstance(value, memoryview)
+def _name(value: int | memoryview) -> str:
+    try:
+        return wire.text(value)
+    except ValueError:  # bytes that are no UTF-8, or no text at all
+        raise BundleError("read model file", "a name in it is no text", "Export it again as one ONNX file") from None
 
 
 def _only(view: memoryview, number: int) -> memoryview:
@@ -57,7 +62,7 @@ def _value_info(view: memoryview) -> tuple[str, tuple[int, ...]]:
         if number == 1 and isinstance(dim, memoryview):
             size = next((v for f, v in fields(dim, "model") if f == 1 and isinstance(v, int)), 0)
             dims.append(size if size > 0 else DYNAMIC)
-    return bytes(_only(view, 1)).decode(), tuple(dims)
+    return _name(_only(view, 1)), tuple(dims)
 
 
 def profile_ranges(inputs: Mapping[str, tuple[int, ...]], max_batch: int) -> tuple[InputRange, ...]:

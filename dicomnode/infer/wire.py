@@ -1,4 +1,4 @@
-"""The protobuf wire format (protobuf.dev, "Encoding"), as far as ONNX signatures and KServe messages need it.
+"""The protobuf wire format (protobuf.dev, "Encoding"), as far as ONNX files and KServe messages need it.
 
 Hand-kept because the messages are few and small, and because a protobuf runtime would be
 pinned twice: onnxruntime and a Triton client ask for versions that exclude each other.
@@ -11,29 +11,34 @@ from collections.abc import Iterable, Iterator
 MAX_FIELDS = 100_000
 """Fields of one message; a reply beyond that is not one of ours."""
 
+MAX_KEY = 0xFFFF_FFFF
+"""A key has 32 bits. Readers of a longer one differ: some cut it, and see another field than the rest do."""
+
+MAX_VALUE = (1 << 64) - 1
+
 Field = tuple[int, int | memoryview]
 
 
-def fields(view: memoryview) -> Iterator[Field]:
+def fields(view: memoryview, most: int = MAX_FIELDS) -> Iterator[Field]:
     """(field number, varint or bytes) of one message, in order; fixed-width fields yield 0.
 
-    Raises ValueError where the bytes are not a message.
+    Raises ValueError where the bytes are not a message, or one of more than ``most`` fields.
     """
     at, end, count = 0, len(view), 0
     while at < end:
         count += 1
-        if count > MAX_FIELDS:
+        if count > most:
             raise ValueError("too many fields")
-        key, at = _varint(view, at)
+        key, at = read_varint(view, at)
         number, kind = key >> 3, key & 7
-        if number == 0:
-            raise ValueError("field number 0")
+        if number == 0 or key > MAX_KEY:
+            raise ValueError("no such field number")
         if kind == 0:
-            value, at = _varint(view, at)
+            value, at = read_varint(view, at)
             yield number, value
             continue
         if kind == 2:
-            size, at = _varint(view, at)
+            size, at = read_varint(view, at)
         elif kind in (1, 5):
             size = 8 if kind == 1 else 4
         else:
@@ -56,15 +61,15 @@ def message(value: int | memoryview) -> memoryview:
     return value
 
 
-def integers(value: int | memoryview) -> list[int]:
-    """A repeated int64, packed or one by one. Raises ValueError."""
+def integers(value: int | memoryview, most: int = MAX_FIELDS) -> list[int]:
+    """A repeated int64, packed or one by one; no more than ``most`` are read. Raises ValueError."""
     if not isinstance(value, memoryview):
-        return [_signed(value)]
+        return [signed(value)]
     found: list[int] = []
     at = 0
-    while at < len(value):
-        number, at = _varint(value, at)
-        found.append(_signed(number))
+    while at < len(value) and len(found) < most:
+        number, at = read_varint(value, at)
+        found.append(signed(number))
     return found
 
 
@@ -93,7 +98,8 @@ def varint(value: int) -> bytes:
     return bytes(out)
 
 
-def _varint(view: memoryview, at: int) -> tuple[int, int]:
+def read_varint(view: memoryview, at: int) -> tuple[int, int]:
+    """The number at ``at`` and where the next byte is. Raises ValueError."""
     result = shift = 0
     while True:
         if at >= len(view) or shift > 63:
@@ -102,10 +108,10 @@ def _varint(view: memoryview, at: int) -> tuple[int, int]:
         at += 1
         result |= (byte & 0x7F) << shift
         if byte < 0x80:
-            return result, at
+            return result & MAX_VALUE, at
         shift += 7
 
 
-def _signed(value: int) -> int:
-    value &= (1 << 64) - 1
+def signed(value: int) -> int:
+    """An int64 of a varint's 64 bits."""
     return value - (1 << 64) if value >> 63 else value
