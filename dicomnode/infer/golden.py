@@ -24,7 +24,7 @@ from dicomnode.infer.pipeline import Progress, analyse_series, infer, run_bundle
 from dicomnode.infer.stages.golden import run_case
 from dicomnode.infer.stages.manifest import StagedManifest
 from dicomnode.infer.stages.run import open_session
-from dicomnode.infer.volume import ReadSlice, Volume
+from dicomnode.infer.volume import ReadSlice, Volume, spacing_of
 from dicomnode.records import Analysis, ModelIdentity, SourceInstance
 
 MAX_GOLDEN_VOXELS = 1 << 26
@@ -168,9 +168,7 @@ def golden_volume(bundle: Bundle, case: GoldenCase) -> Volume:
     """The input of a golden case; spacing follows from the columns of its affine."""
     values = _load(bundle, case.input, np.dtype("<i2"))
     affine = np.array(case.affine, np.float64)
-    lengths = np.linalg.norm(affine[:3, :3], axis=0)
-    uids = tuple(f"2.25.{index + 1}" for index in range(values.shape[0]))
-    return Volume(values, affine, (float(lengths[0]), float(lengths[1]), float(lengths[2])), uids)
+    return Volume(values, affine, spacing_of(affine), tuple(f"2.25.{i + 1}" for i in range(values.shape[0])))
 
 
 def _run(bundle: Bundle, manifest: Manifest, session: Session, case: GoldenCase) -> CaseResult:

@@ -83,6 +83,13 @@ class Volume:
         return abs(float(np.linalg.det(self.affine[:3, :3]))) / 1000.0
 
 
+def spacing_of(affine: npt.NDArray[np.float64]) -> tuple[float, float, float]:
+    """Millimetres along the normal, between rows, between columns: ``Volume.spacing`` of an affine."""
+    normal = np.cross(affine[:3, 2], affine[:3, 1])
+    along = abs(float(affine[:3, 0] @ normal)) / float(np.linalg.norm(normal))
+    return along, float(np.linalg.norm(affine[:3, 1])), float(np.linalg.norm(affine[:3, 2]))
+
+
 @dataclass(frozen=True, slots=True)
 class StackPlan:
     """The decision about a series before any pixel is decoded."""

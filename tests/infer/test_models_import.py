@@ -26,7 +26,7 @@ from dicomnode.infer.importing.options import ImportOptions, read_options
 from dicomnode.infer.ort import OnnxRuntimeCpu
 from dicomnode.infer.pipeline import run_bundle
 from dicomnode.infer.stages.manifest import StagedManifest
-from tests.infer.stages.bundle_case import CODE, mean_score, two_channels
+from tests.infer.stages.bundle_case import CODE, mean_score, one_channel, two_channels
 from tests.infer.stages.stage_case import make_affine, make_volume
 
 # The layout of configs/inference.json as bundles of MONAI's model zoo have it (UNet for the spleen in CT).
@@ -198,6 +198,15 @@ REFUSED: list[tuple[Callable[[dict[str, Any]], None], str]] = [
     (behind(ARGMAX, {"_target_": "MeanEnsembled"}), "MeanEnsembled"),
     (behind(ARGMAX, {"_target_": "KeepLargestConnectedComponentd", "applied_labels": [4]}), "are no segment"),
     (behind({"_target_": "Activationsd", "softmax": True, "sigmoid": True}), "one of softmax, sigmoid"),
+    (behind({"_target_": "Activationsd", "sigmoid": True}, {"_target_": "AsDiscreted", "threshold": 0.5}),
+     "threshold on 2 channels"),
+    (before({"_target_": "Resized", "spatial_size": 9, "mode": "nearest"}), "'nearest' cannot be mapped"),
+    (before({"_target_": "Resized", "spatial_size": 9.5, "mode": "trilinear"}), "counts voxels"),
+    (before({"_target_": "RandFlipd", "_disabled_": "$1 == 1"}), "_disabled_ is a Python expression"),
+    (before({"_target_": "RandFlipd", "_disabled_": "no"}), "RandFlipd before the network"),
+    (before({"_target_": "Spacingd", "pixdim": 1, "_mode_": "callable"}), "_mode_ = 'callable'"),
+    (changed(["inferer", "with_coord"], True), "with_coord = True"),
+    (changed(["inferer", "extra_input_padding"], [1] * 6), "extra_input_padding"),
 ]  # fmt: skip
 
 
@@ -221,6 +230,8 @@ def test_every_known_transform_becomes_its_step(tmp_path: Path) -> None:
         {"_target_": "NormalizeIntensityd", "subtrahend": 0.1, "divisor": [0.5]},
         {"_target_": "ScaleIntensityd", "minv": -1, "maxv": 1},
         {"_target_": "Resized", "spatial_size": [24, 20, -1], "mode": "trilinear"},
+        {"_target_": "Resized", "spatial_size": [24, 0, -1], "mode": "nearest-exact"},
+        {"_target_": "RandFlipd", "_disabled_": " True "},
         {"_target_": "SpatialPadd", "spatial_size": [16, 16, 16]},
         {"_target_": "DivisiblePadd", "k": 4, "mode": "edge"},
     )(config)
@@ -233,12 +244,8 @@ def test_every_known_transform_becomes_its_step(tmp_path: Path) -> None:
     )(config)
     config["inferer"] = {"_target_": "SimpleInferer"}
     metadata = copy.deepcopy(METADATA)
-    metadata["network_data_format"]["outputs"]["pred"]["channel_def"] = {"0": "air", "1": "spleen"}
-    options = {
-        **OPTIONS,
-        "segments": {**OPTIONS["segments"], "0": {**OPTIONS["segments"]["spleen"], "key": "air", "label": "Air"}},
-    }
-    manifest = convert(tmp_path, options, inference=config, metadata=metadata)
+    metadata["network_data_format"]["outputs"]["pred"]["channel_def"] = {"0": "spleen"}
+    manifest = convert(tmp_path, inference=config, metadata=metadata, onnx=one_channel())
     assert [s.step for s in manifest.preprocess] == [
         *(
             "orient",
@@ -249,6 +256,7 @@ def test_every_known_transform_becomes_its_step(tmp_path: Path) -> None:
             "mean_std",
             "min_max",
             "resize",
+            "resize",
             "pad",
             "pad",
         )
@@ -257,7 +265,7 @@ def test_every_known_transform_becomes_its_step(tmp_path: Path) -> None:
     assert manifest.preprocess[2].model_dump()["above"] == -500
     assert manifest.preprocess[4].model_dump()["over"] == "nonzero"
     decision = manifest.decision.model_dump() if manifest.decision else {}
-    assert decision["on"] == "network" and decision["threshold"] == 0.4 and decision["labels"] == (1, 2)
+    assert decision["on"] == "network" and decision["threshold"] == 0.4 and decision["labels"] == (1,)
     small, holes = (s.model_dump() for s in manifest.postprocess)
     assert small["keep"] is None and small["min_ml"] == 0.5
     assert holes["segments"] == (1,)

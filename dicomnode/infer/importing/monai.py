@@ -64,13 +64,23 @@ def transforms_of(section: Any, where: str) -> list[tuple[str, Mapping[str, Any]
         if not isinstance(item, Mapping) or not isinstance(item.get("_target_"), str):
             text = item.text if isinstance(item, Expression) else ""
             raise refuse(f"{where} holds something that is no transform {text[:60]}".rstrip())
-        if item.get("_disabled_") in (True, "true"):
+        if _disabled(item):
             continue
+        if item.get("_mode_", "default") != "default":
+            raise refuse(f"{_short(item['_target_'])}._mode_ = {item['_mode_']!r} cannot be mapped", "Leave it out")
         if _short(item["_target_"]) == "Compose":
             found += transforms_of(item, where)
         else:
             found.append((_short(item["_target_"]), item))
     return found
+
+
+def _disabled(item: Mapping[str, Any]) -> bool:
+    """As MONAI's ConfigComponent reads it: a text counts where it says true, in whatever case."""
+    value = item.get("_disabled_", False)
+    if isinstance(value, Expression):
+        raise refuse(f"{_short(item['_target_'])}._disabled_ is a Python expression", "Replace it by true or false")
+    return value.strip().casefold() == "true" if isinstance(value, str) else bool(value)
 
 
 def _short(target: Any) -> str:
@@ -120,10 +130,11 @@ def map_inferer(inferer: Any, mapped: Mapped) -> None:
     ignored = frozenset(
         [
             *("device", "sw_device", "progress", "cache_roi_weight_map", "cpu_thresh", "buffer_steps", "buffer_dim"),
-            *("with_coord", "extra_input_padding"),
         ]
     )
     arguments = Arguments(name, inferer, ignored)
+    arguments.expect("with_coord", False)
+    arguments.expect("extra_input_padding", None)
     if name == "SimpleInferer":
         mapped.reach = {"kind": "whole"}
     elif name in ("SlidingWindowInferer", "SlidingWindowInfererAdapt"):
@@ -165,22 +176,23 @@ def _spacing(a: Arguments) -> list[Step]:
     a.take("ensure_same_shape")  # speaks of label images
     a.expect("min_pixdim", None)
     a.expect("max_pixdim", None)
-    return [{"step": "resample", "spacing_mm": target, "order": _mode(a, "bilinear"), "align": "centres"}]
+    return [
+        {"step": "resample", "spacing_mm": target, "order": _mode(a, "bilinear", _SPACING_MODES), "align": "centres"}
+    ]
 
 
-def _mode(a: Arguments, default: str) -> str:
+_SPACING_MODES = {
+    "bilinear": "linear", "trilinear": "linear", "linear": "linear", 1: "linear", "nearest": "nearest", 0: "nearest"
+}  # fmt: skip
+_RESIZE_MODES = {"trilinear": "linear", "linear": "linear", "bilinear": "linear", "nearest-exact": "nearest"}
+"""torch's ``nearest`` takes the voxel before (floor(i s), half a voxel off), its ``nearest-exact`` the nearest one."""
+
+
+def _mode(a: Arguments, default: str, known: Mapping[Any, str]) -> str:
     mode = a.take("mode", default)
     mode = mode[0] if isinstance(mode, list) and mode else mode
-    known = {
-        "bilinear": "linear",
-        "trilinear": "linear",
-        "linear": "linear",
-        1: "linear",
-        "nearest": "nearest",
-        0: "nearest",
-    }
     if isinstance(mode, bool) or mode not in known:
-        raise refuse(f"{a.name}.mode = {mode!r} cannot be mapped", "Known: bilinear, nearest")
+        raise refuse(f"{a.name}.mode = {mode!r} cannot be mapped", f"Known: {', '.join(map(str, known))}")
     return known[mode]
 
 
@@ -275,12 +287,15 @@ def _padding(a: Arguments) -> Step:
 
 
 def _resize(a: Arguments) -> list[Step]:
-    size = [None if v < 0 else int(v) for v in a.three("spatial_size")]
+    size = [None if v <= 0 else v for v in a.three("spatial_size")]
+    if any(v != int(v) for v in size if v is not None):
+        raise refuse(f"{a.name}.spatial_size counts voxels")
+    size = [None if v is None else int(v) for v in size]
     a.expect("size_mode", "all")
     a.expect("align_corners", None, False)
     a.expect("anti_aliasing", False)
     a.take("anti_aliasing_sigma")
-    return [{"step": "resize", "size": size, "order": _mode(a, "area")}]
+    return [{"step": "resize", "size": size, "order": _mode(a, "area", _RESIZE_MODES)}]
 
 
 BEFORE: dict[str, Callable[[Arguments], list[Step]]] = {

@@ -152,6 +152,12 @@ def _segments(
     if not channels:
         raise refuse("metadata.json has no channel_def of the output", "Add it to network_data_format.outputs")
     argmax = mapped.decision["step"] == "argmax"
+    if not argmax and len(channels) > 1:
+        raise refuse(
+            f"AsDiscrete.threshold on {len(channels)} channels: their structures may overlap, "
+            "and here each voxel belongs to one",
+            "Have it ask for argmax, or import a network for each channel",
+        )
     wanted = [c for c in sorted(channels) if not (argmax and c == 0)]
     entries: list[dict[str, Any]] = []
     numbers: dict[int, int] = {}
@@ -175,7 +181,7 @@ def _segments(
     for step in mapped.postprocess:
         given = step.get("segments")
         if given is not None:
-            offset = 0 if argmax else -1  # thresholded channel c is label c + 1
+            offset = 0 if argmax else -1  # the one channel, thresholded, is label 1
             if any(value + offset not in numbers for value in given):
                 raise refuse(f"{step['step']} names labels {given} that are no segment")
             given = [numbers[value + offset] for value in given]

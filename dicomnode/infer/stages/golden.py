@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dicomnode.errors import BundleError, EngineError
+from dicomnode.errors import BundleError, EngineError, UnsuitableSeries
 from dicomnode.infer.engine import Session
 from dicomnode.infer.stages.intensity import mean_and_std
 from dicomnode.infer.stages.manifest import GoldenCase, StagedManifest
 from dicomnode.infer.stages.network import Answers
 from dicomnode.infer.stages.run import run_staged
-from dicomnode.infer.volume import Volume
+from dicomnode.infer.volume import Volume, spacing_of
 from dicomnode.records import Analysis
 
 Read = Callable[[str], bytes]
@@ -49,7 +49,7 @@ def run_case(manifest: StagedManifest, read: Read, session: Session, case: Golde
 
     try:
         analysis = run_staged(manifest, session, volume, inspect=inspect)
-    except EngineError as cause:
+    except (EngineError, UnsuitableSeries) as cause:
         return Outcome((cause.cause,), 1.0, 0.0)
     disagreement, dice = 0.0, 1.0
     if expected is not None:
@@ -77,8 +77,7 @@ def case_volume(case: GoldenCase, read: Read) -> Volume:
     """The input of a golden case; spacing follows from the columns of its affine."""
     values = _load(read, case.input, ("<i2",))
     affine = np.array(case.affine, np.float64)
-    a, b, c = (float(n) for n in np.linalg.norm(affine[:3, :3], axis=0))
-    return Volume(values, affine, (a, b, c), tuple(f"2.25.{i + 1}" for i in range(values.shape[0])))
+    return Volume(values, affine, spacing_of(affine), tuple(f"2.25.{i + 1}" for i in range(values.shape[0])))
 
 
 def answer_problems(case: GoldenCase, answers: Answers) -> list[str]:

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from dicomnode.infer.contract import InputContract, Strict
 from dicomnode.infer.manifest import CodeEntry, FileName, Identity, SegmentEntry, Sha256
 from dicomnode.infer.stages.classify import ActivationName, Calibration
-from dicomnode.infer.stages.decide import Activation, Decision, FillHoles, KeepLargest, MaskFrom, Threshold
+from dicomnode.infer.stages.decide import Activation, Argmax, Decision, FillHoles, KeepLargest, MaskFrom, Threshold
 from dicomnode.infer.stages.extent import CropForeground, CropToBody, Pad
 from dicomnode.infer.stages.intensity import ClipValues, MeanStd, MinMax, Percentiles, ScaleRange, Window, ZScore
 from dicomnode.infer.stages.measures import MeasureSpec
@@ -248,7 +248,20 @@ def _decisions(m: StagedManifest) -> list[str]:
         problems.append("postprocess: no step makes labels of the mask; add two_lungs, or decide by threshold")
     if isinstance(m.decision, Threshold) and m.decision.labels is not None and 0 in m.decision.labels:
         problems.append("decision: threshold gives each channel a segment number of 1 or more")
-    return problems
+    return problems + _outside(m)
+
+
+def _outside(m: StagedManifest) -> list[str]:
+    """Outside a crop every channel is 0 on the source grid: that must not make a segment."""
+    if not any(step.step in ("crop_to_body", "crop_foreground") for step in m.preprocess):
+        return []
+    if isinstance(m.decision, MaskFrom) and m.decision.threshold <= 0:
+        return ["decision: from_output needs a threshold above 0, which is what the outside of a crop has"]
+    if isinstance(m.decision, Argmax) and m.decision.on == "source" and m.decision.labels and m.decision.labels[0]:
+        return [
+            "decision: argmax takes the outside of a crop for channel 0; give that the label 0, or decide on network"
+        ]
+    return []
 
 
 def _references(m: StagedManifest, network: Network) -> list[str]:

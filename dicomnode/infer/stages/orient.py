@@ -75,6 +75,13 @@ class Orient(StageStep):
         return frame.moved(np.flip(values, flips) if flips else values, affine, turned, owned=frame.owned)
 
 
+def tilt_degrees(affine: Affine) -> float:
+    """Angle between the slice axis and the normal of the slices; 0 for a straight stack."""
+    normal = np.cross(affine[:3, 2], affine[:3, 1])
+    cosine = abs(float(affine[:3, 0] @ normal)) / float(np.linalg.norm(normal) * np.linalg.norm(affine[:3, 0]))
+    return float(np.degrees(np.arccos(min(1.0, cosine))))
+
+
 @dataclass(frozen=True, slots=True)
 class _Straightened:
     """``shifts``: (slices, 2) in voxels; slice k of the source lies at ``shifts[k]`` in the straight grid."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,8 @@ from dicomnode.infer.stages.frame import MAX_VOXELS, Array, Frame, Kind, StageSt
 
 Order = Literal["nearest", "linear", "bspline"]
 Align = Literal["centres", "edges"]
+Spacing = Annotated[float, Field(gt=0, le=1000)]
+Size = Annotated[int, Field(ge=1, le=1 << 20)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +198,7 @@ class Resample(StageStep):
     """
 
     step: Literal["resample"]
-    spacing_mm: tuple[float | None, float | None, float | None]
+    spacing_mm: tuple[Spacing | None, Spacing | None, Spacing | None]
     order: Order = "linear"
     align: Align = "centres"
     max_voxels: int = Field(default=MAX_VOXELS, ge=1, le=1 << 30)
@@ -213,7 +215,7 @@ class Resize(StageStep):
     """To ``size`` voxels per axis over the same extent, edge to edge; null keeps an axis."""
 
     step: Literal["resize"]
-    size: tuple[int | None, int | None, int | None]
+    size: tuple[Size | None, Size | None, Size | None]
     order: Order = "linear"
     max_voxels: int = Field(default=MAX_VOXELS, ge=1, le=1 << 30)
 

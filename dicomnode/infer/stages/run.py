@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from dicomnode.infer.stages.frame import Frame, Undo, frame_of, restore
 from dicomnode.infer.stages.manifest import Outputs, StagedManifest
 from dicomnode.infer.stages.measures import measure_segment
 from dicomnode.infer.stages.network import Answers, Network, run_network
+from dicomnode.infer.stages.orient import Straighten, tilt_degrees
 from dicomnode.infer.stages.plugins import PipelineAnswer, WithoutNetwork, find_pipeline
 from dicomnode.infer.volume import Volume
 from dicomnode.records import Analysis, Finding, Measurement, ProbabilityMap, SegmentDefinition
@@ -95,11 +96,31 @@ def run_staged(
 
 
 def prepare(manifest: StagedManifest, volume: Volume) -> Frame:
-    """The grid and values that the network sees."""
+    """The grid and values that the network sees.
+
+    A network that looks across slices gets a stack of a tilted gantry straightened, whether its
+    manifest says so or not: it was never shown a slanted patient.
+    """
     frame = frame_of(volume)
+    if _looks_across_slices(manifest) and not any(step.step == "straighten" for step in manifest.preprocess):
+        fill = Straighten.model_fields["fill"].default if manifest.input.hounsfield else float(volume.values.min())
+        straight = Straighten(step="straighten", fill=fill).apply(frame)
+        if straight is not frame:
+            note = (
+                f"The gantry was tilted by {tilt_degrees(volume.affine):.0f} degrees: the model saw the slices moved "
+                "onto a straight grid; its findings are on the images as they were made"
+            )
+            frame = replace(straight, notes=(*straight.notes, note))
     for step in manifest.preprocess:
         frame = step.apply(frame)
     return frame
+
+
+def _looks_across_slices(manifest: StagedManifest) -> bool:
+    """False for a network of single slices that nothing before it turns or resamples."""
+    assert manifest.engine is not None
+    turned = any(step.step in ("orient", "resample", "resize") for step in manifest.preprocess)
+    return turned or manifest.engine.reach.kind != "slices" or manifest.engine.reach.axis != 0
 
 
 def prepare_and_run(

@@ -43,6 +43,16 @@ def two_channels(threshold: float = 0.0, slope: float = 1.0, dimensions: int = 5
     )
 
 
+def one_channel(threshold: float = 0.0, slope: float = 1.0, dimensions: int = 5) -> bytes:
+    """One logit y = slope * (x - threshold)."""
+    return onnx_bytes(
+        [helper.make_node("Sub", ["x", "t"], ["d"]), helper.make_node("Mul", ["d", "k"], ["y"])],
+        ["y"],
+        dimensions,
+        {"t": np.float32(threshold), "k": np.float32(slope)},
+    )
+
+
 def mean_score(dimensions: int = 5) -> bytes:
     """Scores s = (mean, -mean) of the whole input."""
     return onnx_bytes(

@@ -49,6 +49,23 @@ def _swap_pad(m: dict[str, Any]) -> None:
     m["preprocess"].insert(0, {"step": "pad", "size": [9, 9, 9]})
 
 
+def _crop(m: dict[str, Any]) -> None:
+    m["preprocess"].insert(1, {"step": "crop_to_body"})
+
+
+def _mask(m: dict[str, Any], threshold: float) -> None:
+    m["decision"] = {"step": "from_output", "output": "y", "threshold": threshold}
+    m["postprocess"] = [{"step": "two_lungs"}]
+
+
+def test_what_the_outside_of_a_crop_cannot_be_taken_for_is_accepted() -> None:
+    for change in (lambda m: _mask(m, 0.5), lambda m: m["decision"].update(labels=[1, 0], on="network")):
+        data = complete()
+        _crop(data)
+        change(data)
+        assert isinstance(parse_manifest(json.dumps(data).encode()), StagedManifest)
+
+
 REFUSED: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda m: m.update(surprise=1), "surprise"),
     (lambda m: m["preprocess"].append({"step": "run_python"}), "run_python"),
@@ -74,6 +91,11 @@ REFUSED: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda m: m["golden"][0].update(probability_tolerance=0.5), "probability_tolerance"),
     (lambda m: m["outputs"].update(probability_maps=[{"key": "p", "name": CODE, "output": "s"}]), "s is not among"),
     (lambda m: m["golden"].clear(), "golden"),
+    (lambda m: m["preprocess"][1].update(spacing_mm=[1, 0, 1]), "spacing_mm"),
+    (lambda m: m["preprocess"][1].update(spacing_mm=[1, -2, None]), "spacing_mm"),
+    (lambda m: m["preprocess"].insert(1, {"step": "resize", "size": [9, 0, None]}), "size"),
+    (lambda m: (_crop(m), m["decision"].update(labels=[1, 0])), "argmax takes the outside of a crop"),
+    (lambda m: (_crop(m), _mask(m, 0.0)), "threshold above 0"),
     (lambda m: m["engine"].update(scores=["s"]), "overlapping patches"),
 ]
 

@@ -186,6 +186,17 @@ def test_gate_sees_it(tmp_path: Path, kind: str, change: Any, message: str) -> N
     assert caught.value.code == "GOLDEN_MISMATCH"
 
 
+def test_a_golden_case_that_is_no_series_for_the_steps_is_a_problem_of_the_case(tmp_path: Path) -> None:
+    """It was an exception that only a worker expects: the bundle could be neither judged nor refused."""
+    data = segmentation()
+    path = build(tmp_path, data, two_channels(), {"one": CASES["two"]})
+    written = json.loads((path / "manifest.json").read_text())
+    written["preprocess"][1]["max_voxels"] = 10
+    files = {n: (path / n).read_bytes() for n in written["files"]}
+    report = verify_bundle(load_bundle(write(tmp_path / "b", written, files)), CPU)
+    assert not report.passed and "the limit is 10" in report.cases[0].problems[0]
+
+
 def test_other_network_of_the_same_shape_does_not_pass(tmp_path: Path) -> None:
     path = build(tmp_path, segmentation(), two_channels(), CASES)
     written = json.loads((path / "manifest.json").read_text())
