@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
+import re
 import threading
 import warnings
 from collections.abc import Iterator
@@ -14,6 +14,8 @@ from datetime import datetime
 import highdicom as hd
 import pydicom
 from pydicom.dataset import Dataset
+from pydicom.filebase import DicomBytesIO
+from pydicom.filewriter import write_dataset
 from pydicom.uid import ExplicitVRLittleEndian
 
 from dicomnode.encode.headers import SourceHeaders
@@ -25,6 +27,8 @@ ARTIFICIAL_INTELLIGENCE = hd.sr.CodedConcept("123110", "DCM", "Artificial Intell
 PROCESSING_EQUIPMENT = hd.sr.CodedConcept("109102", "DCM", "Processing Equipment")  # CID 7005
 _ANATOMICAL = {("91723000", "SCT"), ("123037004", "SCT")}  # CID 7150, as it is and as it was
 LONG_STRING = 64
+_LAST = 0xFFFF_FFFF
+
 SHORT_TEXT = 1024
 LONG_TEXT = 10240
 
@@ -125,6 +129,11 @@ def long_string(text: str) -> str:
     return clean_text(text)[:LONG_STRING].strip()
 
 
+def creator_name(provenance: Provenance) -> str:
+    """Content Creator's Name (PN, with a given name): the model."""
+    return re.sub(r"[\^=]", " ", provenance.name)[:60] + "^AI"
+
+
 def concept(code: Code) -> hd.sr.CodedConcept:
     """A coded concept with its meaning cut to 64 characters."""
     return hd.sr.CodedConcept(code.value, code.scheme, long_string(code.meaning))
@@ -148,10 +157,10 @@ def contributing_equipment(provenance: Provenance) -> Dataset:
     return item
 
 
-def finish(ds: Dataset, kind: str, context: Context, tail: bytes = b"") -> EncodedObject:
+def finish(ds: Dataset, kind: str, context: Context, encoded: bytes = b"", at: int = _LAST) -> EncodedObject:
     """Put on patient, study, equipment and times; the object as a Part 10 file.
 
-    ``tail``: encoded elements behind all those of ``ds``, in Explicit VR Little Endian.
+    ``encoded``: elements in Explicit VR Little Endian that go between those of ``ds`` before and behind the tag ``at``.
 
     Everything that the library took from the clock or from chance is replaced here or by the
     caller, so the same inputs give the same bytes.
@@ -172,8 +181,15 @@ def finish(ds: Dataset, kind: str, context: Context, tail: bytes = b"") -> Encod
         del ds.SpecificCharacterSet
     if not _is_ascii(ds):
         ds.SpecificCharacterSet = "ISO_IR 192"
-    buffer = io.BytesIO()
+    behind = Dataset()
+    for tag in [e.tag for e in ds if e.tag > at]:
+        behind[tag] = ds[tag]
+        del ds[tag]
+    buffer = DicomBytesIO()
     pydicom.dcmwrite(buffer, ds, enforce_file_format=True)
+    buffer.write(encoded)
+    buffer.is_little_endian, buffer.is_implicit_VR = True, False
+    write_dataset(buffer, behind, ds.get("SpecificCharacterSet") or "iso8859")
     return EncodedObject(
         kind=kind,
         sop_class_uid=str(ds.SOPClassUID),
@@ -181,7 +197,7 @@ def finish(ds: Dataset, kind: str, context: Context, tail: bytes = b"") -> Encod
         series_instance_uid=str(ds.SeriesInstanceUID),
         study_instance_uid=str(ds.StudyInstanceUID),
         transfer_syntax_uid=str(ExplicitVRLittleEndian),
-        part10=buffer.getvalue() + tail,
+        part10=buffer.getvalue(),
     )
 
 

@@ -19,7 +19,11 @@ def outlines(mask: npt.NDArray[np.bool_], most: int = 64) -> list[Polygon]:
     corners by row and by column pairs them; where two pixels touch by a corner, two corners lie
     on one point and are kept apart so that the pixels are.
     """
-    padded = np.pad(mask, 1).astype(np.uint8)
+    inside_rows, inside_columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not inside_rows.size:
+        return []
+    top, left = int(inside_rows[0]), int(inside_columns[0])
+    padded = np.pad(mask[top : inside_rows[-1] + 1, left : inside_columns[-1] + 1], 1).astype(np.uint8)
     a, b = padded[:-1, :-1], padded[:-1, 1:]
     c, d = padded[1:, :-1], padded[1:, 1:]
     total = a + b + c + d
@@ -35,7 +39,7 @@ def outlines(mask: npt.NDArray[np.bool_], most: int = 64) -> list[Polygon]:
     rank = np.where(np.concatenate([falling, falling[twice]]), half, 1 - half)
     across = _pairs(np.lexsort((half, x, y)))
     down = _pairs(np.lexsort((rank, y, x)))
-    return _follow(x, y, across.tolist(), down.tolist())[:most]
+    return _follow(x + left, y + top, across.tolist(), down.tolist())[:most]
 
 
 def _pairs(order: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:

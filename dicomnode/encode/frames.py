@@ -20,7 +20,7 @@ Labels = npt.NDArray[np.uint8]
 _LONG = struct.Struct("<HH2sHI").pack
 _SHORT = struct.Struct("<HH2sH").pack
 _ITEM = struct.Struct("<HHI").pack
-_LONG_FORMS = frozenset({b"SQ", b"OB", b"OW"})
+_LONG_FORMS = frozenset({b"SQ", b"OB", b"OW", b"UT"})
 
 PER_FRAME = 0x52009230
 PIXEL_DATA = 0x7FE00010
@@ -79,12 +79,14 @@ def make_frames(labels: Labels, segments: int, planes: Sequence[Plane], order: S
 
 def frame_group(segment: int, number: int, plane: Plane) -> bytes:
     """Item of the Per-Frame Functional Groups Sequence; ``number``: second dimension index, from 1."""
-    source = _text(0x00081150, b"UI", plane.sop_class_uid) + _text(0x00081155, b"UI", plane.sop_instance_uid)
-    return _item(
-        element(0x00089124, b"SQ", _item(element(0x00082112, b"SQ", _item(source + _SAME_PLACE)) + _DERIVED))
-        + element(0x00209111, b"SQ", _item(element(0x00209157, b"UL", struct.pack("<II", segment, number))))
-        + element(0x00209113, b"SQ", _item(_text(0x00200032, b"DS", plane.position)))
-        + element(0x0062000A, b"SQ", _item(element(0x0062000B, b"US", struct.pack("<H", segment))))
+    source = text_element(0x00081150, b"UI", plane.sop_class_uid) + text_element(
+        0x00081155, b"UI", plane.sop_instance_uid
+    )
+    return item(
+        element(0x00089124, b"SQ", item(element(0x00082112, b"SQ", item(source + _SAME_PLACE)) + _DERIVED))
+        + element(0x00209111, b"SQ", item(element(0x00209157, b"UL", struct.pack("<II", segment, number))))
+        + element(0x00209113, b"SQ", item(text_element(0x00200032, b"DS", plane.position)))
+        + element(0x0062000A, b"SQ", item(element(0x0062000B, b"US", struct.pack("<H", segment))))
     )
 
 
@@ -95,20 +97,26 @@ def element(tag: int, vr: bytes, value: bytes) -> bytes:
     return _SHORT(tag >> 16, tag & 0xFFFF, vr, len(value)) + value
 
 
-def _text(tag: int, vr: bytes, text: str) -> bytes:
-    value = text.encode("ascii")
+def text_element(tag: int, vr: bytes, text: str) -> bytes:
+    """A data element of text in UTF-8, padded to an even length (PS3.5 6.2)."""
+    value = text.encode()
     return element(tag, vr, value + (b"\0" if vr == b"UI" else b" ") * (len(value) % 2))
 
 
-def _item(content: bytes) -> bytes:
+def item(content: bytes) -> bytes:
+    """An item of a sequence, its length stated (PS3.5 7.5)."""
     return _ITEM(0xFFFE, 0xE000, len(content)) + content
 
 
 def _code(value: str, meaning: str) -> bytes:
-    return _item(_text(0x00080100, b"SH", value) + _text(0x00080102, b"SH", "DCM") + _text(0x00080104, b"LO", meaning))
+    return item(
+        text_element(0x00080100, b"SH", value)
+        + text_element(0x00080102, b"SH", "DCM")
+        + text_element(0x00080104, b"LO", meaning)
+    )
 
 
-_SAME_PLACE = _text(0x0028135A, b"CS", "YES") + element(
+_SAME_PLACE = text_element(0x0028135A, b"CS", "YES") + element(
     0x0040A170, b"SQ", _code("121322", "Source image for image processing operation")
 )
 _DERIVED = element(0x00089215, b"SQ", _code("113076", "Segmentation"))

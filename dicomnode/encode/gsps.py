@@ -6,16 +6,28 @@ import re
 from collections.abc import Sequence
 
 import highdicom as hd
-import numpy as np
 from pydicom.dataset import Dataset
+from pydicom.filebase import DicomBytesIO
+from pydicom.filewriter import write_data_element
 from pydicom.uid import ExplicitVRLittleEndian
+from pydicom.valuerep import format_number_as_ds
 
-from dicomnode.encode.common import Context, finish, long_string, refuse_what_the_library_refuses, say_laterality
+from dicomnode.encode.annotations import GRAPHIC_ANNOTATIONS, Place, annotation, shortened
+from dicomnode.encode.common import (
+    Context,
+    creator_name,
+    finish,
+    long_string,
+    refuse_what_the_library_refuses,
+    say_laterality,
+)
 from dicomnode.encode.contours import Polygon, outlines
-from dicomnode.encode.headers import with_empty_patient
+from dicomnode.encode.frames import element
+from dicomnode.encode.headers import DISPLAY, with_empty_patient
 from dicomnode.encode.multiframe import name_frames
 from dicomnode.encode.pixels import display_of, read_display_header
 from dicomnode.encode.seg import tracking_id
+from dicomnode.encode.softcopy import Transformation, Window, transformation_of
 from dicomnode.errors import NodeError
 from dicomnode.identity import derived_uid
 from dicomnode.records import Analysis, EncodedObject, SegmentDefinition
@@ -28,9 +40,10 @@ def encode_gsps(
 ) -> EncodedObject:
     """Every outline as a closed polyline on the slice that it was found on, a named layer for each segment.
 
-    Window and rescale are those of slice ``key``. Graphic data are in pixels, 0.0\\0.0 being the
-    top left corner of the top left pixel (PS3.3 C.10.5). ``variant`` sets the UID apart from that of
-    another image. Raises ``InputError`` where a source header cannot be read.
+    Polarity is that of slice ``key``, each slice has its own window. Graphic data are in pixels,
+    0.0\\0.0 being the top left corner of the top left pixel (PS3.3 C.10.5). ``variant`` sets the UID
+    apart from that of another image. Raises ``InputError`` where a source header cannot be read, or
+    slices with different rescale slopes have no positive one.
     """
     assert analysis.labels is not None
     provenance, headers = context.provenance, context.headers
@@ -45,26 +58,33 @@ def encode_gsps(
         for order, s in enumerate(found, start=1)
     }
     used: list[Dataset] = []
-    annotations: list[Dataset] = []
+    annotations: list[bytes] = []
     by_library: hd.pr.GraphicAnnotation | None = None
     with refuse_what_the_library_refuses("encode GSPS"):
-        for image, plane in zip(headers.slices, analysis.labels, strict=True):
-            present = [s for s in found if bool(np.any(plane == s.number))]
-            if not present:
+        for index, (image, plane) in enumerate(zip(headers.slices, analysis.labels, strict=True)):
+            drawn = [(s, polygons) for s in found if (polygons := outlines(plane == s.number))]
+            if not drawn:
                 continue
             used.append(image)
-            for segment in present:
-                polygons = outlines(plane == segment.number)
-                annotations.append(_annotation(image, polygons, segment, context))
-                if by_library is None:
-                    by_library = _by_library(image, polygons, segment, layers[segment.number], context)
+            place = Place(_class_of(image, context), *headers.place(index))
+            for segment, polygons in drawn:
+                annotations.append(annotation(place, layer_name(segment), *_tracking(segment, context), polygons))
+            if by_library is None:
+                segment, polygons = drawn[0]
+                by_library = _by_library(image, polygons, segment, layers[segment.number], context)
         assert by_library is not None
         first = with_empty_patient(used[0])
         first.SamplesPerPixel = 1  # else it had not been shown at all
-        state = _build([first], [by_library], list(layers.values()), shown, context)
-    _check_form(annotations[0], by_library)
-    state.GraphicAnnotationSequence = annotations
+        for keyword in DISPLAY:  # the library would copy one slice's for all
+            first.pop(keyword, None)
+        transformation = transformation_of([display_of(image) for image in used])
+        state = _build([first], [by_library], list(layers.values()), shown, transformation, context)
     state.ReferencedSeriesSequence[0].ReferencedImageSequence = [_reference(image) for image in used]
+    if len(transformation.windows) > 1 or (transformation.windows and None in transformation.of_image):
+        state.SoftcopyVOILUTSequence = [
+            _window(window, [u for u, of_it in zip(used, transformation.of_image, strict=True) if of_it == number])
+            for number, window in enumerate(transformation.windows)
+        ]
     _true_proportions(state, used[0])
     if variant:
         state.SOPInstanceUID = state.file_meta.MediaStorageSOPInstanceUID = derived_uid(
@@ -72,33 +92,18 @@ def encode_gsps(
         )
     state.SeriesDescription = long_string(f"AI {provenance.name} {provenance.version} outlines")
     state.PresentationCreationDate, state.PresentationCreationTime = provenance.date, provenance.time
-    state.ContentCreatorName = re.sub(r"[\^=]", " ", provenance.name)[:60] + "^AI"
+    state.ContentCreatorName = creator_name(provenance)
     name_frames(state, headers.frames)
     say_laterality(state, context)
-    return finish(state, "GSPS", context)
+    _check_form(annotations[0], state)
+    del state.GraphicAnnotationSequence
+    encoded = element(GRAPHIC_ANNOTATIONS, b"SQ", b"".join(annotations))
+    return finish(state, "GSPS", context, encoded, GRAPHIC_ANNOTATIONS)
 
 
 def layer_name(segment: SegmentDefinition) -> str:
     """Graphic Layer (CS, 16 characters): ``AI``, the segment's number and label."""
     return re.sub(r"[^A-Z0-9]+", "_", f"AI {segment.number} {segment.label}".upper())[:16].strip("_")
-
-
-def _annotation(image: Dataset, polygons: Sequence[Polygon], segment: SegmentDefinition, context: Context) -> Dataset:
-    """As the library makes it, which takes a hundredth of a second for each to look up what an image is."""
-    item = Dataset()
-    item.ReferencedImageSequence = [_reference(image)]
-    item.GraphicLayer = layer_name(segment)
-    objects = []
-    for polygon in polygons:
-        graphic = Dataset()
-        graphic.TrackingID, graphic.TrackingUID = _tracking(segment, context)
-        graphic.GraphicAnnotationUnits, graphic.GraphicDimensions = "PIXEL", 2
-        graphic.NumberOfGraphicPoints = len(polygon)
-        graphic.GraphicData = polygon.reshape(-1).tolist()
-        graphic.GraphicType, graphic.GraphicFilled = "POLYLINE", "N"
-        objects.append(graphic)
-    item.GraphicObjectSequence = objects
-    return item
 
 
 def _by_library(
@@ -115,7 +120,7 @@ def _by_library(
         graphic_objects=[
             hd.pr.GraphicObject(
                 graphic_type=hd.pr.GraphicTypeValues.POLYLINE,
-                graphic_data=polygon,
+                graphic_data=shortened(polygon),
                 units=hd.pr.AnnotationUnitsValues.PIXEL,
                 is_filled=False,
                 tracking_id=tracking_id,
@@ -126,14 +131,30 @@ def _by_library(
     )
 
 
-def _check_form(own: Dataset, library: Dataset) -> None:
-    """Another version of the library may have another form."""
-    if own.to_json() != Dataset(library).to_json():
+def _check_form(own: bytes, state: Dataset) -> None:
+    """The library's annotation in the form of :mod:`annotations`; another version may have another."""
+    buffer = DicomBytesIO()
+    buffer.is_little_endian, buffer.is_implicit_VR = True, False
+    write_data_element(buffer, state["GraphicAnnotationSequence"], ["utf-8"])
+    if buffer.getvalue() != element(GRAPHIC_ANNOTATIONS, b"SQ", own):
         raise NodeError("encode GSPS", "highdicom writes annotations in another form than this program", "Report this")
 
 
 def _tracking(segment: SegmentDefinition, context: Context) -> tuple[str, str]:
     return tracking_id(context.provenance, segment), context.identity.tracking_uids[segment.number]
+
+
+def _class_of(image: Dataset, context: Context) -> str:
+    known = context.headers.frames.get(str(image.SOPInstanceUID))
+    return known[2] if known else str(image.SOPClassUID)
+
+
+def _window(window: Window, images: Sequence[Dataset]) -> Dataset:
+    """Item of the Softcopy VOI LUT Sequence for some of the images (PS3.3 C.11.8)."""
+    item = Dataset()
+    item.ReferencedImageSequence = [_reference(image) for image in images]
+    item.WindowCenter, item.WindowWidth = (format_number_as_ds(v) for v in window)
+    return item
 
 
 def _reference(image: Dataset) -> Dataset:
@@ -152,20 +173,21 @@ def _build(
     annotations: Sequence[Dataset],
     layers: Sequence[hd.pr.GraphicLayer],
     shown: Dataset,
+    transformation: Transformation,
     context: Context,
 ) -> hd.pr.GrayscaleSoftcopyPresentationState:
     headers, station, identity = context.headers, context.station, context.identity
-    display = display_of(shown)
     modality = None
-    if "RescaleSlope" in shown and "RescaleIntercept" in shown:
+    if transformation.rescale and "RescaleSlope" in shown and "RescaleIntercept" in shown:
         modality = hd.ModalityLUTTransformation(
-            rescale_intercept=display.intercept,
-            rescale_slope=display.slope,
+            rescale_slope=transformation.rescale[0],
+            rescale_intercept=transformation.rescale[1],
             rescale_type=str(shown.get("RescaleType") or ("HU" if headers.modality == "CT" else "US")),
         )
-    voi = None
-    if display.window:
-        voi = [hd.pr.SoftcopyVOILUTTransformation(window_center=display.window[0], window_width=display.window[1])]
+    voi = [
+        hd.pr.SoftcopyVOILUTTransformation(window_center=centre, window_width=width)
+        for centre, width in transformation.windows[:1]
+    ]
     return hd.pr.GrayscaleSoftcopyPresentationState(
         referenced_images=used,
         series_instance_uid=derived_uid(identity.sr_uid, "GSPS-series"),
@@ -181,9 +203,9 @@ def _build(
         graphic_annotations=annotations,
         graphic_layers=layers,
         modality_lut_transformation=modality,
-        voi_lut_transformations=voi,
+        voi_lut_transformations=voi or None,
         presentation_lut_transformation=hd.PresentationLUTTransformation(
-            presentation_lut_shape="INVERSE" if display.inverted else "IDENTITY"
+            presentation_lut_shape="INVERSE" if display_of(shown).inverted else "IDENTITY"
         ),
         transfer_syntax_uid=ExplicitVRLittleEndian,
     )

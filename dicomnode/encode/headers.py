@@ -48,11 +48,15 @@ _TRIAL_TYPE_2 = ("ClinicalTrialProtocolName", "ClinicalTrialSiteID", "ClinicalTr
 _TRIAL_OTHER = ("ClinicalTrialSubjectID", "ClinicalTrialSubjectReadingID")
 _TRIAL_TIME_POINT = "ClinicalTrialTimePointID"
 
+DISPLAY = ("RescaleSlope", "RescaleIntercept", "WindowCenter", "WindowWidth")
+"""How a slice is shown; what is no number is left out."""
+
 _SLICE_KEYWORDS = (
     "SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "Modality", "Rows",
     "Columns", "NumberOfFrames", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing",
     "SliceThickness", "FrameOfReferenceUID", "PositionReferenceIndicator", "LossyImageCompression",
     "LossyImageCompressionRatio", "LossyImageCompressionMethod", "PatientOrientation",
+    *DISPLAY,
 )  # fmt: skip
 _SLICE_TAGS = tuple(tag_for_keyword(keyword) for keyword in _SLICE_KEYWORDS)
 _SLICE_WANTED = Wanted(_SLICE_KEYWORDS)
@@ -241,11 +245,15 @@ def with_empty_patient(ds: Dataset) -> Dataset:
 def _skeleton(ds: Dataset, modality: str) -> Dataset:
     """UIDs and geometry of one slice, without patient."""
     out = Dataset()
-    try:
-        elements = [ds[tag] for tag in _SLICE_TAGS if tag in ds]
-    except (ValueError, TypeError, OverflowError):
-        raise MalformedDataSet(OPERATION, "a geometry attribute of a source file is no number") from None
-    for element in elements:
+    for keyword, tag in zip(_SLICE_KEYWORDS, _SLICE_TAGS, strict=True):
+        if tag not in ds:
+            continue
+        try:
+            element = ds[tag]
+        except (ValueError, TypeError, OverflowError):
+            if keyword in DISPLAY:
+                continue
+            raise MalformedDataSet(OPERATION, "a geometry attribute of a source file is no number") from None
         if not element.is_empty:
             out.add(element)
     out.Modality = modality

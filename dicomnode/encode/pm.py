@@ -9,7 +9,15 @@ import numpy as np
 from pydicom.dataset import Dataset
 from pydicom.uid import ExplicitVRLittleEndian
 
-from dicomnode.encode.common import Context, clean_text, concept, finish, long_string, refuse_what_the_library_refuses
+from dicomnode.encode.common import (
+    Context,
+    clean_text,
+    concept,
+    creator_name,
+    finish,
+    long_string,
+    refuse_what_the_library_refuses,
+)
 from dicomnode.encode.headers import with_empty_patient
 from dicomnode.encode.multiframe import name_frames
 from dicomnode.errors import NodeError, UnsuitableSeries
@@ -72,7 +80,7 @@ def encode_pm(probabilities: ProbabilityMap, context: Context) -> EncodedObject:
         )
     _fix_dimensions(pm, probabilities.key, context)
     pm.SeriesDescription = long_string(f"AI {context.provenance.name} {context.provenance.version} probabilities")
-    pm.ContentCreatorName = re.sub(r"[\^=]", " ", context.provenance.name)[:60] + "^AI"
+    pm.ContentCreatorName = creator_name(context.provenance)
     name_frames(pm, headers.frames)
     return finish(pm, "PM", context)
 

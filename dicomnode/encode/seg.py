@@ -23,6 +23,7 @@ from dicomnode.encode.common import (
     Context,
     Provenance,
     concept,
+    creator_name,
     finish,
     long_string,
     refuse_what_the_library_refuses,
@@ -119,16 +120,15 @@ def _build(
     )
 
 
-def _finished(seg: Dataset, context: Context, tail: bytes = b"", kind: str = "SEG") -> EncodedObject:
+def _finished(seg: Dataset, context: Context, encoded: bytes = b"", kind: str = "SEG") -> EncodedObject:
     headers, identity = context.headers, context.identity
-    # A person name (PN) with a given name
-    seg.ContentCreatorName = re.sub(r"[\^=]", " ", context.provenance.name)[:60] + "^AI"
+    seg.ContentCreatorName = creator_name(context.provenance)
     if "FrameOfReferenceUID" not in headers.slices[0]:  # Type 2C without geometry (PS3.3 C.7.6.1)
         seg.PatientOrientation = headers.slices[0].get("PatientOrientation", "")
     _fix_dimension_uid(seg, identity)
     _segment_number_per_frame(seg)
     name_frames(seg, headers.frames)
-    return finish(seg, kind, context, tail)
+    return finish(seg, kind, context, encoded)
 
 
 def _in_bytes(
