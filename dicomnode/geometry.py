@@ -62,6 +62,14 @@ def slice_normal(orientation: Sequence[float]) -> tuple[float, float, float]:
     return (float(normal[0]), float(normal[1]), float(normal[2]))
 
 
+def frames_note(count: int) -> str:
+    """Real series exist in which every slice names a frame of reference of its own (STANDARDS.md)."""
+    return (
+        f"The source images name {count} different frames of reference within one series; "
+        "their positions were taken as one coordinate system, and the results use the first slice's."
+    )
+
+
 def _most_common(orientations: npt.NDArray[np.float64]) -> int:
     """Index of a row that most others equal, to three digits."""
     _, first, counts = np.unique(np.round(orientations, 3), axis=0, return_index=True, return_counts=True)

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timezone
 
 import highdicom as hd
 import pydicom
@@ -78,10 +78,21 @@ class Provenance:
     facts: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, model: ModelIdentity, identity: ResultIdentity, engine: str, precision: str = "") -> Provenance:
-        """Raises ``NodeError`` where ``content_datetime`` is not ISO 8601 or a name is empty."""
+    def of(
+        cls,
+        model: ModelIdentity,
+        identity: ResultIdentity,
+        engine: str,
+        precision: str = "",
+        zone: timezone | None = None,
+    ) -> Provenance:
+        """``zone``: that of the source, where it says so, else times stay those of the node.
+
+        Raises ``NodeError`` where ``content_datetime`` is not ISO 8601 or a name is empty.
+        """
         try:
             when = datetime.fromisoformat(identity.content_datetime)
+            when = when.astimezone(zone) if zone and when.tzinfo else when
         except ValueError:
             raise NodeError("encode result", "content_datetime is not ISO 8601") from None
         if not all(map(clean_text, (model.name, model.version, model.manufacturer, model.device_uid))):
@@ -176,6 +187,8 @@ def finish(ds: Dataset, kind: str, context: Context, encoded: bytes = b"", at: i
         ds.InstitutionName = long_string(station.institution)
     ds.InstanceCreationDate = ds.ContentDate = ds.SeriesDate = provenance.date
     ds.InstanceCreationTime = ds.ContentTime = ds.SeriesTime = provenance.time
+    if context.headers.zone:
+        ds.TimezoneOffsetFromUTC = provenance.timestamp[-5:]
     ds.ContributingEquipmentSequence = [contributing_equipment(provenance)]
     if "SpecificCharacterSet" in ds:
         del ds.SpecificCharacterSet

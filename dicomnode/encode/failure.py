@@ -47,7 +47,8 @@ def encode_failure(
     """
     with quiet_pydicom():
         headers = _headers(sources)
-        context = Context(identity, model, Provenance.of(model, identity, ""), headers, tuple(sources), station)
+        provenance = Provenance.of(model, identity, "", zone=headers.zone)
+        context = Context(identity, model, provenance, headers, tuple(sources), station)
         items = [
             CodeContentItem(_SUMMARY, _NONE_SUCCEEDED, Relationship.CONTAINS),
             *[TextContentItem(_COMMENT, clean_text(t), Relationship.CONTAINS) for t in sentences(failure, model.name)],

@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from datetime import timedelta, timezone
 
 import pydicom
 from pydicom.datadict import dictionary_VR, tag_for_keyword
@@ -21,7 +22,7 @@ from pydicom.valuerep import PersonName
 
 from dicomnode.encode.multiframe import Frames, read_frames
 from dicomnode.errors import MalformedDataSet, NodeError, StorageError, UnsuitableSeries
-from dicomnode.geometry import SlicePlane, analyse_stack
+from dicomnode.geometry import SlicePlane, analyse_stack, frames_note
 from dicomnode.header import Wanted
 from dicomnode.identity import derived_uid
 from dicomnode.part10 import HEAD_BYTES, begun_header
@@ -70,7 +71,7 @@ _NEEDED = frozenset({"StudyInstanceUID", "SeriesInstanceUID"})
 _PLANE = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
 _FIRST_KEYWORDS = (
     *PATIENT_AND_STUDY, *_OPTIONAL, *_TRIAL_TYPE_1, *_TRIAL_TYPE_2, *_TRIAL_OTHER, _TRIAL_TIME_POINT,
-    "SpecificCharacterSet", "SeriesNumber", *_SLICE_KEYWORDS,
+    "SpecificCharacterSet", "SeriesNumber", "TimezoneOffsetFromUTC", *_SLICE_KEYWORDS,
 )  # fmt: skip
 
 _DATE = re.compile(r"\d{8}")
@@ -96,6 +97,8 @@ class SourceHeaders:
     series_uid: str
     notes: tuple[str, ...] = ()
     frames: Frames = field(default_factory=dict)
+    zone: timezone | None = None
+    """Timezone Offset From UTC, of all dates and times of the source, and so of its results."""
 
     def place(self, index: int) -> tuple[str, int]:
         """SOPInstanceUID of slice ``index`` (from 0) and its frame number, 0 for a single-frame image."""
@@ -171,7 +174,17 @@ def normalise_headers(raw: Sequence[Dataset], *, with_slices: bool, one_size: bo
         study_uid=str(first.StudyInstanceUID),
         series_uid=str(first.SeriesInstanceUID),
         notes=tuple(notes),
+        zone=_zone(first),
     )
+
+
+def _zone(first: Dataset) -> timezone | None:
+    """PS3.3 C.12.1.1.8: a sign, hours and minutes, -1200 to +1400."""
+    match = re.fullmatch(r"([+-])(\d{2})([0-5]\d)", str(_clean(first, "TimezoneOffsetFromUTC") or "").strip())
+    if match is None:
+        return None
+    minutes = (int(match[2]) * 60 + int(match[3])) * (-1 if match[1] == "-" else 1)
+    return timezone(timedelta(minutes=minutes)) if -720 <= minutes <= 840 else None
 
 
 def _read(source: SourceInstance, keywords: Sequence[str]) -> Dataset:
@@ -276,10 +289,7 @@ def _one_frame_of_reference(skeletons: Sequence[Dataset], series_uid: str) -> li
     if not any(found):
         return ["The source images name no frame of reference; the results use one of their own."]
     if len(set(found)) > 1:
-        return [
-            f"The source images name {len(set(found))} different frames of reference within one series; "
-            "the results use the first slice's for all of them."
-        ]
+        return [frames_note(len(set(found)))]
     return []
 
 

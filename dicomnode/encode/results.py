@@ -65,7 +65,7 @@ def encode_results(
     frames = analysis.source_frames if every else analysis.source_frames[:1]
     with quiet_pydicom():
         headers = read_headers(wanted, sources, frames, one_size=not analysis.projection)
-        provenance = Provenance.of(model, identity, analysis.engine, analysis.precision)
+        provenance = Provenance.of(model, identity, analysis.engine, analysis.precision, headers.zone)
         context = Context(identity, model, provenance, headers, tuple(sources), station)
         hits = critical_hits(analysis, order.critical)
         remarks: list[str] = []

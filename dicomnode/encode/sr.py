@@ -392,7 +392,9 @@ def _evaluations(
     if context.model.intended_use:
         remarks.append(f"Intended use of {context.provenance.name}: {context.model.intended_use}")
     remarks.append("Made by software and not verified by a person.")
-    items += [TextContentItem(_COMMENT, clean_text(remark), _CONTAINS) for remark in remarks if remark.strip()]
+    items += [
+        TextContentItem(_COMMENT, clean_text(remark), _CONTAINS) for remark in dict.fromkeys(remarks) if remark.strip()
+    ]
     return items
 
 

@@ -22,7 +22,7 @@ from dicomnode.errors import NodeError
 from dicomnode.index.catalogue import Catalogue
 from dicomnode.index.database import Database, Row
 from dicomnode.infer.decode import Pixels, Undecodable
-from dicomnode.infer.volume import SliceHeader, read_header
+from dicomnode.infer.slice_header import SliceHeader, read_header
 from dicomnode.part10 import data_set_begin
 from dicomnode.records import SourceInstance
 
@@ -179,7 +179,7 @@ class ReadAhead:
             header = read_header(part10)
         except (OSError, NodeError):
             return
-        size = header.rows * header.columns * 2
+        size = header.rows * header.columns * header.bytes_per_pixel
         if header.uid != uid or header.frames != 1 or header.samples != 1 or not 0 < size <= LARGEST_FILE:
             return
         self._places.acquire()

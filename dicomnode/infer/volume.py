@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import io
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,49 +10,19 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from dicomnode.errors import MalformedDataSet, UnsuitableSeries
-from dicomnode.geometry import SlicePlane, StackReport, analyse_stack
-from dicomnode.header import Wanted, inflates_within_limit
+from dicomnode.errors import MalformedDataSet
+from dicomnode.geometry import StackReport, analyse_stack, frames_note
 from dicomnode.infer.contract import InputContract
 from dicomnode.infer.decode import Decoder, InlineDecoder, Pixels, Undecodable
-from dicomnode.infer.multiframe import GROUP_TAGS, SINGLE_FRAME_CLASS, flatten, single_frames, split_frame_uid
-from dicomnode.part10 import HEAD_BYTES, begun_header
+from dicomnode.infer.multiframe import SINGLE_FRAME_CLASS, single_frames, split_frame_uid
+from dicomnode.infer.rescale import assemble
+from dicomnode.infer.slice_header import SliceHeader, read_header, read_headers, refuse
 from dicomnode.records import SourceInstance
 
-_TAGS = [
-    "SpecificCharacterSet", "SOPInstanceUID", "SOPClassUID", "SeriesInstanceUID", "FrameOfReferenceUID",
-    "Modality", "ImageType", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel",
-    "PhotometricInterpretation", "PixelSpacing", "ImageOrientationPatient", "ImagePositionPatient",
-    "RescaleSlope", "RescaleIntercept", "RescaleType",
-]  # fmt: skip
-
-_WANTED = Wanted(_TAGS)
-_LISTS = {"ImagePositionPatient": 3, "ImageOrientationPatient": 6, "PixelSpacing": 2}
+__all__ = ["ReadSlice", "SliceHeader", "StackPlan", "Volume", "plan_stack", "read_header", "read_volume", "spacing_of"]
 
 _SHEAR_TOLERANCE_MM = 0.5
 """Largest sideways deviation of a slice from the straight line through the stack."""
-
-
-@dataclass(frozen=True, slots=True)
-class SliceHeader:
-    """What the geometry and the pixel bomb check need of one instance, as read."""
-
-    uid: str
-    series_uid: str
-    frame_uid: str
-    sop_class_uid: str
-    modality: str
-    localizer: bool
-    rows: int
-    columns: int
-    frames: int
-    samples: int
-    photometric: str
-    pixel_spacing: tuple[float, float] | None
-    plane: SlicePlane | None
-    slope: float | None
-    intercept: float | None
-    rescale_type: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +66,6 @@ class StackPlan:
     spacing: tuple[float, float, float]
     excluded_uids: tuple[str, ...]
     notes: tuple[str, ...]
-
-
-def refuse(code: str, cause: str, hint: str = "") -> UnsuitableSeries:
-    return UnsuitableSeries("read series", code, cause, hint)
 
 
 class ReadSlice(Protocol):
@@ -152,7 +115,7 @@ def read_volume(
     places = [split_frame_uid(h.uid) for h in plan.headers]
     try:
         frames = _frames(plan, places, known, decoder or InlineDecoder(), lambda uid: read_bytes(paths[uid]))
-        values = _assemble(plan, frames)
+        values = assemble(plan.headers, frames, hounsfield=contract.hounsfield)
     except Undecodable as cause:
         raise refuse(cause.code, cause.text, "Ask the sender to send the series again") from cause
     return Volume(
@@ -209,107 +172,6 @@ def _files(
         yield frames.pop(frame), h.rows, h.columns
 
 
-def read_headers(part10: bytes, contract: InputContract) -> list[SliceHeader]:
-    """One header, or one for each frame of an enhanced multi-frame image of a class that the model takes."""
-    from pydicom import dcmread
-
-    header = read_header(part10)
-    if header.sop_class_uid in SINGLE_FRAME_CLASS and (
-        {header.sop_class_uid, SINGLE_FRAME_CLASS[header.sop_class_uid]} & set(contract.sop_classes)
-    ):
-        ds = dcmread(io.BytesIO(part10), stop_before_pixels=True, specific_tags=[*_TAGS, *GROUP_TAGS])
-        if len(ds.get("PerFrameFunctionalGroupsSequence") or []) > contract.max_slices:
-            raise refuse("TOO_LARGE", f"a multi-frame image has more than {contract.max_slices} frames")
-        return [header_of(frame) for frame in flatten(ds, contract.sop_classes)]
-    return [header]
-
-
-def read_header(part10: bytes) -> SliceHeader:
-    """Parse the attributes of one Part 10 file that matter here; missing ones are tolerated."""
-    from pydicom import dcmread
-
-    texts = begun_header(part10 if len(part10) <= HEAD_BYTES else memoryview(part10)[:HEAD_BYTES], _WANTED)
-    if texts is not None:
-        with suppress(ValueError, OverflowError):  # something odd: pydicom may know better, or says what it is
-            return _header_of(texts)
-    if not inflates_within_limit(part10):
-        raise refuse("TOO_LARGE", "a deflated file becomes too large", "Send it in another transfer syntax")
-    try:
-        ds = dcmread(io.BytesIO(part10), stop_before_pixels=True, specific_tags=list(_TAGS))
-    except Exception as cause:
-        raise MalformedDataSet("read series", f"a file is no readable DICOM file ({type(cause).__name__})") from cause
-    return header_of(ds)
-
-
-def header_of(ds: Any) -> SliceHeader:
-    """The attributes of one image as read; raises MalformedDataSet where one is no number."""
-    try:
-        uid = str(ds.get("SOPInstanceUID", ""))
-        position = _numbers(ds.get("ImagePositionPatient"), 3)
-        orientation = _numbers(ds.get("ImageOrientationPatient"), 6)
-        spacing = _numbers(ds.get("PixelSpacing"), 2)
-        image_type = [str(v) for v in _several(ds.get("ImageType"))]
-        plane = None
-        if position and orientation:
-            plane = SlicePlane(uid, (position[0], position[1], position[2]), _six(orientation))
-        header = SliceHeader(
-            uid=uid,
-            series_uid=str(ds.get("SeriesInstanceUID", "") or ""),
-            frame_uid=str(ds.get("FrameOfReferenceUID", "") or ""),
-            sop_class_uid=str(ds.get("SOPClassUID", "") or ""),
-            modality=str(ds.get("Modality", "") or ""),
-            localizer="LOCALIZER" in image_type[2:3],
-            rows=int(ds.get("Rows") or 0),
-            columns=int(ds.get("Columns") or 0),
-            frames=int(ds.get("NumberOfFrames") or 1),
-            samples=int(ds.get("SamplesPerPixel") or 1),
-            photometric=str(ds.get("PhotometricInterpretation", "") or ""),
-            pixel_spacing=(spacing[0], spacing[1]) if spacing else None,
-            plane=plane,
-            slope=_number(ds.get("RescaleSlope")),
-            intercept=_number(ds.get("RescaleIntercept")),
-            rescale_type=str(ds.get("RescaleType", "") or ""),
-        )
-    except Exception as cause:
-        raise MalformedDataSet("read series", f"a file is no readable DICOM file ({type(cause).__name__})") from cause
-    if not uid:
-        raise MalformedDataSet("read series", "a file has no SOP Instance UID")
-    return header
-
-
-def _header_of(texts: Mapping[str, str]) -> SliceHeader:
-    """The same from the texts that the bounded reader found. Raises ValueError for a number that is none."""
-    uid = texts.get("SOPInstanceUID", "")
-    if not uid:
-        raise ValueError("no SOP Instance UID")
-    values = {key: [float(v) if v else math.nan for v in texts.get(key, "").split("\\")] for key in _LISTS}
-    position, orientation, spacing = (
-        tuple(v) if len(v) == count and all(map(math.isfinite, v)) else None
-        for v, count in ((values[key], _LISTS[key]) for key in _LISTS)
-    )
-    plane = None
-    if position and orientation:
-        plane = SlicePlane(uid, (position[0], position[1], position[2]), _six(orientation))
-    return SliceHeader(
-        uid=uid,
-        series_uid=texts.get("SeriesInstanceUID", ""),
-        frame_uid=texts.get("FrameOfReferenceUID", ""),
-        sop_class_uid=texts.get("SOPClassUID", ""),
-        modality=texts.get("Modality", ""),
-        localizer="LOCALIZER" in texts.get("ImageType", "").split("\\")[2:3],
-        rows=int(texts.get("Rows") or 0),
-        columns=int(texts.get("Columns") or 0),
-        frames=int(texts.get("NumberOfFrames") or 1),
-        samples=int(texts.get("SamplesPerPixel") or 1),
-        photometric=texts.get("PhotometricInterpretation", ""),
-        pixel_spacing=(spacing[0], spacing[1]) if spacing else None,
-        plane=plane,
-        slope=_number(texts.get("RescaleSlope")),
-        intercept=_number(texts.get("RescaleIntercept")),
-        rescale_type=texts.get("RescaleType", ""),
-    )
-
-
 def plan_stack(headers: Sequence[SliceHeader], contract: InputContract) -> StackPlan:
     """Decide from headers alone whether they make the volume that ``contract`` asks for."""
     localizers = [h for h in headers if h.localizer]
@@ -327,10 +189,9 @@ def plan_stack(headers: Sequence[SliceHeader], contract: InputContract) -> Stack
         )
     if contract.hounsfield:
         _check_hounsfield(slices)
-    if len({h.frame_uid for h in slices}) > 1:
-        notes.append(
-            "The slices name different frames of reference; their positions were taken as one coordinate system"
-        )
+    frames = len({h.frame_uid for h in slices})
+    if frames > 1:
+        notes.append(frames_note(frames))
     stack, by_uid = _check_stack(slices, contract)
     ordered = tuple(by_uid[uid] for uid in stack.order)
     affine, spacing = _affine(ordered, stack, contract)
@@ -434,56 +295,3 @@ def _affine(
     affine[:3, 2] = np.array(first.plane.orientation[:3]) * column_mm
     affine[:3, 3] = positions[0]
     return affine, (float(step @ normal), row_mm, column_mm)
-
-
-def _assemble(plan: StackPlan, frames: Iterator[npt.NDArray[Any]]) -> npt.NDArray[Any]:
-    """Rescale (PS3.3 C.11.1.1.2: stored value x slope + intercept) into one array."""
-    headers = plan.headers
-    shape = (len(headers), headers[0].rows, headers[0].columns)
-    rescale = [(h.slope if h.slope is not None else 1.0, h.intercept or 0.0) for h in headers]
-    whole = all(slope.is_integer() and intercept.is_integer() for slope, intercept in rescale)
-    out: npt.NDArray[Any] = np.empty(shape, np.int16 if whole else np.float32)
-    for index, frame in enumerate(frames):
-        slope, intercept = rescale[index]
-        if out.dtype == np.int16 and not _rescale_exactly(frame, int(slope), int(intercept), out[index]):
-            out = out.astype(np.float32)
-        if out.dtype != np.int16:
-            out[index] = frame.astype(np.float64) * slope + intercept
-    return out
-
-
-def _rescale_exactly(frame: Pixels, slope: int, intercept: int, out: npt.NDArray[np.int16]) -> bool:
-    """Into ``out`` where the result fits it; False leaves it as it is."""
-    least, most = int(frame.min()), int(frame.max())
-    ends = (least * slope + intercept, most * slope + intercept)
-    if min(ends) < -32768 or max(ends) > 32767:
-        return False
-    if slope == 1 and frame.dtype.itemsize <= 2 and -32768 <= intercept <= 32767:
-        # Sixteen bits wrap around, and what fits in the end is right again.
-        np.add(frame.astype(np.uint16, copy=False).view(np.int16), np.int16(intercept), out=out)
-    else:
-        out[...] = frame.astype(np.int64) * slope + intercept
-    return True
-
-
-def _several(value: Any) -> Sequence[Any]:
-    if value is None or isinstance(value, str):
-        return [] if not value else [value]
-    return list(value)
-
-
-def _numbers(value: Any, count: int) -> tuple[float, ...] | None:
-    numbers = tuple(float(v) for v in _several(value))
-    return numbers if len(numbers) == count and all(np.isfinite(numbers)) else None
-
-
-def _number(value: Any) -> float | None:
-    if value is None or value == "":
-        return None
-    number = float(value)
-    return number if np.isfinite(number) else None
-
-
-def _six(values: Sequence[float]) -> tuple[float, float, float, float, float, float]:
-    a, b, c, d, e, f = values
-    return (a, b, c, d, e, f)

@@ -357,3 +357,41 @@ def test_real_ct(real_case, assert_valid):
         at = rows[tuple(map(float, group.PlanePositionSequence[0].ImagePositionPatient))]
         rebuilt[at][frame == 1] = group.SegmentIdentificationSequence[0].ReferencedSegmentNumber
     assert np.array_equal(rebuilt, real_case.analysis.labels)
+
+
+@pytest.mark.parametrize(
+    ("stated", "expected", "said"),
+    [
+        ("+0800", ("20240506", "130809.123456"), "+0800"),
+        ("-0330", ("20240506", "013809.123456"), "-0330"),
+        (None, ("20240506", "070809.123456"), None),  # those of the node, which is where the modality is
+        ("nonsense", ("20240506", "070809.123456"), None),
+        ("+2500", ("20240506", "070809.123456"), None),
+    ],
+)
+def test_times_are_in_the_time_zone_that_the_source_states(make_case, stated, expected, said):
+    """It speaks for all dates and times of an object, those of the study that are copied from the source among them."""
+
+    def change(ds, number):
+        if stated:
+            ds.TimezoneOffsetFromUTC = stated
+
+    with quiet_pydicom():
+        case = make_case(change=change)
+    for item in encode(case):
+        ds = read(item.part10)
+        assert (ds.ContentDate, ds.ContentTime) == expected
+        assert ds.get("TimezoneOffsetFromUTC") == said
+        assert ds.StudyTime == case.datasets[0].StudyTime
+
+
+def test_frames_of_reference_that_differ_are_said_once(make_case):
+    from dicomnode.geometry import frames_note
+
+    def change(ds, number):
+        ds.FrameOfReferenceUID = f"1.2.{number + 1}"
+
+    case = make_case(change=change)
+    case = case.with_analysis(notes=(frames_note(len(case.datasets)),))  # as the volume was read
+    report = encode(case)[1].part10
+    assert report.count(b"different frames of reference") == 1

@@ -15,7 +15,7 @@ from dicomnode.header import Wanted, read_header
 from dicomnode.index.catalogue import Catalogue, NewInstance
 from dicomnode.index.database import Database
 from dicomnode.index.keys import HEADER_KEYS
-from dicomnode.infer import volume
+from dicomnode.infer import slice_header
 from dicomnode.infer.ahead import KEPT_SECONDS, ReadAhead
 from dicomnode.infer.decode import InlineDecoder, PoolDecoder, Undecodable, decode_frame
 from dicomnode.infer.volume import read_volume
@@ -218,12 +218,12 @@ def test_headers_read_fast_are_those_that_pydicom_reads(folder: str, monkeypatch
         if not path.is_file():
             continue
         data = path.read_bytes()
-        fast += begun_header(data, volume._WANTED) is not None
+        fast += begun_header(data, slice_header._WANTED) is not None
         found = []
         for reader in (begun_header, lambda head, wanted: None):
-            monkeypatch.setattr(volume, "begun_header", reader)
+            monkeypatch.setattr(slice_header, "begun_header", reader)
             try:
-                found.append(volume.read_header(data))
+                found.append(slice_header.read_header(data))
             except Exception as error:  # noqa: BLE001 the same error counts as the same
                 found.append((type(error), str(error)))
         assert found[0] == found[1], path.name
