@@ -160,6 +160,8 @@ def normalise_headers(raw: Sequence[Dataset], *, with_slices: bool, one_size: bo
     """
     first = raw[0]
     _refuse_mixture(raw, one_size=one_size)
+    if with_slices and any(_number(_clean(ds, "NumberOfFrames")) > 1 for ds in raw):
+        raise UnsuitableSeries(OPERATION, "MULTI_FRAME", "the analysis does not say which frames it looked at")
     modality = str(first.get("Modality") or "OT")
     notes: list[str] = []
     skeletons = [_skeleton(ds, modality) for ds in raw] if with_slices else []
@@ -238,8 +240,6 @@ def _refuse_mixture(raw: Sequence[Dataset], *, one_size: bool) -> None:
         raise UnsuitableSeries(OPERATION, "MIXED_SERIES", f"the slices belong to {len(series)} series")
     if one_size and len({(ds.get("Rows"), ds.get("Columns")) for ds in raw}) > 1:
         raise UnsuitableSeries(OPERATION, "MIXED_SIZE", "the slices differ in rows or columns")
-    if any(_number(_clean(ds, "NumberOfFrames")) > 1 for ds in raw):
-        raise UnsuitableSeries(OPERATION, "MULTI_FRAME", "the analysis does not say which frames it looked at")
 
 
 def with_empty_patient(ds: Dataset) -> Dataset:

@@ -77,7 +77,8 @@ def read_pixels(source: SourceInstance, frame: int, rows: int, columns: int) -> 
     from pydicom.pixels import pixel_array
 
     try:
-        array = pixel_array(source.path, index=frame - 1 if frame else 0)
+        # Not from the path: the library cannot find its place in a deflated file
+        array = pixel_array(pydicom.dcmread(source.path), index=frame - 1 if frame else 0)
     except Exception as error:
         raise UnsuitableSeries(
             OPERATION, "DECODE_FAILED", f"pixels cannot be decoded ({type(error).__name__})"

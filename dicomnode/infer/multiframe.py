@@ -29,6 +29,7 @@ _GROUPS = {
     "CTImageFrameTypeSequence": ("FrameType",),
     "MRImageFrameTypeSequence": ("FrameType",),
 }
+_INSTANCE = 0x00080018
 _SHARED, _PER_FRAME = "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"
 GROUP_TAGS = (_SHARED, _PER_FRAME)
 _PIXEL = (
@@ -54,6 +55,8 @@ def flatten(ds: Any, sop_classes: Collection[str]) -> list[Any]:
     The class is the single-frame one where ``sop_classes``, those that the model takes, have not
     the enhanced one. Raises MalformedDataSet when frames and functional groups differ in number.
     """
+    from pydicom.config import IGNORE
+    from pydicom.dataelem import DataElement
     from pydicom.dataset import Dataset
 
     own = ds.get(_PER_FRAME) or []
@@ -75,7 +78,8 @@ def flatten(ds: Any, sop_classes: Collection[str]) -> list[Any]:
         out.ImageType = list(out.get("FrameType") or ds.get("ImageType") or [])
         own_class = str(ds.SOPClassUID)
         out.SOPClassUID = own_class if own_class in sop_classes else SINGLE_FRAME_CLASS[own_class]
-        out.SOPInstanceUID = frame_uid(str(ds.SOPInstanceUID), number)
+        # Not judged as a UID, which it is not
+        out.add(DataElement(_INSTANCE, "UI", frame_uid(str(ds.SOPInstanceUID), number), validation_mode=IGNORE))
         found.append(out)
     return found
 

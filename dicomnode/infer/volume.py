@@ -117,7 +117,9 @@ def read_volume(
         frames = _frames(plan, places, known, decoder or InlineDecoder(), lambda uid: read_bytes(paths[uid]))
         values = assemble(plan.headers, frames, hounsfield=contract.hounsfield)
     except Undecodable as cause:
-        raise refuse(cause.code, cause.text, "Ask the sender to send the series again") from cause
+        raise refuse(
+            cause.code, cause.text, "Ask the sender to send the series again, or in another transfer syntax"
+        ) from cause
     return Volume(
         values=values,
         affine=plan.affine,
