@@ -14,6 +14,7 @@ from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
 
 from dicomnode.errors import MalformedDataSet, StorageError, UnsuitableSeries
+from dicomnode.functional_groups import flat
 from dicomnode.identity import derived_uid
 from dicomnode.records import SourceInstance
 
@@ -23,15 +24,6 @@ Frames = Mapping[str, tuple[str, int, str]]
 
 _STAND_IN_CLASS = {"MR": "1.2.840.10008.5.1.4.1.1.4", "PT": "1.2.840.10008.5.1.4.1.1.128"}
 _CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
-
-_GROUPS = {
-    "PlanePositionSequence": ("ImagePositionPatient",),
-    "PlaneOrientationSequence": ("ImageOrientationPatient",),
-    "PixelMeasuresSequence": ("PixelSpacing", "SliceThickness"),
-    "PixelValueTransformationSequence": ("RescaleSlope", "RescaleIntercept", "RescaleType"),
-    "FrameVOILUTSequence": ("WindowCenter", "WindowWidth"),
-}
-_SHARED, _PER_FRAME = "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"
 
 
 def stand_in(uid: str, frame: int) -> str:
@@ -58,18 +50,7 @@ def flat_frame(ds: Dataset, number: int) -> Dataset:
     count = int(ds.get("NumberOfFrames") or 1)
     if not 1 <= number <= count:
         raise UnsuitableSeries(OPERATION, "NO_SUCH_FRAME", f"frame {number} of an instance with {count}")
-    out = Dataset()
-    for element in ds:
-        if element.keyword not in (_SHARED, _PER_FRAME, "NumberOfFrames", "SOPInstanceUID", "SOPClassUID"):
-            out.add(element)  # the element itself: what is set below must not be one that frames share
-    own = ds.get(_PER_FRAME) or []
-    groups = [*(ds.get(_SHARED) or [])[:1], *([own[number - 1]] if len(own) >= number else [])]
-    for group in groups:
-        for sequence, keywords in _GROUPS.items():
-            for item in (group.get(sequence) or [])[:1]:
-                for keyword in keywords:
-                    if keyword in item:
-                        out.add(item[keyword])
+    out: Dataset = flat(ds, number)
     out.SOPInstanceUID = stand_in(str(ds.SOPInstanceUID), number)
     # By its class the library would know that there is more than one frame.
     out.SOPClassUID = _STAND_IN_CLASS.get(str(ds.get("Modality")), _CT_IMAGE)

@@ -53,13 +53,17 @@ def block_mean(values: npt.NDArray[Any], step: int) -> npt.NDArray[np.float32]:
 
 def bounding_box(mask: Mask, margin: int = 0) -> Box | None:
     """Smallest box around the True voxels, widened in-plane by ``margin``; None when empty."""
+    return box_around(mask, (0, margin, margin))
+
+
+def box_around(mask: Mask, margins: tuple[int, int, int]) -> Box | None:
+    """Smallest box around the True voxels, widened by ``margins`` within the array; None when empty."""
     ranges = []
-    for axis, others in enumerate(((1, 2), (0, 2), (0, 1))):
+    for axis, (others, margin) in enumerate(zip(((1, 2), (0, 2), (0, 1)), margins, strict=True)):
         hits = np.flatnonzero(mask.any(axis=others))
         if hits.size == 0:
             return None
-        wide = margin if axis else 0
-        ranges.append(slice(max(0, int(hits[0]) - wide), min(mask.shape[axis], int(hits[-1]) + 1 + wide)))
+        ranges.append(slice(max(0, int(hits[0]) - margin), min(mask.shape[axis], int(hits[-1]) + 1 + margin)))
     return (ranges[0], ranges[1], ranges[2])
 
 

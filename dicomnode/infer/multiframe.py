@@ -12,6 +12,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from dicomnode.errors import MalformedDataSet, UnsuitableSeries
+from dicomnode.functional_groups import PER_FRAME, SHARED, flat
 
 SINGLE_FRAME_CLASS = {
     "1.2.840.10008.5.1.4.1.1.2.1": "1.2.840.10008.5.1.4.1.1.2",
@@ -21,17 +22,8 @@ SINGLE_FRAME_CLASS = {
 }
 """Enhanced and Legacy Converted Enhanced CT and MR -> the class of their frames."""
 
-_GROUPS = {
-    "PlanePositionSequence": ("ImagePositionPatient",),
-    "PlaneOrientationSequence": ("ImageOrientationPatient",),
-    "PixelMeasuresSequence": ("PixelSpacing",),
-    "PixelValueTransformationSequence": ("RescaleSlope", "RescaleIntercept", "RescaleType"),
-    "CTImageFrameTypeSequence": ("FrameType",),
-    "MRImageFrameTypeSequence": ("FrameType",),
-}
 _INSTANCE = 0x00080018
-_SHARED, _PER_FRAME = "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"
-GROUP_TAGS = (_SHARED, _PER_FRAME)
+GROUP_TAGS = (SHARED, PER_FRAME)
 _PIXEL = (
     "SOPClassUID", "SOPInstanceUID", "SamplesPerPixel", "PhotometricInterpretation", "Rows", "Columns",
     "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation",
@@ -57,26 +49,17 @@ def flatten(ds: Any, sop_classes: Collection[str]) -> list[Any]:
     """
     from pydicom.config import IGNORE
     from pydicom.dataelem import DataElement
-    from pydicom.dataset import Dataset
 
-    own = ds.get(_PER_FRAME) or []
+    own = ds.get(PER_FRAME) or []
     if len(own) != int(ds.get("NumberOfFrames") or 1):
         raise MalformedDataSet("read series", "a multi-frame image does not describe each of its frames")
-    shared = (ds.get(_SHARED) or [])[:1]
     found = []
-    for number, group in enumerate(own, start=1):
-        out = Dataset()
-        for element in ds:
-            if element.keyword not in (*GROUP_TAGS, "NumberOfFrames", "SOPInstanceUID", "SOPClassUID", "ImageType"):
-                out.add(element)  # the element itself: what is set below must not be one that frames share
-        for part in (*shared, group):
-            for sequence, keywords in _GROUPS.items():
-                for item in (part.get(sequence) or [])[:1]:
-                    for keyword in keywords:
-                        if keyword in item:
-                            out.add(item[keyword])
-        out.ImageType = list(out.get("FrameType") or ds.get("ImageType") or [])
-        own_class = str(ds.SOPClassUID)
+    own_class = str(ds.SOPClassUID)
+    for number in range(1, len(own) + 1):
+        out = flat(ds, number)
+        kind = list(out.get("FrameType") or ds.get("ImageType") or [])
+        out.pop("ImageType", None)  # the element that frames share stays as it is
+        out.ImageType = kind
         out.SOPClassUID = own_class if own_class in sop_classes else SINGLE_FRAME_CLASS[own_class]
         # Not judged as a UID, which it is not
         out.add(DataElement(_INSTANCE, "UI", frame_uid(str(ds.SOPInstanceUID), number), validation_mode=IGNORE))

@@ -8,11 +8,10 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
+from dicomnode.infer.grid import IN_PLANE
+
 Labels = npt.NDArray[np.uint8]
 Box = tuple[slice, ...]
-
-_IN_PLANE = np.zeros((3, 3, 3), bool)
-_IN_PLANE[1] = ndimage.generate_binary_structure(2, 1)
 
 
 def segments_in(labels: Labels, wanted: tuple[int, ...] | None) -> Iterator[tuple[int, Box]]:
@@ -55,7 +54,7 @@ def fill_holes(labels: Labels, in_plane: bool, most: float | None, wanted: tuple
     out = labels.copy()
     for number, box in segments_in(labels, wanted):
         view = out[box]
-        holes, found = ndimage.label(view != number, _IN_PLANE if in_plane else None)
+        holes, found = ndimage.label(view != number, IN_PLANE if in_plane else None)
         if found == 0:
             continue
         enclosed = np.ones(found + 1, bool)

@@ -10,10 +10,8 @@ import numpy.typing as npt
 from pydantic import Field, model_validator
 from scipy import ndimage
 
+from dicomnode.infer.grid import Box, Mask, box_around
 from dicomnode.infer.stages.frame import Array, Frame, Kind, StageStep, check_size
-
-Box = tuple[slice, slice, slice]
-Mask = npt.NDArray[np.bool_]
 
 _COARSE_MM = 4.0
 
@@ -79,17 +77,6 @@ def _enlarged(mask: npt.NDArray[np.bool_], steps: tuple[int, ...], shape: tuple[
             mask = np.repeat(mask, s, axis=axis)
     n, r, c = shape
     return mask[:n, :r, :c]
-
-
-def box_around(mask: npt.NDArray[np.bool_], margins: tuple[int, int, int]) -> Box | None:
-    """Smallest box around the True voxels, widened by ``margins`` within the array; None when empty."""
-    ranges = []
-    for axis, (others, margin) in enumerate(zip(((1, 2), (0, 2), (0, 1)), margins, strict=True)):
-        hits = np.flatnonzero(mask.any(axis=others))
-        if hits.size == 0:
-            return None
-        ranges.append(slice(max(0, int(hits[0]) - margin), min(mask.shape[axis], int(hits[-1]) + 1 + margin)))
-    return (ranges[0], ranges[1], ranges[2])
 
 
 class CropToBody(StageStep):
