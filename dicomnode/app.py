@@ -120,12 +120,13 @@ def dimse_services(settings: Settings, db: Database) -> Sequence[Any]:
 
 
 def run_courier(settings: Settings) -> int:
-    """Send results to DICOM peers, ask them for commitment, and report what they asked for."""
+    """Send results to DICOM peers, ask them for commitment, report what they asked for, and fetch earlier studies."""
     from dicomnode.custody.sweep import Sweeper
     from dicomnode.deliver.commitment import Asker
     from dicomnode.deliver.courier import Courier
     from dicomnode.deliver.crew import Crew
     from dicomnode.deliver.notify import Notifier
+    from dicomnode.deliver.priors import PriorFetcher
     from dicomnode.deliver.reporter import Reporter
 
     shell = Shell(settings, "courier")
@@ -134,13 +135,18 @@ def run_courier(settings: Settings) -> int:
     def look_again() -> None:
         doorbell.ring(settings.node.data_dir, "courier")
 
-    crews = [Crew(settings.delivery.parallel, look_again) for _ in range(3)]
+    crews = [Crew(settings.delivery.parallel, look_again) for _ in range(4)]
     notices = Crew(1)
     notifier = Notifier(settings, shell.db, "courier")
-    stages: list[Courier | Asker | Reporter] = [
+
+    def wake_worker() -> None:
+        doorbell.ring(settings.node.data_dir, "worker")
+
+    stages: list[Courier | Asker | Reporter | PriorFetcher] = [
         Courier(settings, shell.db, "courier", crews[0]),
         Asker(settings, shell.db, "courier", crews[1]),
         Reporter(settings, shell.db, "courier", crews[2]),
+        PriorFetcher(settings, shell.db, "courier", crews[3], on_decided=wake_worker),
     ]
     for stage in (*stages, notifier):
         stage.start()

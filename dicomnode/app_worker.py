@@ -91,10 +91,13 @@ def _select(shell: Shell, selector: Any, bell: doorbell.Doorbell, on_bell: Calla
 
 def _read_ahead(settings: Settings, db: Database, store: durable.ObjectStore, decoder: Any) -> Any:
     """Reads slices of series that a rule names a model for, while they arrive."""
+    from dicomnode.index import prior
     from dicomnode.infer.ahead import ReadAhead
     from dicomnode.select.rules import requests_for
 
     def wanted(attributes: Mapping[str, Any]) -> bool:
+        if prior.fetched(db, str(attributes.get("SeriesInstanceUID"))):
+            return False
         return bool(requests_for(settings.rules, attributes))
 
     return ReadAhead(db, store, decoder, wanted, max_bytes=settings.inference.read_ahead_mb << 20)

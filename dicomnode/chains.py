@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from dicomnode.priors import Wish
+
 OPEN = frozenset({"waiting", "pending", "running"})
 """States of a job that has not ended."""
 
@@ -27,7 +29,7 @@ class Fate(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class When:
-    """One condition on an earlier step.
+    """One condition on an earlier step; with ``prior`` and no step, on whether an earlier study was found.
 
     ``ended``: the step ended in one of these states, whatever it found. ``measurement`` lies
     within the inclusive bounds, for ``segment`` where given, else for any. ``finding`` has the
@@ -35,7 +37,7 @@ class When:
     ``segment`` alone was found, or with ``found`` False was not.
     """
 
-    step: str
+    step: str = ""
     ended: tuple[str, ...] = ()
     measurement: str = ""
     finding: str = ""
@@ -44,10 +46,13 @@ class When:
     value: str = ""
     minimum: float | None = None
     maximum: float | None = None
+    prior: bool | None = None
 
     @property
     def text(self) -> str:
         """The condition in words, without any value of a patient."""
+        if self.prior is not None:
+            return f"an earlier study is {'' if self.prior else 'not '}found"
         whose = f"of step {self.step}"
         if self.ended:
             return f"step {self.step} ended as {' or '.join(self.ended)}"
@@ -66,19 +71,24 @@ class When:
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What a step waits for: it follows ``after``, and every condition of ``when`` holds."""
+    """What a step waits for: it follows ``after``, and every condition of ``when`` holds.
+
+    ``prior``: an earlier study that is looked for once all this is so; it is not waited for longer
+    than the wish says.
+    """
 
     after: tuple[str, ...] = ()
     when: tuple[When, ...] = ()
+    prior: Wish | None = None
 
     @property
     def steps(self) -> tuple[str, ...]:
         """Every step that has to be known, in the order in which they are named."""
-        return tuple(dict.fromkeys((*self.after, *(w.step for w in self.when))))
+        return tuple(dict.fromkeys((*self.after, *(w.step for w in self.when if w.step))))
 
     @property
     def any(self) -> bool:
-        return bool(self.after or self.when)
+        return bool(self.after or self.when or self.prior)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +106,7 @@ class Decision:
 
 
 def decide(needs: Needs, known: Mapping[str, Known]) -> Decision:
-    """What becomes of a waiting step. ``known`` lacks steps that do not exist (any more)."""
+    """What becomes of a waiting step by those before it. ``known`` lacks steps that do not exist (any more)."""
     if any(name in known and known[name].state in OPEN for name in needs.steps):
         return Decision(Fate.wait)
     forgiven = {w.step for w in needs.when if w.ended}
@@ -110,8 +120,17 @@ def decide(needs: Needs, known: Mapping[str, Known]) -> Decision:
         if name not in forgiven and known[name].state == "skipped":
             return Decision(Fate.skip, f"step {name}, which it follows, was skipped")
     for when in needs.when:
-        if not holds(when, known[when.step]):
+        if when.prior is None and not holds(when, known[when.step]):
             return Decision(Fate.skip, f"its condition does not hold: {when.text}")
+    return Decision(Fate.run)
+
+
+def decide_prior(needs: Needs, *, found: bool, cause: str) -> Decision:
+    """What becomes of a step that may run by :func:`decide`, once the earlier study was found or was not."""
+    for when in needs.when:
+        if when.prior is not None and when.prior is not found:
+            told = f": {cause}" if cause else ""
+            return Decision(Fate.skip, f"its condition does not hold: {when.text}{told}")
     return Decision(Fate.run)
 
 
@@ -182,7 +201,9 @@ def dump(needs: Needs, jobs: Mapping[str, int]) -> str:
 
 def load(text: str) -> tuple[Needs, dict[str, int]]:
     data = json.loads(text)
-    return Needs(tuple(data["after"]), tuple(_when(w) for w in data["when"])), dict(data["jobs"])
+    wish = data.get("prior")
+    prior = Wish(**{**wish, "sources": tuple(wish["sources"])}) if wish else None
+    return Needs(tuple(data["after"]), tuple(_when(w) for w in data["when"]), prior), dict(data["jobs"])
 
 
 def _when(data: Mapping[str, Any]) -> When:

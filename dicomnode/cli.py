@@ -287,39 +287,12 @@ def jobs_list(
 @jobs_app.command("show")
 def jobs_show(job: Annotated[int, typer.Argument()], config: Config = None, as_json: Json = False) -> None:
     """One job: why it ran, on what, what it found, how long each stage took, where results went."""
+    from dicomnode.cli_jobs import job_lines
     from dicomnode.index.jobs import Jobs
-    from dicomnode.infer.placement import told
 
     def show(data: dict[str, Any]) -> None:
-        console.print(f"job {data['id']}: {data['state']}, {data['model']} {data['model_version'] or ''}")
-        console.print(f"  complete because: {data['reason']}")
-        console.print(f"  study {data['StudyInstanceUID']}\n  series {data['SeriesInstanceUID']}")
-        console.print(f"  {data['instances']} images, revision {data['revision']}, rules {', '.join(data['rules'])}")
-        if data["step"]:
-            console.print(f"  step {data['step']}")
-        for step in data["steps"]:
-            how = "follows" if step["follows"] else "followed by"
-            console.print(f"  {how} {step['name']}: job {step['id']}, {step['model']}, {step['state']}")
-        if data["last_error"]:
-            console.print(f"  {'why' if data['state'] in ('skipped', 'not-run') else 'error'}: {data['last_error']}")
-        if data["critical"]:
-            console.print(f"  CRITICAL: {', '.join(data['critical'])}")
-        if data["placement"]:
-            console.print(f"  placed: {data['placement']['chosen'] or 'nowhere'}")
-            for line in told(data["placement"]):
-                console.print(f"    {line}")
-        for note in data["notes"] or []:
-            console.print(f"  note: {note}")
-        for m in (data["summary"] or {}).get("measurements", []):
-            console.print(f"  {m['segment'] or 'series'}: {m['key']} = {m['value']:.4g} {m['unit']}")
-        for f in (data["summary"] or {}).get("findings", []):
-            console.print(f"  {f['key']}: {f['answer'] or '-'}, probability {f['probability']:.3f}")
-        if data["seconds"]:
-            console.print("  seconds: " + ", ".join(f"{k} {v:.3f}" for k, v in data["seconds"].items()))
-        for result in data["results"]:
-            console.print(f"  {result['kind']} {result['SOPInstanceUID']}")
-        for d in data["deliveries"]:
-            console.print(f"  delivery {d['id']} to {d['destination']}: {d['state']} {d['last_error'] or ''}")
+        for line in job_lines(data):
+            console.print(line)
 
     with _index(_settings(config)) as db:
         found = Jobs(db).show(job)

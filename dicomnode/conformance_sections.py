@@ -28,6 +28,7 @@ from dicomnode.conformance_statuses import (
     rows,
 )
 from dicomnode.deliver.notify import classify_status
+from dicomnode.deliver.prior_scu import SERIES_RETURN, STUDY_RETURN
 from dicomnode.deliver.scu import classify_store_status
 from dicomnode.errors import IllegalTransition
 from dicomnode.index.columns import LEVELS, UNIQUE_KEYS, Level
@@ -110,6 +111,11 @@ def _query(service: Any, classes: Sequence[SopClass], settings: Settings) -> Sec
         (
             class_table("Query/Retrieve", _of(service, classes)),
             "As SCP, for peers with 'find', 'move' or 'get' in allow.",
+            "As SCU, Study Root, of peers that a rule names under prior.from, where an analysis wants an earlier study:"
+            " C-FIND at STUDY level by Patient ID and a range of Study Date, then at SERIES level for the latest ones"
+            f" with the same Patient ID and issuer or birth date; C-MOVE of one series to {settings.node.ae_title}. A"
+            " query or retrieve that fails is repeated until the time that the rule sets is over. Returned keys:"
+            f" {', '.join((*STUDY_RETURN, *SERIES_RETURN))}, and the attributes that the rule looks at.",
             table("Information models", ("Model", "Levels"), models),
             f"Unique keys: {unique}. All keys below can be matched and returned, at their own level and below it; at"
             " Study Root the keys of the PATIENT level belong to the STUDY level. U: unique, R: required, O: optional"

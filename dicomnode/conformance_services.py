@@ -20,7 +20,12 @@ from pydicom.datadict import dictionary_description, tag_for_keyword
 from pydicom.uid import UID
 from pynetdicom import sop_class
 from pynetdicom._globals import ALL_TRANSFER_SYNTAXES
-from pynetdicom.sop_class import InstanceAvailabilityNotification, Verification
+from pynetdicom.sop_class import (
+    InstanceAvailabilityNotification,
+    StudyRootQueryRetrieveInformationModelFind,
+    StudyRootQueryRetrieveInformationModelMove,
+    Verification,
+)
 
 from dicomnode import commitment
 from dicomnode.app import dimse_services
@@ -76,6 +81,8 @@ INITIATED: frozenset[str] = STORAGE_CLASSES | {
     str(Verification),
     commitment.SOP_CLASS,
     str(InstanceAvailabilityNotification),
+    str(StudyRootQueryRetrieveInformationModelFind),
+    str(StudyRootQueryRetrieveInformationModelMove),
 }
 """SOP classes of which this node is the SCU on associations that it opens; a test reads the imports of deliver/."""
 

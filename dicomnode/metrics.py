@@ -41,6 +41,7 @@ AssociationOutcome = Literal["accepted", "rejected", "released", "aborted", "ref
 JobOutcome = Literal["done", "refused", "retried", "failed", "lost"]
 EndpointOutcome = Literal["ok", "away", "error"]
 SendOutcome = Literal["stored", "retried", "rejected"]
+PriorOutcome = Literal["fetched", "absent", "retried"]
 ReportOutcome = Literal["done", "retried", "refused"]
 PullOutcome = Literal["activated", "placed", "retried", "rejected"]
 InferenceStage = Literal["h2d", "compute", "d2h", "queue"]
@@ -117,6 +118,9 @@ DELIVERIES_TOTAL = Counter(
 )
 NOTIFICATIONS_TOTAL = Counter(
     "dicomnode_notifications", "Attempts to send an Instance Availability Notification", ["outcome"], registry=REGISTRY
+)
+PRIORS_TOTAL = Counter(
+    "dicomnode_priors", "Requests to a DICOM peer for an earlier study of a patient", ["outcome"], registry=REGISTRY
 )
 PROCEDURE_STEP_TOTAL = Counter(
     "dicomnode_procedure_step_requests",
@@ -322,6 +326,10 @@ def placed(place: str) -> None:
 
 def delivery(outcome: SendOutcome) -> None:
     DELIVERIES_TOTAL.labels(outcome).inc()
+
+
+def prior(outcome: PriorOutcome) -> None:
+    PRIORS_TOTAL.labels(outcome).inc()
 
 
 def notification(outcome: SendOutcome) -> None:

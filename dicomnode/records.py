@@ -85,6 +85,31 @@ class ProbabilityMap:
 
 
 @dataclass(frozen=True, slots=True)
+class Change:
+    """A measurement of an analysis, and its value in an earlier study by the same model."""
+
+    measurement: Measurement
+    before: float
+
+
+@dataclass(frozen=True, slots=True)
+class Prior:
+    """An earlier study of the patient that an analysis is compared with.
+
+    ``study_date`` is DA. ``instances``: (SOPClassUID, SOPInstanceUID) of the series. ``model_version``
+    is of its analysis, empty where there is none to compare with.
+    """
+
+    study_uid: str
+    series_uid: str
+    study_date: str
+    modality: str
+    instances: tuple[tuple[str, str], ...]
+    model_version: str = ""
+    changes: tuple[Change, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class ModelIdentity:
     """What the provenance of a result names.
 
@@ -117,7 +142,7 @@ class Analysis:
     its arithmetic, ``fp32`` or ``fp16``; empty where it is not known.
     ``seconds``: duration of each step by name (``read``, ``inference``, ``postprocess``).
     ``findings``: answers about the whole series. ``probability_maps``: in the geometry of ``labels``.
-    ``source_frames``: frame number, from 1, of each slice within its instance of
+    ``prior``: what it is compared with. ``source_frames``: frame number, from 1, of each slice within its instance of
     ``source_uids``; empty where the instances have one frame each.
     ``projection``: ``source_uids`` are single images, each analysed by itself, in the order of
     their instance numbers. They may differ in size: ``labels`` are then as large as the largest
@@ -137,6 +162,7 @@ class Analysis:
     probability_maps: tuple[ProbabilityMap, ...] = ()
     source_frames: tuple[int, ...] = ()
     projection: bool = False
+    prior: Prior | None = None
 
     def numbers_found(self) -> frozenset[int]:
         """The values other than 0 that occur in ``labels``."""

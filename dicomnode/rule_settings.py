@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from dicomnode.chains import Needs, When, circle, in_order
 from dicomnode.peer_settings import Section
+from dicomnode.priors import INDEX, Wish
 
 Priority = Literal["stat", "routine", "batch"]
 MatchScalar = str | int | float
@@ -15,6 +16,16 @@ Kind = Literal["SEG", "SR", "GSPS", "SC", "KOS", "PM"]
 Ended = Literal["done", "skipped", "refused", "failed", "not-run"]
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_. -]{0,63}$"
+
+
+def checked_keywords(value: dict[str, Any]) -> dict[str, Any]:
+    """Conditions go by DICOM keyword."""
+    from pydicom.datadict import tag_for_keyword
+
+    for keyword in value:
+        if tag_for_keyword(keyword) is None:
+            raise ValueError(f"'{keyword}' is not a DICOM keyword (PS3.6), e.g. Modality or BodyPartExamined")
+    return value
 
 
 class Range(Section):
@@ -30,10 +41,32 @@ class Range(Section):
         return self
 
 
-class StepCondition(Section):
-    """What must be so of an earlier step; exactly one of measurement, finding, segment, ended."""
+class PriorWish(Section):
+    """An earlier study of the same patient, found by Patient ID and issuer or birth date."""
 
-    step: str = Field(description="name of the earlier step of the same rule")
+    match: dict[str, MatchScalar | tuple[MatchScalar, ...] | Range] = Field(
+        default_factory=dict, description="as in the rule; none: the same Modality"
+    )
+    max_age_days: float | None = Field(None, gt=0, description="how much older it may be")
+    sources: tuple[str, ...] = Field(
+        (INDEX,), alias="from", min_length=1, description="'index' (what this node holds) and names of peers, in order"
+    )
+    wait_seconds: float = Field(300.0, gt=0, description="then the work goes on without it")
+    compare: bool = Field(True, description="the model runs on it, too, and the SR says what has changed")
+
+    _check = field_validator("match")(checked_keywords)
+
+    @property
+    def wish(self) -> Wish:
+        match = self.model_dump(mode="json")["match"]
+        return Wish(match, self.max_age_days, self.sources, self.wait_seconds, self.compare)
+
+
+class StepCondition(Section):
+    """What must be so of an earlier step, or of the earlier study; exactly one question."""
+
+    step: str = Field("", description="name of the earlier step of the same rule")
+    prior: bool | None = Field(None, description="without step: whether the earlier study was found")
     measurement: str = Field("", description="key of a measurement, with min, max or both")
     finding: str = Field("", description="key of a finding, with value, or min and max of its probability")
     segment: str = Field("", description="label of the segment that is measured; alone: that it was found")
@@ -46,6 +79,12 @@ class StepCondition(Section):
     @model_validator(mode="after")
     def _one_question(self) -> Self:
         bounds = self.min is not None or self.max is not None
+        if self.prior is not None:
+            if self.model_fields_set != {"prior"}:
+                raise ValueError("prior: it stands alone, without step and values")
+            return self
+        if not self.step:
+            raise ValueError("give step, the name of an earlier step, or prior = true")
         asked = [bool(self.measurement), bool(self.finding), bool(self.ended)]
         if sum(asked) + (bool(self.segment) and not self.measurement) != 1:
             raise ValueError("ask one thing of the step: measurement, finding, segment or ended")
@@ -73,6 +112,7 @@ class StepCondition(Section):
             value="*" if self.value is True else self.value or "",
             minimum=self.min,
             maximum=self.max,
+            prior=self.prior,
         )
 
 
@@ -81,6 +121,7 @@ class RuleStep(Section):
     model: str = Field(min_length=1, description="bundle name, or name@version")
     after: tuple[str, ...] = Field((), description="steps that have to end before it; none: side by side")
     when: tuple[StepCondition, ...] = Field((), description="conditions that must all hold, else it is skipped")
+    prior: PriorWish | None = Field(None, description="an earlier study that it wants; none: that of the rule")
     send_to: tuple[str, ...] | None = Field(None, description="as in the rule, which it replaces for this step")
     results: tuple[Kind, ...] | None = Field(
         None, min_length=1, description="as in the rule, which it replaces for this step"
@@ -88,7 +129,7 @@ class RuleStep(Section):
 
     @property
     def needs(self) -> Needs:
-        return Needs(self.after, tuple(c.when for c in self.when))
+        return Needs(self.after, tuple(c.when for c in self.when), self.prior.wish if self.prior else None)
 
 
 class Rule(Section):
@@ -98,6 +139,7 @@ class Rule(Section):
     )
     models: tuple[str, ...] = Field((), description="bundle names, or name@version, each by itself; else steps")
     steps: tuple[RuleStep, ...] = Field((), description="models one after another or side by side; else models")
+    prior: PriorWish | None = Field(None, description="an earlier study that each model or step wants")
     priority: Priority = Field("routine", description="stat before routine before batch")
     send_to: tuple[str, ...] = Field((), description="peer names that get the results")
     notify: tuple[str, ...] = Field((), description="peer names that are told where the results are (IAN)")
@@ -124,9 +166,16 @@ class Rule(Section):
 
     @property
     def ordered_steps(self) -> tuple[RuleStep, ...]:
-        """Each behind those that it follows."""
-        by_name = {s.name: s for s in self.steps}
+        """Each behind those that it follows; a model that wants an earlier study is a step, too."""
+        if self.models:
+            return tuple(RuleStep.model_construct(name=m, model=m, prior=self.prior) for m in self.models if self.prior)
+        by_name = {s.name: s.model_copy(update={"prior": s.prior or self.prior}) for s in self.steps}
         return tuple(by_name[name] for name in in_order({s.name: s.needs.steps for s in self.steps}))
+
+    @property
+    def priors(self) -> tuple[PriorWish, ...]:
+        """Every wish for an earlier study."""
+        return tuple(p for p in (self.prior, *(s.prior for s in self.steps)) if p is not None)
 
     def of_step(self, step: RuleStep) -> Rule:
         """The rule as it is for one of its steps."""
@@ -161,6 +210,9 @@ class Rule(Section):
     def _one_form(self) -> Self:
         if bool(self.models) == bool(self.steps):
             raise ValueError(f"rule '{self.name}': give models (each by itself) or [[rules.steps]], and not both")
+        for step in self.steps:
+            if any(c.prior is not None for c in step.when) and not (step.prior or self.prior):
+                raise ValueError(f"step '{step.name}' has a condition on prior; give it prior = {{ ... }}, or the rule")
         return self
 
     @field_validator("critical")
@@ -174,12 +226,4 @@ class Rule(Section):
                 raise ValueError(f"'{key}': give {{ min, max }}, true, or a code or meaning")
         return value
 
-    @field_validator("match")
-    @classmethod
-    def _keywords(cls, value: dict[str, Any]) -> dict[str, Any]:
-        from pydicom.datadict import tag_for_keyword
-
-        for keyword in value:
-            if tag_for_keyword(keyword) is None:
-                raise ValueError(f"'{keyword}' is not a DICOM keyword (PS3.6), e.g. Modality or BodyPartExamined")
-        return value
+    _check = field_validator("match")(checked_keywords)

@@ -29,6 +29,7 @@ from dicomnode.peer_settings import (
     check_peer,
     checked_ae_title,
 )
+from dicomnode.priors import INDEX
 from dicomnode.rule_settings import Priority, Range, Rule, RuleStep
 
 __all__ = ["Peer", "Priority", "Range", "Rule", "RuleStep", "Section", "Service", "Tls", "caller_matches"]
@@ -299,17 +300,35 @@ class Settings(BaseSettings):
             raise ValueError("rules: two rules have the same name; names must differ")
         by_name = {p.name: p for p in self.peers}
         for rule in self.rules:
-            for target in rule.destinations:
-                if target not in by_name:
-                    raise ValueError(f"rules '{rule.name}': send_to names the peer '{target}', which [[peers]] lacks")
-                if not by_name[target].reachable:
-                    raise ValueError(f"rules '{rule.name}': peer '{target}' needs host and port to be sent to")
-            for target in rule.notify:
-                if target not in by_name:
-                    raise ValueError(f"rules '{rule.name}': notify names the peer '{target}', which [[peers]] lacks")
-                if not by_name[target].reachable:
-                    raise ValueError(f"rules '{rule.name}': peer '{target}' needs host and port to be notified")
+            self._check_rule(rule, by_name)
         return self
+
+    def _check_rule(self, rule: Rule, by_name: dict[str, Peer]) -> None:
+        for target in rule.destinations:
+            if target not in by_name:
+                raise ValueError(f"rules '{rule.name}': send_to names the peer '{target}', which [[peers]] lacks")
+            if not by_name[target].reachable:
+                raise ValueError(f"rules '{rule.name}': peer '{target}' needs host and port to be sent to")
+        for target in rule.notify:
+            if target not in by_name:
+                raise ValueError(f"rules '{rule.name}': notify names the peer '{target}', which [[peers]] lacks")
+            if not by_name[target].reachable:
+                raise ValueError(f"rules '{rule.name}': peer '{target}' needs host and port to be notified")
+        for target in dict.fromkeys(t for wish in rule.priors for t in wish.sources if t != INDEX):
+            self._check_prior_source(rule.name, target, by_name)
+
+    def _check_prior_source(self, rule: str, target: str, by_name: dict[str, Peer]) -> None:
+        """A peer is asked by C-FIND and C-MOVE, and what it moves comes back from its address by C-STORE."""
+        peer = by_name.get(target)
+        if peer is None:
+            raise ValueError(f"rules '{rule}': prior.from names the peer '{target}', which [[peers]] lacks")
+        if not peer.reachable:
+            raise ValueError(f"rules '{rule}': peer '{target}' needs host and port to be asked for priors")
+        if not any("store" in p.allow and set(p.hosts) & set(peer.hosts) for p in self.peers):
+            raise ValueError(
+                f"rules '{rule}': peer '{target}' is asked for priors but may not send them;"
+                ' add "store" to its allow, or list the AE title from which it sends'
+            )
 
     def peer(self, name: str) -> Peer | None:
         return next((p for p in self.peers if p.name == name), None)

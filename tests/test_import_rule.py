@@ -21,6 +21,7 @@ COMPOSITION = frozenset(
             "cli_common",
             "cli_conformance",
             "cli_delivery",
+            "cli_jobs",
             "cli_models_import",
         ),
         *("__main__", "sidecar", "doctor", "demo"),

@@ -30,6 +30,8 @@ from dicomnode.encode.common import (
     long_string,
     refuse_what_the_library_refuses,
 )
+from dicomnode.encode.comparison import add_changes, image_library
+from dicomnode.encode.comparison import remarks as prior_remarks
 from dicomnode.encode.headers import with_empty_patient
 from dicomnode.encode.procedures import procedure_reported
 from dicomnode.encode.seg import SERIES_NUMBER_BASE, tracking_id
@@ -102,25 +104,30 @@ def encode_sr(
     for segment in analysis.segments:
         measured = [m for m in analysis.measurements if m.segment == segment.number]
         in_it = next((s for s in segmentations if segment.number in s.numbers), None)
-        groups += _segment_group(segment, segment in found, measured, context, in_it)
+        group = _segment_group(segment, segment in found, measured, context, in_it)
+        add_changes(group, analysis.prior, segment.number)
+        groups += group
     for finding in analysis.findings:
         groups += _finding_group(finding, context)
     for image in dict.fromkeys(m.image for m in analysis.measurements if m.segment is None):
         of_it = [m for m in analysis.measurements if m.segment is None and m.image == image]
-        groups += _whole_group(of_it, image, context)
+        group = _whole_group(of_it, image, context)
+        if image is None:
+            add_changes(group, analysis.prior, None)
+        groups += group
     unknown = {m.segment for m in analysis.measurements} - {None, *(s.number for s in analysis.segments)}
     if unknown:
         raise NodeError("encode SR", f"measurements name undefined segments {sorted(map(str, unknown))}")
 
-    content = report_head(context)
+    content = [*report_head(context), *image_library(analysis.prior)]
     if groups:
         content.append(_container(CodedConcept("126010", "DCM", "Imaging Measurements"), groups))
-    evaluations = _critical(hits) + _evaluations(analysis, found, context, remarks)
+    evaluations = _critical(hits) + _evaluations(analysis, found, context, [*prior_remarks(analysis), *remarks])
     content.append(_container(CodedConcept("C0034375", "UMLS", "Qualitative Evaluations"), evaluations))
     title = f"AI {provenance.name} {provenance.version} report"
     return build_report(
         content,
-        evidence=_evidence(context, segmentations),
+        evidence=_evidence(context, segmentations) + _prior_evidence(analysis),
         description=f"CRITICAL: {title}" if hits else title,
         context=context,
         variant=variant,
@@ -412,6 +419,12 @@ def _evidence(context: Context, segmentations: Sequence[Segmentation]) -> list[D
     ]
     evidence[0] = with_empty_patient(evidence[0])
     return evidence
+
+
+def _prior_evidence(analysis: Analysis) -> list[Dataset]:
+    """The images of the earlier study, for Pertinent Other Evidence."""
+    prior = analysis.prior
+    return [_reference(prior.study_uid, prior.series_uid, *one) for one in prior.instances] if prior else []
 
 
 def _predecessor(identity: ResultIdentity, *, labelmap: bool) -> list[Dataset] | None:

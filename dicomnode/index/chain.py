@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from dicomnode.chains import OPEN, Decision, Fate, Known, Needs, decide, dump, load
+from dicomnode.chains import OPEN, Decision, Fate, Known, Needs, decide, decide_prior, dump, load
+from dicomnode.index import prior
 from dicomnode.index.database import Database, Row
 from dicomnode.index.states import JobEvent, JobState, next_job_state
+from dicomnode.priors import PriorState
 
 EVENTS: Mapping[Fate, JobEvent] = {Fate.run: JobEvent.ready, Fate.skip: JobEvent.skip, Fate.bar: JobEvent.bar}
 
@@ -19,6 +21,14 @@ EVENTS: Mapping[Fate, JobEvent] = {Fate.run: JobEvent.ready, Fate.skip: JobEvent
 def bound(needs: Needs, jobs: Mapping[str, int]) -> str:
     """What a step waits for with the jobs of the steps that it names, as its row keeps it."""
     return dump(needs, {name: jobs[name] for name in needs.steps if name in jobs})
+
+
+def ended(db: Database, job: Row) -> None:
+    """Inside a transaction, when a job has ended: decide what waits for it."""
+    advance(db, int(job["series_id"]))
+    if job["step"] in ("", prior.STEP):  # another study may wait to be compared with it
+        for series in prior.comparing(db, int(job["series_id"])):
+            advance(db, series)
 
 
 def advance(db: Database, series_id: int) -> dict[int, JobState]:
@@ -31,7 +41,7 @@ def advance(db: Database, series_id: int) -> dict[int, JobState]:
     while True:
         changed = False
         for job in db.rows(
-            "SELECT id, state, needs FROM jobs WHERE series_id = ? AND state = ? ORDER BY id",
+            "SELECT * FROM jobs WHERE series_id = ? AND state = ? ORDER BY id",
             (series_id, JobState.waiting),
         ):
             decision = _decide(db, job)
@@ -49,7 +59,18 @@ def advance(db: Database, series_id: int) -> dict[int, JobState]:
 
 def _decide(db: Database, job: Row) -> Decision:
     needs, jobs = load(job["needs"])
-    return decide(needs, {name: known for name, number in jobs.items() if (known := _known(db, number)) is not None})
+    known = {name: found for name, number in jobs.items() if (found := _known(db, number)) is not None}
+    decision = decide(needs, known)
+    if decision.fate is not Fate.run or needs.prior is None:
+        return decision
+    wish = prior.of_job(db, int(job["id"])) or prior.begin(db, job, needs.prior)
+    if wish["state"] in prior.OPEN_STATES:
+        return Decision(Fate.wait)
+    found = wish["state"] == PriorState.found
+    decision = decide_prior(needs, found=found, cause=str(wish["last_error"] or ""))
+    if decision.fate is Fate.run and found and not prior.compared(db, job, wish):
+        return Decision(Fate.wait)
+    return decision
 
 
 def _known(db: Database, job_id: int) -> Known | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from dicomnode.index import chain
+from dicomnode.index import chain, prior
 from dicomnode.index.database import Database, Row
 from dicomnode.index.states import JobState
 
@@ -35,6 +35,7 @@ class JobViews:
         if job is None:
             return None
         job["steps"] = chain.told(self.db, job)
+        job["prior"] = prior.told(self.db, job_id)
         for column in (
             "rules",
             "destinations",

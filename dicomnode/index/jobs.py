@@ -15,7 +15,7 @@ from dicomnode.chains import Needs
 from dicomnode.clock import iso
 from dicomnode.errors import LeaseLost, OperatorError
 from dicomnode.identity import input_digest
-from dicomnode.index import chain
+from dicomnode.index import chain, prior
 from dicomnode.index.catalogue import Catalogue, NewInstance
 from dicomnode.index.database import Row
 from dicomnode.index.job_views import JobViews
@@ -221,6 +221,8 @@ class Jobs(JobViews):
         with db.transaction():
             job = self._owned(job_id, owner)
             now, moment = db.clock.ticks(), iso(db.clock.wall())
+            if job["step"] == prior.STEP:  # only for comparison here
+                sync_destination = ""
             self._hand_over(job, outcome, load(job["wishes"]), json.loads(job["destinations"]), sync_destination)
             self._leave(job, JobEvent.finish)
             db.execute(
@@ -236,7 +238,7 @@ class Jobs(JobViews):
                     job_id,
                 ),
             )
-            chain.advance(db, int(job["series_id"]))
+            chain.ended(db, job)
 
     def _hand_over(
         self, job: Row, outcome: Outcome, order: Order, destinations: Sequence[str], sync_destination: str
@@ -315,7 +317,7 @@ class Jobs(JobViews):
         with self.db.transaction():
             job = self._owned(job_id, owner)
             self._leave(job, JobEvent.refuse, error)
-            chain.advance(self.db, int(job["series_id"]))
+            chain.ended(self.db, job)
 
     def fail(self, job_id: int, owner: str, error: str, *, max_attempts: int, backoff: float = 2.0) -> JobState:
         """An error that may pass: retried later, parked as failed after ``max_attempts``."""
@@ -325,7 +327,7 @@ class Jobs(JobViews):
             state = self._leave(job, event, error)
             wait = backoff_seconds(job["attempts"], backoff, LONGEST_WAIT) if state is JobState.pending else 0.0
             self.db.execute("UPDATE jobs SET next_at = ? WHERE id = ?", (self.db.clock.ticks() + wait, job_id))
-            chain.advance(self.db, int(job["series_id"]))
+            chain.ended(self.db, job)
             return state
 
     def wait(self, job_id: int, owner: str, error: str, *, backoff: float = 2.0) -> int:
@@ -416,7 +418,7 @@ class Jobs(JobViews):
             for job in lost:
                 event = JobEvent.give_up if job["attempts"] >= max_attempts else JobEvent.lose
                 self._leave(job, event, "the worker died or fell silent while it held the job")
-                chain.advance(db, int(job["series_id"]))
+                chain.ended(db, job)
             return lost
 
     # The operator's side

@@ -14,6 +14,7 @@ from sqlite_utils import Database, Migrations
 from dicomnode.index.keys import INSTANCE_KEYS, PATIENT_KEYS, REQUEST_KEYS, SERIES_KEYS, STUDY_KEYS
 from dicomnode.index.names import name_keys
 from dicomnode.index.schema_life import create_model_life
+from dicomnode.index.schema_priors import create_priors
 
 migrations: Any = Migrations("dicomnode")
 
@@ -462,3 +463,9 @@ def m0014_waits(db: Database) -> None:
     """
     db["jobs"].add_column("waits", int, not_null_default=0)
     db["model_runs"].add_column("engine", str)
+
+
+@migrations()
+def m0015_priors(db: Database) -> None:
+    """Earlier studies that jobs wish for; see :mod:`dicomnode.index.prior`."""
+    create_priors(db)

@@ -28,6 +28,7 @@ from dicomnode.index.jobs import Jobs, Outcome
 from dicomnode.index.operation import Events
 from dicomnode.infer.ahead import ReadAhead
 from dicomnode.infer.choice import engine_name
+from dicomnode.infer.comparing import changes_summary, inputs_digest, with_prior
 from dicomnode.infer.decode import Decoder
 from dicomnode.infer.failure_reports import FailureReports, ReportFailure, cloud_of
 from dicomnode.infer.faults import Fault, Remedy, fault_of, leave_engine, remedy
@@ -271,6 +272,7 @@ class Worker:
             analysis = model.analyse(sources, decoder=self._decoder, progress=between, ahead=ahead)
         except EngineError as error:
             model, analysis = self._elsewhere(model, sources, error, between, ahead)
+        analysis = with_prior(self._db, job, analysis)
         seconds.update({step: spent - stood.get(step, 0.0) for step, spent in analysis.seconds.items()})
         begin = time.perf_counter()
         identity = self._identity(job, model, analysis)
@@ -345,7 +347,7 @@ class Worker:
             labelmap = self._jobs.predecessor(current, LABELMAP_SR)
             return asdict(
                 result_identity(
-                    inputs=current["inputs_sha256"],
+                    inputs=inputs_digest(self._db, current),
                     model_digest=model.identity.digest,
                     parameters=parameters_digest(model.identity.parameters),
                     revision=int(current["revision"]),
@@ -394,6 +396,7 @@ class Worker:
                         "segments": labels_found(analysis),
                         "measurements": [measurement(m, analysis) for m in analysis.measurements],
                         "findings": [finding(f) for f in analysis.findings],
+                        **({"changes": changes_summary(analysis)} if analysis.prior else {}),
                     },
                     seconds=seconds,
                     critical=[hit.key for hit in hits],

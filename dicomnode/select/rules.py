@@ -2,74 +2,19 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from dicomnode.conditions import all_match
 from dicomnode.index.jobs import PRIORITIES, Request
 from dicomnode.orders import Condition, Order, join, order_for
 from dicomnode.settings import Range, Rule
 
 
-def value_matches(value: str, condition: Any) -> bool:
-    """One condition of a rule against an attribute's text (values joined by a backslash).
-
-    A list means any of its entries; a text with ``*`` or ``?`` is a glob; a number compares
-    as a number; a range is inclusive. Text compares without regard to case and surrounding
-    spaces. A multi-valued attribute matches when one of its values does.
-    """
-    if isinstance(condition, list | tuple):
-        return any(value_matches(value, one) for one in condition)
-    values = [part.strip() for part in value.split("\\")]
-    return any(_one_matches(part, condition) for part in values)
-
-
-def _one_matches(value: str, condition: Any) -> bool:
-    if isinstance(condition, Range):
-        return _in_range(value, condition)
-    if isinstance(condition, bool):
-        return False
-    if isinstance(condition, int | float):
-        number = _number(value)
-        return number is not None and number == float(condition)
-    wanted = str(condition).strip()
-    if "*" in wanted or "?" in wanted:
-        pattern = "".join({"*": ".*", "?": "."}.get(c, re.escape(c)) for c in wanted)
-        return re.fullmatch(pattern, value, re.IGNORECASE | re.DOTALL) is not None
-    return value.casefold() == wanted.casefold()
-
-
-def _in_range(value: str, condition: Range) -> bool:
-    bounds = [b for b in (condition.min, condition.max) if b is not None]
-    if all(isinstance(b, int | float) for b in bounds):
-        number = _number(value)
-        if number is None:
-            return False
-        return not (
-            (condition.min is not None and number < float(condition.min))
-            or (condition.max is not None and number > float(condition.max))
-        )
-    if not value:
-        return False
-    return not (
-        (condition.min is not None and value < str(condition.min))
-        or (condition.max is not None and value > str(condition.max))
-    )
-
-
-def _number(value: str) -> float | None:
-    try:
-        number = float(value)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None  # NaN would lie within every range
-
-
 def rule_matches(rule: Rule, attributes: Mapping[str, Any]) -> bool:
     """Whether every condition holds; an attribute that is missing matches only ``"*"`` and ``""``."""
-    return all(value_matches(str(attributes.get(key) or ""), wanted) for key, wanted in rule.match.items())
+    return all_match(rule.match, attributes)
 
 
 def requests_for(rules: Sequence[Rule], attributes: Mapping[str, Any]) -> list[Request]:
@@ -86,7 +31,7 @@ def requests_for(rules: Sequence[Rule], attributes: Mapping[str, Any]) -> list[R
     for rule in rules:
         if not rule_matches(rule, attributes):
             continue
-        free = [_request(rule, model) for model in rule.models]
+        free = [_request(rule, model) for model in rule.models if rule.prior is None]
         for step in rule.ordered_steps:
             asked = _request(rule.of_step(step), step.model, names=(f"{rule.name}/{step.name}",))
             if not step.needs.any:
@@ -95,7 +40,7 @@ def requests_for(rules: Sequence[Rule], attributes: Mapping[str, Any]) -> list[R
             needs = replace(
                 step.needs,
                 after=tuple(f"{rule.name}/{name}" for name in step.needs.after),
-                when=tuple(replace(w, step=f"{rule.name}/{w.step}") for w in step.needs.when),
+                when=tuple(replace(w, step=f"{rule.name}/{w.step}") if w.step else w for w in step.needs.when),
             )
             later.append(replace(asked, step=asked.names[0], needs=needs))
         for asked in free:

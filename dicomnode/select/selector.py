@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dicomnode import doorbell, logs, metrics
 from dicomnode.errors import NodeError
 from dicomnode.geometry import SlicePlane, StackReport, analyse_stack
+from dicomnode.index import prior
 from dicomnode.index.catalogue import Catalogue
 from dicomnode.index.database import Database, Row
 from dicomnode.index.jobs import Jobs
@@ -18,6 +19,7 @@ from dicomnode.select.rules import requests_for
 from dicomnode.select.steps import Standing, StepEvidence, judge, referenced_steps
 from dicomnode.settings import Settings
 
+FETCHED = "fetched as an earlier study, not analysed by itself"
 FARTHEST_MM = 1e6
 """Positions beyond a kilometre, infinite ones and NaN are no geometry."""
 
@@ -140,12 +142,15 @@ class Selector:
     def _select(self, series: Row, instances: Sequence[Row], reason: str) -> None:
         attributes = dict(self._catalogue.series_attributes(series["id"]) or {})
         first = self._catalogue.first_attributes(series["id"])
-        requests = requests_for(self._settings.rules, {**attributes, **first})
+        uid = str(attributes.get("SeriesInstanceUID"))
+        fetched = prior.fetched(self._db, uid)
+        requests = [] if fetched else requests_for(self._settings.rules, {**attributes, **first})
+        reason = f"{FETCHED}; {reason}" if fetched else reason
         made = self._jobs.select(series["id"], int(series["generation"]), reason, requests)
         if made:
             self._log.info(
                 "series complete",
-                series=logs.uid_hash(str(attributes.get("SeriesInstanceUID"))),
+                series=logs.uid_hash(uid),
                 count=len(instances),
                 reason=reason,
                 job=made,
@@ -153,8 +158,8 @@ class Selector:
             self._on_jobs()
         elif not requests:
             self._log.info(
-                "series complete, no rule matches",
-                series=logs.uid_hash(str(attributes.get("SeriesInstanceUID"))),
+                "series complete, an earlier study that was fetched" if fetched else "series complete, no rule matches",
+                series=logs.uid_hash(uid),
                 count=len(instances),
             )
 

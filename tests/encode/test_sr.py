@@ -11,7 +11,7 @@ from pydicom.uid import Comprehensive3DSRStorage, SegmentationStorage
 
 from dicomnode.encode import encode_results
 from dicomnode.errors import NodeError
-from dicomnode.records import Code, Measurement
+from dicomnode.records import Change, Code, Measurement, Prior
 from tests.encode.encode_case import MODEL, SEGMENTS, VOLUME, identity, read
 
 
@@ -258,3 +258,41 @@ def test_dsrdump_reads_what_a_radiologist_needs(make_case, dump_report):
 
 def objects_part(case):
     return encode_results(case.analysis, case.identity, case.model, case.sources, station=case.station)[1].part10
+
+
+@pytest.mark.parametrize("date", ["20230405", ""])
+def test_earlier_study_is_listed_and_changes_refer_to_the_former_value(make_case, assert_valid, date):
+    case = make_case()
+    measured = next(m for m in case.analysis.measurements if m.segment == 1)
+    other = Measurement("emphysema", Code("LAA950", "99DICOMNODE", "Below -950 HU"), 5.0, Code("%", "UCUM", "percent"))
+    images = tuple(("1.2.840.10008.5.1.4.1.1.2", f"1.2.3.{n}") for n in range(3))
+    prior = Prior(
+        "1.2.3", "1.2.3.0", date, "CT", images, "1.1.0", (Change(measured, measured.value - 10.0), Change(other, 7.5))
+    )
+    case = case.with_analysis(prior=prior, measurements=(*case.analysis.measurements, other))
+    objects = encode_results(case.analysis, case.identity, case.model, case.sources, station=case.station)
+    assert_valid(objects)
+    sr = read(next(o.part10 for o in objects if o.kind == "SR"))
+    listed = [
+        (study.StudyInstanceUID, series.SeriesInstanceUID, i.ReferencedSOPInstanceUID)
+        for study in sr.PertinentOtherEvidenceSequence
+        for series in study.ReferencedSeriesSequence
+        for i in series.ReferencedSOPSequence
+    ]
+    assert {("1.2.3", "1.2.3.0", uid) for _, uid in images} <= set(listed)
+    (library,) = named(sr, "Image Library")
+    assert [i.ReferencedSOPSequence[0].ReferencedSOPInstanceUID for i in named(library, "Source")] == [
+        uid for _, uid in images
+    ]
+    (volume,) = named(sr, "Change of Volume since prior study")
+    assert float(volume.MeasuredValueSequence[0].NumericValue) == pytest.approx(10.0)
+    (former,) = volume.ContentSequence
+    assert former.RelationshipType == "INFERRED FROM" and former.ConceptNameCodeSequence[0].CodeMeaning == "Volume"
+    assert float(former.MeasuredValueSequence[0].NumericValue) == pytest.approx(measured.value - 10.0)
+    assert [c.UID for c in named(former, "Procedure Study Instance UID")] == ["1.2.3"]
+    assert [str(c.Date) for c in named(former, "Study Date")] == ([date] if date else [])
+    (share,) = named(sr, "Change of Below -950 HU since prior study")
+    assert float(share.MeasuredValueSequence[0].NumericValue) == -2.5
+    told = text(sr, "Comment")
+    assert any("7.5 then, 5 now, change -2.5 %" in t for t in told)
+    assert any(t.startswith("Compared with the study") and "version 1.1.0" in t for t in told)

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dicomnode.select.rules import requests_for, rule_matches, value_matches
+from dicomnode.conditions import value_matches
+from dicomnode.select.rules import requests_for, rule_matches
 from dicomnode.settings import Range, Rule
 
 plain = st.text("abcXYZ 0123.-_", max_size=12)

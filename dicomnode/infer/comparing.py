@@ -1,0 +1,65 @@
+"""An analysis beside the earlier study that its job wished for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from typing import Any
+
+from dicomnode.index import prior
+from dicomnode.index.database import Database, Row
+from dicomnode.infer.summary import measurement
+from dicomnode.priors import PriorState
+from dicomnode.priors import changes as changes_of
+from dicomnode.records import Analysis, Change, Prior
+
+
+def with_prior(db: Database, job: Row, analysis: Analysis) -> Analysis:
+    """The analysis with what it is compared with, or with a note why there is nothing."""
+    row = prior.of_job(db, int(job["id"]))
+    if row is None:
+        return analysis
+    if row["state"] != PriorState.found:
+        return replace(analysis, notes=(*analysis.notes, f"No earlier study to compare with: {row['last_error']}"))
+    kept = json.loads(row["compared"])
+    found = Prior(
+        study_uid=kept["StudyInstanceUID"],
+        series_uid=kept["SeriesInstanceUID"],
+        study_date=kept["StudyDate"],
+        modality=kept["Modality"],
+        instances=tuple(prior.instances(db, int(row["series_id"]))),
+        model_version=kept["model_version"] or "" if kept["state"] == "done" else "",
+        changes=_changes(analysis, kept["measurements"]) if kept["state"] == "done" else (),
+    )
+    notes = analysis.notes
+    if kept["state"] not in (None, "done"):
+        notes = (*notes, f"The earlier study could not be analysed by this model; its job ended as {kept['state']}")
+    return replace(analysis, prior=found, notes=notes)
+
+
+def _changes(analysis: Analysis, before: list[dict[str, Any]]) -> tuple[Change, ...]:
+    summaries = [measurement(m, analysis) for m in analysis.measurements]
+    known = {(c["key"], c["segment"], c["unit"]): c["before"] for c in changes_of(summaries, before)}
+    return tuple(
+        Change(m, known[at])
+        for m, s in zip(analysis.measurements, summaries, strict=True)
+        if (at := (s["key"], s["segment"], s["unit"])) in known
+    )
+
+
+def changes_summary(analysis: Analysis) -> list[dict[str, Any]]:
+    """The changes as the summary of a job holds them."""
+    return [
+        {**measurement(c.measurement, analysis), "before": c.before, "change": c.measurement.value - c.before}
+        for c in (analysis.prior.changes if analysis.prior else ())
+    ]
+
+
+def inputs_digest(db: Database, job: Row) -> str:
+    """What defines the result: the job's own inputs, and the earlier study where there is one."""
+    row = prior.of_job(db, int(job["id"]))
+    if row is None or row["state"] != PriorState.found:
+        return str(job["inputs_sha256"])
+    kept = json.loads(row["compared"])
+    return hashlib.sha256(f"{job['inputs_sha256']} {kept['inputs_sha256']} {kept['job']}".encode()).hexdigest()
