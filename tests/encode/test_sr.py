@@ -271,8 +271,9 @@ def test_earlier_study_is_listed_and_changes_refer_to_the_former_value(make_case
     )
     case = case.with_analysis(prior=prior, measurements=(*case.analysis.measurements, other))
     objects = encode_results(case.analysis, case.identity, case.model, case.sources, station=case.station)
-    assert_valid(objects)
-    sr = read(next(o.part10 for o in objects if o.kind == "SR"))
+    (part10,) = [o.part10 for o in objects if o.kind == "SR"]
+    assert_valid(part10)
+    sr = read(part10)
     listed = [
         (study.StudyInstanceUID, series.SeriesInstanceUID, i.ReferencedSOPInstanceUID)
         for study in sr.PertinentOtherEvidenceSequence
