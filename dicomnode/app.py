@@ -193,10 +193,18 @@ def run_sidecar(settings: Settings) -> int:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
-        await run(settings, shell.db, verify=lambda path: verify_model(settings, path), stop=stop)
+        await run(settings, shell.db, verify=lambda path: verify_pulled(settings, path), stop=stop)
 
     asyncio.run(main())
     return 0
+
+
+def verify_pulled(settings: Settings, path: Path) -> None:
+    """:func:`verify_model` of a bundle that is going to be activated: none that is for benchmarks."""
+    from dicomnode.infer.purpose import check_clinical_at
+
+    check_clinical_at(path)
+    verify_model(settings, path)
 
 
 def verify_model(settings: Settings, path: Path, *, build: bool = False) -> None:

@@ -92,11 +92,16 @@ def check_config(config: Config = None, as_json: Json = False) -> None:
     from dicomnode.config_summary import summary
     from dicomnode.endpoint_settings import endpoint_findings
     from dicomnode.findings import Level
+    from dicomnode.infer.purpose import rule_findings
     from dicomnode.tls_check import tls_findings
 
     settings = _settings(config)
     inference = settings.inference
-    findings = [*tls_findings(settings), *endpoint_findings(inference.endpoints, used=bool(inference.places))]
+    findings = [
+        *tls_findings(settings),
+        *endpoint_findings(inference.endpoints, used=bool(inference.places)),
+        *rule_findings(settings),
+    ]
     wrong = [f for f in findings if f.level is Level.fault]
 
     def show(_: dict[str, Any]) -> None:

@@ -316,6 +316,7 @@ def nvidia_driver() -> str:
 def _models(settings: Settings) -> Iterable[Finding]:
     """Every bundle that a rule names is verified; the others are only listed."""
     from dicomnode.app import verify_model
+    from dicomnode.infer.purpose import check_clinical_at
     from dicomnode.infer.serving import bundle_folders, resolve
 
     folders = bundle_folders(settings.inference.models_dir, settings.node.data_dir)
@@ -334,6 +335,7 @@ def _models(settings: Settings) -> Iterable[Finding]:
         name = f"{folder.name} {folder.version}"
         begin = time.perf_counter()
         try:
+            check_clinical_at(folder.path)
             verify_model(settings, folder.path)
         except NodeError as error:
             hint = error.hint or "Install the bundle again, or 'dicomnode models rollback'"

@@ -18,6 +18,7 @@ from dicomnode.index.model_states import ModelState
 from dicomnode.index.operation import Events, Models
 from dicomnode.index.runs import Runs
 from dicomnode.infer.bundle import BundleFolder
+from dicomnode.infer.purpose import check_clinical_at
 from dicomnode.infer.serving import bundle_folders, resolve, serving_version, version_before
 from dicomnode.settings import Settings
 
@@ -92,7 +93,7 @@ class ModelDesk:
                 "make a canary", f"[[peers]] has no '{unknown[0]}'", "Use the name or AE title of a peer"
             )
         if action != "retire":
-            self._verify(resolve(self.folders(), f"{name}@{version}", {}).path)
+            self._check(resolve(self.folders(), f"{name}@{version}", {}).path, serves=action != "stage")
         if action != "activate":
             self._keep_service(action, name, version, who)
         match action:
@@ -125,7 +126,7 @@ class ModelDesk:
                 f"no earlier version of '{name}' was active, but for those that were rolled back",
                 f"Choose one: 'dicomnode models list', then 'dicomnode models activate {name}@VERSION'",
             )
-        self._verify(resolve(self.folders(), f"{name}@{target}", {}).path)
+        self._check(resolve(self.folders(), f"{name}@{target}", {}).path)
         self._life.roll_back(name, active, target, Change(who, why))
         self._told(name, target, "serves again", who)
         return {"name": name, "version": target, "rolled_back": active}
@@ -149,6 +150,12 @@ class ModelDesk:
     def comparisons(self, name: str | None = None, version: str | None = None, limit: int = 100) -> list[Row]:
         return Runs(self._db).comparisons(name, version, limit)
 
+    def _check(self, path: Path, *, serves: bool = True) -> None:
+        """Whether the bundle may serve, where it is going to, and that it works. Raises BundleError or EngineError."""
+        if serves:
+            check_clinical_at(path)
+        self._verify(path)
+
     def _keep_service(self, action: Action, name: str, version: str, who: str) -> None:
         """Before ``version`` is taken out of the default: another becomes the active one, or nothing changes.
 
@@ -167,7 +174,7 @@ class ModelDesk:
                 f"Activate another version first, or take '{name}' out of [[rules]]",
             )
         if ends and successor is not None:
-            self._verify(resolve(others, f"{name}@{successor}", {}).path)
+            self._check(resolve(others, f"{name}@{successor}", {}).path)
         if ends or action != "retire":
             self._pin_default(name, version, who)
 

@@ -183,14 +183,14 @@ def _ellipsoid(plane: Plane, body: Ellipsoid, z: float, margin: float) -> tuple[
     return box, ((f - 1) * f / slope).astype(np.float32, copy=False)
 
 
-def _reaches(cone: Segment, z: float, margin: float) -> bool:
+def reaches(cone: Segment, z: float, margin: float) -> bool:
     reach = max(cone.r0, cone.r1) + margin
     return min(cone.start[2], cone.end[2]) - reach <= z <= max(cone.start[2], cone.end[2]) + reach
 
 
-def _segment(plane: Plane, cone: Segment, z: float, margin: float) -> tuple[tuple[slice, slice], F32] | None:
+def cone_distance(plane: Plane, cone: Segment, z: float, margin: float) -> tuple[tuple[slice, slice], F32] | None:
     """Box and signed distance (mm) where the plane comes within ``margin`` of the cone."""
-    if not _reaches(cone, z, margin):
+    if not reaches(cone, z, margin):
         return None
     (x0, y0, z0), (x1, y1, z1) = cone.start, cone.end
     reach = max(cone.r0, cone.r1) + margin
@@ -212,7 +212,7 @@ def _segments(tubes: Sequence[_Tube]) -> list[Segment]:
 
 
 _VESSEL_SEGMENTS = _segments(_GREAT_VESSELS)
-_AIRWAY_SEGMENTS = _segments(_TRACHEA)
+AIRWAY_SEGMENTS = _segments(_TRACHEA)
 _BONE_SEGMENTS = _segments(_BONES)
 
 
@@ -247,8 +247,8 @@ def lung_surface(plane: Plane, z: float) -> F32:
         if found := _ellipsoid(plane, ellipsoid, z, 16):
             part = mediastinum[found[0]]
             np.minimum(part, found[1] - 1.5, out=part)
-    for cone in (*_VESSEL_SEGMENTS, *_AIRWAY_SEGMENTS):
-        if found := _segment(plane, cone, z, 16):
+    for cone in (*_VESSEL_SEGMENTS, *AIRWAY_SEGMENTS):
+        if found := cone_distance(plane, cone, z, 16):
             part = mediastinum[found[0]]
             np.minimum(part, found[1] - (5 if cone.hu < 0 else 3), out=part)
     inside = _both(_cavity(plane, z, 0.02), -mediastinum, 9)
@@ -271,10 +271,10 @@ def _paint_spine(image: F32, plane: Plane, z: float) -> None:
             wing = Segment((side * 14, y + 24, level_z), (side * 33, y + 33, level_z + 3), 5, 4, 380)
             lamina = Segment((side * 14, y + 25, z), (0, y + 37, z), 3.5, 3.5, 450)
             for cone in (rod, wing, lamina):
-                if found := _segment(plane, cone, z, 2):
+                if found := cone_distance(plane, cone, z, 2):
                     _blend(image, found[0], plane.cover(found[1]), cone.hu)
     spine = Segment((0, y + 36, level_z), (0, y + 50, level_z - 18), 4, 3.5, 380)
-    if found := _segment(plane, spine, z, 2):
+    if found := cone_distance(plane, spine, z, 2):
         _blend(image, found[0], plane.cover(found[1]), spine.hu)
     waist = 1.5 * _smooth(abs(phase), 5, 12)
     body = Ellipsoid((0, y, z), (18.5 - waist, 15 - waist, 1), 0, 0)
@@ -326,7 +326,7 @@ def _paint_wall(image: F32, plane: Plane, z: float, wall: F32) -> None:
     _blend(image, whole, plane.cover(wall), -92)
     _paint_ribs(image, plane, z, wall)
     for cone in _BONE_SEGMENTS:
-        if found := _segment(plane, cone, z, 2):
+        if found := cone_distance(plane, cone, z, 2):
             _blend(image, found[0], plane.cover(found[1]), 650)
             _blend(image, found[0], plane.cover(found[1] + 1.8), 230)
     if -70 < z < 112:
@@ -360,9 +360,9 @@ def _paint_mediastinum(image: F32, plane: Plane, z: float) -> None:
     for ellipsoid in (*_HILA, *_HEART):
         if found := _ellipsoid(plane, ellipsoid, z, 2):
             _blend(image, found[0], plane.cover(found[1]), ellipsoid.hu)
-    vessels = [found for cone in _VESSEL_SEGMENTS if (found := _segment(plane, cone, z, 3))]
-    blood = [cone.hu for cone in _VESSEL_SEGMENTS if _reaches(cone, z, 3)]
-    airways = [found for cone in _AIRWAY_SEGMENTS if (found := _segment(plane, cone, z, 4))]
+    vessels = [found for cone in _VESSEL_SEGMENTS if (found := cone_distance(plane, cone, z, 3))]
+    blood = [cone.hu for cone in _VESSEL_SEGMENTS if reaches(cone, z, 3)]
+    airways = [found for cone in AIRWAY_SEGMENTS if (found := cone_distance(plane, cone, z, 4))]
     for box, distance in vessels:  # all walls before all lumina, so that forks are open
         _blend(image, box, plane.cover(distance - 1), 45)
     for (box, distance), hu in zip(vessels, blood, strict=True):
@@ -446,7 +446,7 @@ def _paint_lung(image: F32, plane: Plane, z: float, pleura: F32, detail: LungDet
     tissue = (-862 + 0.2 * plane.y) + 70 * line
     lung = np.broadcast_to(tissue, image.shape).astype(np.float32)
     for cone in detail.vessels:
-        if found := _segment(plane, cone, z, plane.edge):
+        if found := cone_distance(plane, cone, z, plane.edge):
             _blend(lung, found[0], plane.cover(found[1]), cone.hu)
     # The ramp is shifted so that -950 HU is crossed at the surface of the ellipsoid.
     shift = (EMPHYSEMA_HU + 860) / (-985 + 860)

@@ -85,10 +85,7 @@ def load_bundle(path: Path) -> Bundle:
     an ONNX model that is self-contained.
     """
     data = _read_plain(path, MANIFEST)
-    try:
-        manifest = parse_manifest(data)
-    except BundleError as cause:
-        raise BundleError(f"load bundle {path.parent.name}/{path.name}", str(cause), cause.hint) from cause
+    manifest = _parsed(path, data)
     identity = manifest.identity
     if (path.parent.name, path.name) != (identity.name, identity.version):
         raise _bad(
@@ -110,6 +107,18 @@ def load_bundle(path: Path) -> Bundle:
             check_onnx(content, name)
             check_expansion(content, name)
     return bundle
+
+
+def read_manifest(path: Path) -> Manifest | StagedManifest:
+    """The manifest of a bundle folder, nothing else checked; raises BundleError."""
+    return _parsed(path, _read_plain(path, MANIFEST))
+
+
+def _parsed(path: Path, data: bytes) -> Manifest | StagedManifest:
+    try:
+        return parse_manifest(data)
+    except BundleError as cause:
+        raise BundleError(f"load bundle {path.parent.name}/{path.name}", str(cause), cause.hint) from cause
 
 
 def find_bundles(models_dir: Path) -> list[BundleFolder]:

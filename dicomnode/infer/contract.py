@@ -6,6 +6,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+Purpose = Literal["clinical", "benchmark"]
+"""What a bundle may be used for; see ``purpose``."""
+
 
 class Strict(BaseModel):
     """Frozen; refuses unknown keys and values of another type."""

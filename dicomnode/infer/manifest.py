@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from dicomnode.errors import BundleError
-from dicomnode.infer.contract import InputContract, Strict
+from dicomnode.infer.contract import InputContract, Purpose, Strict
 from dicomnode.infer.measure import MeasureSpec
 from dicomnode.infer.steps import PostStep, PreStep
 from dicomnode.records import Code, SegmentDefinition
@@ -140,6 +140,7 @@ class Manifest(Strict):
     identity: Identity
     licence: str = Field(min_length=1)
     intended_use: str = Field(min_length=1)
+    purpose: Purpose = "clinical"
     input: InputContract
     preprocess: tuple[PreStep, ...]
     engine: EngineSpec

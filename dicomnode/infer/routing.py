@@ -22,6 +22,7 @@ from dicomnode.index.operation import Events, Models
 from dicomnode.index.runs import Origin, Runs
 from dicomnode.infer.choice import NotBuilt
 from dicomnode.infer.placing import PlacedModels, Record, Servable
+from dicomnode.infer.purpose import check_clinical_version
 from dicomnode.infer.serving import ServingModels, bundle_folders, serving_version, version_before
 from dicomnode.records import Analysis
 from dicomnode.rollout import Canary, Limits, Role, RunState, Verdict
@@ -75,7 +76,8 @@ class Router:
         """The model for a job, ready and held until :meth:`end`; its attempt is on record.
 
         The version is decided here, the place by the models, which give ``record`` what they
-        decided. Raises as :meth:`ServingModels.get` does, and PeerAway when every place is away.
+        decided. Raises as :meth:`ServingModels.get` does, BundleError for a bundle that is for
+        benchmarks, and PeerAway when every place is away.
         """
         reference = str(job["model"])
         name, _, pinned = reference.partition("@")
@@ -87,6 +89,7 @@ class Router:
         else:
             model = self._models.for_job(reference, record)
         version = model.identity.version
+        check_clinical_version(bundle_folders(*self._folders), name, version)
         run = self._runs.begin(int(job["id"]), origin.study_id, name, version, role, instances)
         given: Any = model  # of the kind that these models gave
         self._models.hold(given)

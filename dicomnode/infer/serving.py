@@ -18,6 +18,7 @@ from dicomnode.infer.bundle import BundleFolder, compare_versions, find_bundles
 from dicomnode.infer.choice import EngineChoice, NotBuilt, engine_name, engine_text
 from dicomnode.infer.engine import Engine
 from dicomnode.infer.golden import ReadyModel
+from dicomnode.infer.purpose import check_clinical_at
 from dicomnode.infer.upgrades import Upgrades
 
 
@@ -198,7 +199,8 @@ class ServingModels:
             self._retired.append(spare)
 
     def _open(self, folder: BundleFolder) -> ReadyModel:
-        """On the best engine that is built; a better one is built beside serving."""
+        """On the best engine that is built; a better one is built beside serving. Never one for benchmarks."""
+        check_clinical_at(folder.path)
         ready = self._upgrades.take(folder.path)
         if ready is None:
             try:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from dicomnode.infer.contract import InputContract, Strict
+from dicomnode.infer.contract import InputContract, Purpose, Strict
 from dicomnode.infer.manifest import CodeEntry, FileName, Identity, SegmentEntry, Sha256
 from dicomnode.infer.stages.classify import ActivationName, Calibration
 from dicomnode.infer.stages.decide import Activation, Argmax, Decision, FillHoles, KeepLargest, MaskFrom, Threshold
@@ -174,6 +174,7 @@ class StagedManifest(Strict):
     identity: Identity
     licence: str = Field(min_length=1)
     intended_use: str = Field(min_length=1)
+    purpose: Purpose = "clinical"
     input: InputContract
     preprocess: tuple[PreStep, ...] = ()
     engine: Network | None = None
