@@ -36,20 +36,25 @@ SECTIONS = (
     "admin",
     "reading",
     "turnaround",
+    "inference",
 )
 """Modules of the package with a function ``run(bench)``, in the order in which they run."""
+
+INFERENCE = ("reading", "inference")
+"""What ``--inference`` stands for."""
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", metavar="NAME,NAME", help=f"only these of: {', '.join(SECTIONS)}")
+    parser.add_argument("--inference", action="store_true", help="only reading and inference: engines, worker, encoder")
     parser.add_argument("--quick", action="store_true", help="few and small objects, once: to try the script")
     parser.add_argument("--repeat", type=int, default=0, metavar="N", help="times each cell is measured (3; quick: 1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample to this file")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables to this file, for the README")
     parser.add_argument("--work", type=Path, metavar="FOLDER", help="where to put data (needs some 10 GB; /tmp)")
     found = parser.parse_args()
-    found.names = [n for n in found.only.split(",") if n] or list(SECTIONS)
+    found.names = [n for n in found.only.split(",") if n] or list(INFERENCE if found.inference else SECTIONS)
     unknown = [n for n in found.names if n not in SECTIONS]
     if unknown:
         parser.error(f"there is no section {', '.join(unknown)}; there are: {', '.join(SECTIONS)}")

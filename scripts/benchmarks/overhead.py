@@ -1,0 +1,127 @@
+"""The worker's way through a network against a bare onnxruntime loop over the same tensors."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmarks.report import Figures, Goal, Row, Section
+from benchmarks.subjects import Subject, cores
+from benchmarks.tools import Bench, Samples, say
+from dicomnode.infer.batching import CappedSession
+from dicomnode.infer.engine import Array, Session
+from dicomnode.infer.manifest import Manifest
+from dicomnode.infer.ort import CPU_PROVIDER, OnnxRuntimeCpu
+from dicomnode.infer.pipeline import infer
+from dicomnode.infer.stages.network import run_network
+from dicomnode.infer.stages.run import prepare
+
+LIMIT = 0.05
+MAX_BATCH = 16
+
+
+def overhead(ours: float, bare: float) -> float:
+    """Share of the bare loop's time that the worker takes longer."""
+    return ours / bare - 1
+
+
+@dataclass(slots=True)
+class Recorder:
+    """A session that keeps what it was given."""
+
+    within: Session
+    tensors: list[dict[str, Array]] = field(default_factory=list)
+
+    @property
+    def engine(self) -> str:
+        return self.within.engine
+
+    def run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        self.tensors.append({name: array.copy() for name, array in inputs.items()})
+        return self.within.run(inputs)
+
+    def close(self) -> None:
+        self.within.close()
+
+
+class Network:
+    """What the worker does from a volume that is ready to the network's answers on its grid.
+
+    Schema 1: slabs, clip, cast, network, answers checked and put together. Schema 2: batches
+    (neighbours, patches), network, answers checked, blended and put together; the grid is
+    made before, since the bare loop has nothing that corresponds to it.
+    """
+
+    def __init__(self, subject: Subject) -> None:
+        self._manifest = subject.bundle.manifest
+        self._volume = subject.volume
+        self._values: Any = None
+        if not isinstance(self._manifest, Manifest):
+            self._values = prepare(self._manifest, subject.volume).values
+
+    def __call__(self, session: Session) -> None:
+        capped = CappedSession(session, MAX_BATCH)
+        manifest = self._manifest
+        if isinstance(manifest, Manifest):
+            infer(manifest, capped, self._volume)
+        else:
+            assert manifest.engine is not None
+            run_network(manifest.engine, capped, self._values, lambda *_: None)
+
+
+def measure(bench: Bench, subjects: list[Subject]) -> Section:
+    section = Section()
+    rows: list[Row] = []
+    for subject in subjects:
+        say.print(f"overhead: {subject.name} …")
+        ours, bare, count = _both(bench, subject)
+        share = overhead(ours.best, bare.best)
+        rows.append(
+            {
+                "model": subject.name,
+                "tensors": count,
+                "bare loop, s": f"{bare.best:.3f}",
+                "worker, s": f"{ours.best:.3f}",
+                "overhead": f"{share:+.1%}",
+            }
+        )
+        section.samples[subject.name] = {"worker": ours.as_json(), "bare": bare.as_json()}
+        section.goals.append(
+            Goal(
+                f"worker against a bare onnxruntime loop ({subject.name})",
+                f"<= {LIMIT:.0%}",
+                f"{share:+.1%}",
+                share <= LIMIT,
+            )
+        )
+    note = f"onnxruntime on the CPU, {cores()} threads each, the same tensors in turn; best of {bench.repeat}."
+    section.tables.append(Figures("The worker's network stage against a bare onnxruntime loop", rows, note))
+    return section
+
+
+def _both(bench: Bench, subject: Subject) -> tuple[Samples, Samples, int]:
+    import onnxruntime
+
+    onnx = subject.onnx()
+    session = OnnxRuntimeCpu().load(onnx, threads=cores())
+    network = Network(subject)
+    recorder = Recorder(session)
+    network(recorder)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = cores(), 1
+    raw = onnxruntime.InferenceSession(onnx, options, providers=[CPU_PROVIDER])
+    raw.run(None, recorder.tensors[0])
+    ours, bare = Samples(), Samples()
+    for turn in range(bench.repeat):
+        for worker in (turn % 2 == 0, turn % 2 == 1):  # which goes first takes turns
+            begin = time.perf_counter()
+            if worker:
+                network(session)
+            else:
+                for tensors in recorder.tensors:
+                    raw.run(None, tensors)
+            (ours if worker else bare).add(time.perf_counter() - begin)
+    session.close()
+    return ours, bare, len(recorder.tensors)

@@ -1,0 +1,1 @@
+"""Training of ct-lung-unet: procedural chests (``phantoms``), slabs (``slabs``), the network (``network``)."""
