@@ -166,9 +166,14 @@ def densenet(
     return net.onnx(DENSENET, ["n", 3, "rows", "columns"], net.dense(value, width, classes), ["n", classes])
 
 
-def write_bundles(folder: Path) -> dict[str, Path]:
-    """Both bundles under ``folder``/<name>/1.0.0; by name. Their golden cases come from the CPU engine."""
-    patches = {"kind": "patches", "size": [PATCH] * 3, "overlap": 0.25, "batch": 1}
+def write_bundles(folder: Path, *, small: bool = False) -> dict[str, Path]:
+    """Both bundles under ``folder``/<name>/1.0.0; by name. Their golden cases come from the CPU engine.
+
+    ``small``: networks of a few weights, for tests of what is done with such a bundle.
+    """
+    channels, side = ((2, 4), 16) if small else ((16, 32, 64, 128), PATCH)
+    blocks, growth = ((1, 1), 4) if small else ((6, 12, 24, 16), 32)
+    patches = {"kind": "patches", "size": [side] * 3, "overlap": 0.25, "batch": 1}
     unet_parts = {
         "preprocess": [
             {"step": "orient", "axes": "SPL"},
@@ -183,15 +188,15 @@ def write_bundles(folder: Path) -> dict[str, Path]:
     dense_parts = {
         "preprocess": [
             {"step": "orient", "axes": "SPL"},
-            {"step": "resize", "size": [None, SIDE, SIDE]},
+            {"step": "resize", "size": [None, 32, 32] if small else [None, SIDE, SIDE]},
             {"step": "window", "center": -600.0, "width": 1600.0, "out_low": 0.0, "out_high": 1.0},
         ],
         "engine": {"model": "model.onnx", "input": "x", "scores": ["y"], "reach": slices},
         "outputs": {"findings": [_finding(i) for i in range(2)]},
     }
     return {
-        UNET3D: _write(folder, UNET3D, unet_parts, lambda half: unet3d(half=half)),
-        DENSENET: _write(folder, DENSENET, dense_parts, lambda half: densenet(half=half)),
+        UNET3D: _write(folder, UNET3D, unet_parts, lambda half: unet3d(channels, half=half)),
+        DENSENET: _write(folder, DENSENET, dense_parts, lambda half: densenet(blocks, growth, half=half)),
     }
 
 
