@@ -97,9 +97,8 @@ def _affine(steps: tuple[float, float, float]) -> Affine:
 
 def build(folder: Path, weights: graph.Weights) -> None:
     """Write both graphs, golden cases and manifest; expected values come from the CPU engine in FP32."""
-    from dicomnode.infer.bundle import Bundle
     from dicomnode.infer.ort import OnnxRuntimeCpu
-    from dicomnode.infer.stages.golden import case_volume, manifest_labels, measured, statistics
+    from dicomnode.infer.stages.golden import case_volume, measured, statistics
     from dicomnode.infer.stages.manifest import StagedManifest
     from dicomnode.infer.stages.run import run_staged
 
@@ -124,7 +123,6 @@ def build(folder: Path, weights: graph.Weights) -> None:
     session = OnnxRuntimeCpu().load(contents[MODEL], threads=1)
     names = [*contents, *(case["labels"] for case in manifest["golden"])]
     draft = StagedManifest.model_validate({**manifest, "files": dict.fromkeys(names, "0" * 64)})
-    bundle = Bundle(folder, draft, "")
     for case, entry in zip(draft.golden, manifest["golden"], strict=True):
         seen: list[Any] = []
         volume = case_volume(case, contents.__getitem__)
@@ -138,7 +136,7 @@ def build(folder: Path, weights: graph.Weights) -> None:
             output: [[float(f"{mean:.6g}"), float(f"{std:.6g}")] for mean, std in channels]
             for output, channels in seen[0].items()
         }
-        contents[entry["labels"]] = npy(manifest_labels(bundle.manifest, analysis))  # type: ignore[arg-type]
+        contents[entry["labels"]] = npy(analysis.labels)
         print(case.name, entry["measurements"], analysis.notes)
     manifest["files"] = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(contents.items())}
     for name, data in contents.items():

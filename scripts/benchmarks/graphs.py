@@ -229,7 +229,7 @@ def _npy(values: Array) -> bytes:
 
 def _write(folder: Path, name: str, parts: dict[str, Any], graph: Callable[[bool], bytes]) -> Path:
     from dicomnode.infer.ort import OnnxRuntimeCpu
-    from dicomnode.infer.stages.golden import case_volume, manifest_labels, measured
+    from dicomnode.infer.stages.golden import case_volume, measured
     from dicomnode.infer.stages.manifest import StagedManifest
     from dicomnode.infer.stages.run import run_staged
 
@@ -280,7 +280,8 @@ def _write(folder: Path, name: str, parts: dict[str, Any], graph: Callable[[bool
     analysis = run_staged(draft, session, case_volume(draft.golden[0], contents.__getitem__))
     session.close()
     if segments:
-        contents[case["labels"]] = _npy(manifest_labels(draft, analysis))
+        assert analysis.labels is not None
+        contents[case["labels"]] = _npy(analysis.labels)
         case["measurements"] = measured(draft, analysis)
         case["max_disagreement"] = 0.01  # random weights decide by a hair
         case["min_dice"] = 0.99
