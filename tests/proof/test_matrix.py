@@ -138,6 +138,19 @@ def test_lossless_syntaxes_give_the_same_results(uid: str, tmp_path: Path, plain
 
 
 @pytest.mark.peers
+@pytest.mark.parametrize(
+    "uid", ["1.2.840.10008.1.2.2", "1.2.840.10008.1.2.5", "1.2.840.10008.1.2.4.70", "1.2.840.10008.1.2.4.90"]
+)
+def test_frames_are_told_apart_in_lossless_syntaxes(uid: str, tmp_path: Path) -> None:
+    folder = tmp_path / "plain"
+    folder.mkdir()
+    datasets = SOURCES["enhanced-mr"]()
+    (source,) = save(datasets, folder)
+    analysis = analyse([in_syntax(source, uid, tmp_path)], marker("MR"))
+    np.testing.assert_array_equal(analysis.labels == 2, truth_of(datasets, analysis))
+
+
+@pytest.mark.peers
 @pytest.mark.parametrize("uid", LOSSY)
 def test_lossy_syntaxes_give_valid_results_that_say_so(uid: str, tmp_path: Path, plain: dict[int, Path]) -> None:
     bits = BITS.get(uid, 16)
