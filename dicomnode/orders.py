@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 KINDS = ("SEG", "SR", "GSPS", "SC", "KOS", "PM")
 """What a rule may ask for, in the order in which the objects are made and sent."""
@@ -18,13 +18,17 @@ ALTERNATIVE: Mapping[str, str] = {"SEG": LABELMAP, "SR": LABELMAP_SR}
 """Kind -> what a destination that takes label maps gets instead: an SR names the segmentation by UID."""
 
 
+PROPOSED = "*"
+
+
 @dataclass(frozen=True, slots=True)
 class Condition:
     """When the finding or measurement ``key`` is critical.
 
     ``minimum`` and ``maximum`` are inclusive bounds of a measurement's value or a finding's
     probability. ``value`` is a finding's value as code or meaning, without regard to case;
-    ``*`` stands for a finding that is present or reaches its threshold.
+    ``*`` stands for a finding that is present or reaches its threshold. The key ``PROPOSED`` stands
+    for the conditions that the model's bundle proposes.
     """
 
     key: str
@@ -100,6 +104,14 @@ def shares(made: Sequence[tuple[int, str]], order: Order, destination: str) -> l
         else:
             found.append((result, None))
     return found
+
+
+def with_proposed(order: Order, proposed: Iterable[Condition]) -> Order:
+    """``order`` with what a bundle proposes, where a rule takes that up; its own conditions come first."""
+    own = [c for c in order.critical if c.key != PROPOSED]
+    if len(own) == len(order.critical):
+        return order
+    return replace(order, critical=tuple(dict.fromkeys((*own, *proposed))))
 
 
 def dump(order: Order) -> str:

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dicomnode.orders import Condition
+
 
 @dataclass(frozen=True, slots=True)
 class Code:
@@ -114,7 +116,8 @@ class ModelIdentity:
     """What the provenance of a result names.
 
     ``digest`` is the SHA-256 (hex) of the verified bundle, ``device_uid`` the UID of this
-    model version (Device UID, TID 1004), ``parameters`` the settings that shape the output.
+    model version (Device UID, TID 1004), ``parameters`` the settings that shape the output,
+    ``critical`` what its authors propose as critical: rules decide.
     """
 
     name: str
@@ -126,6 +129,7 @@ class ModelIdentity:
     intended_use: str = ""
     licence: str = ""
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    critical: tuple[Condition, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from dicomnode.chains import Needs, When, circle, in_order
+from dicomnode.orders import PROPOSED
 from dicomnode.peer_settings import Section
 from dicomnode.priors import INDEX, Wish
 
@@ -151,7 +152,8 @@ class Rule(Section):
     )
     report_failures: bool = Field(False, description="an SR says why where an analysis failed or was impossible")
     critical: dict[str, Range | bool | str] = Field(
-        default_factory=dict, description="key of a measurement or finding -> {min, max}, true, or a coded value"
+        default_factory=dict,
+        description="key of a measurement or finding -> {min, max}, true, or a coded value; '*' -> true: the bundle's",
     )
 
     @property
@@ -219,7 +221,10 @@ class Rule(Section):
     @classmethod
     def _conditions(cls, value: dict[str, Range | bool | str]) -> dict[str, Range | bool | str]:
         for key, condition in value.items():
-            if isinstance(condition, Range):
+            if key == PROPOSED:
+                if condition is not True:
+                    raise ValueError(f"'{PROPOSED}': true takes up what the model's bundle proposes; else leave it out")
+            elif isinstance(condition, Range):
                 if any(isinstance(bound, str) for bound in (condition.min, condition.max)):
                     raise ValueError(f"'{key}': min and max must be numbers")
             elif not condition or condition == "*":

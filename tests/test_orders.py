@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from dicomnode.critical import critical_hits, is_positive, unknown_keys, within
 from dicomnode.orders import (
@@ -21,6 +23,7 @@ from dicomnode.orders import (
     load,
     order_for,
     shares,
+    with_proposed,
 )
 from dicomnode.records import Analysis, Code, Finding, Measurement
 from dicomnode.select.rules import order_of, requests_for
@@ -95,6 +98,22 @@ def test_rules_that_share_a_model_share_the_work_not_the_wishes() -> None:
     assert request.order.kinds_for("viewer") == ("SR", "SC") and request.order.report_to == ("pacs",)
     assert request.order.critical == (Condition("v", 1.0),)
     assert order_of(Rule(name="c", models=("m",))).kinds == {"": DEFAULT_KINDS}
+
+
+def test_a_rule_decides_whether_what_a_bundle_proposes_is_critical() -> None:
+    proposed = (Condition("v", 1.0), Condition("f", value="*"))
+    silent = order_of(Rule(name="a", models=("m",), critical={"w": True}))
+    assert with_proposed(silent, proposed) is silent
+    taken = order_of(Rule(name="b", models=("m",), critical={"*": True, "v": Range(min=1)}))
+    assert load(dump(taken)) == taken
+    assert with_proposed(taken, proposed).critical == (Condition("v", 1.0), Condition("f", value="*"))
+    assert with_proposed(taken, ()).critical == (Condition("v", 1.0),)
+    assert with_proposed(join(silent, taken), proposed).critical == (
+        Condition("w", value="*"), Condition("v", 1.0), Condition("f", value="*")
+    )  # fmt: skip
+    for wrong in (False, "proposed", Range(min=1)):
+        with pytest.raises(ValidationError, match="bundle proposes"):
+            Rule(name="c", models=("m",), critical={"*": wrong})
 
 
 def finding(value: Code | None, probability: float | None, threshold: float | None = 0.5) -> Finding:

@@ -58,6 +58,7 @@ class Bundle:
             description=m.identity.description,
             intended_use=m.intended_use,
             licence=m.licence,
+            critical=tuple(entry.condition(key) for key, entry in m.outputs.critical.items()),
             parameters=provenance(m)
             if isinstance(m, StagedManifest)
             else {

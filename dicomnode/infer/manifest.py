@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -17,6 +18,7 @@ from dicomnode.errors import BundleError
 from dicomnode.infer.contract import InputContract, Purpose, Strict
 from dicomnode.infer.measure import MeasureSpec
 from dicomnode.infer.steps import PostStep, PreStep
+from dicomnode.orders import Condition
 from dicomnode.records import Code, SegmentDefinition
 
 if TYPE_CHECKING:
@@ -99,9 +101,41 @@ class MeasurementEntry(Strict):
     derivation: CodeEntry | None = None
 
 
+class CriticalEntry(Strict):
+    """When a measurement or finding is critical in its authors' view.
+
+    A rule takes that up with ``critical = {"*" = true}``, else nothing comes of it.
+    ``min`` and ``max``: inclusive, of the value or a finding's probability. ``value``: a finding's
+    code or meaning, ``*`` for one that is positive.
+    """
+
+    min: float | None = None
+    max: float | None = None
+    value: str = Field(default="", max_length=64)
+
+    @model_validator(mode="after")
+    def _says_when(self) -> CriticalEntry:
+        if (self.min is not None or self.max is not None) == bool(self.value):
+            raise ValueError("give min, max or both, or a value")
+        return self
+
+    def condition(self, key: str) -> Condition:
+        return Condition(key, self.min, self.max, self.value)
+
+
+def check_proposals(
+    critical: Mapping[str, CriticalEntry], measurements: Collection[str], findings: Collection[str]
+) -> None:
+    """Raises ValueError for a key that nothing has, and for the value of what is a number."""
+    for key, entry in critical.items():
+        if key not in findings and (key not in measurements or entry.value):
+            raise ValueError(f"critical.{key} must be a measurement with min or max, or a finding")
+
+
 class Outputs(Strict):
     segments: tuple[SegmentEntry, ...] = Field(min_length=1)
     measurements: tuple[MeasurementEntry, ...]
+    critical: dict[str, CriticalEntry] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _consistent(self) -> Outputs:
@@ -114,6 +148,7 @@ class Outputs(Strict):
         ):
             if len(set(names)) != len(names):
                 raise ValueError("keys and labels must differ from each other")
+        check_proposals(self.critical, [m.key for m in self.measurements], ())
         return self
 
 

@@ -40,7 +40,7 @@ from dicomnode.infer.routing import Router
 from dicomnode.infer.serving import ServingModels
 from dicomnode.infer.summary import finding, labels_found, measurement
 from dicomnode.infer.volume import ReadSlice
-from dicomnode.orders import LABELMAP_SR, Order, load
+from dicomnode.orders import LABELMAP_SR, Order, load, with_proposed
 from dicomnode.records import Analysis, EncodedObject, ModelIdentity, ResultIdentity, SourceInstance
 from dicomnode.settings import Settings
 
@@ -276,7 +276,7 @@ class Worker:
         seconds.update({step: spent - stood.get(step, 0.0) for step, spent in analysis.seconds.items()})
         begin = time.perf_counter()
         identity = self._identity(job, model, analysis)
-        order = load(job["wishes"])
+        order = with_proposed(load(job["wishes"]), model.identity.critical)
         objects = self._encode(analysis, identity, model.identity, sources, order)
         seconds["encode"] = time.perf_counter() - begin
         begin = time.perf_counter()

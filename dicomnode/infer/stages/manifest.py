@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from dicomnode.infer.contract import InputContract, Purpose, Strict
-from dicomnode.infer.manifest import CodeEntry, FileName, Identity, SegmentEntry, Sha256
+from dicomnode.infer.manifest import CodeEntry, CriticalEntry, FileName, Identity, SegmentEntry, Sha256, check_proposals
 from dicomnode.infer.stages.classify import ActivationName, Calibration
 from dicomnode.infer.stages.decide import Activation, Argmax, Decision, FillHoles, KeepLargest, MaskFrom, Threshold
 from dicomnode.infer.stages.extent import CropForeground, CropToBody, Pad
@@ -107,6 +107,7 @@ class Outputs(Strict):
     measurements: tuple[MeasurementEntry, ...] = ()
     findings: tuple[FindingEntry, ...] = ()
     probability_maps: tuple[ProbabilityMapEntry, ...] = ()
+    critical: dict[str, CriticalEntry] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _consistent(self) -> Outputs:
@@ -125,6 +126,7 @@ class Outputs(Strict):
         ):
             if len(set(names)) != len(names):
                 raise ValueError("keys and labels must differ from each other")
+        check_proposals(self.critical, [m.key for m in self.measurements], [f.key for f in self.findings])
         return self
 
 

@@ -11,6 +11,7 @@ import pytest
 from dicomnode.errors import BundleError
 from dicomnode.infer.manifest import Manifest, parse_manifest
 from dicomnode.infer.stages.manifest import StagedManifest
+from dicomnode.orders import Condition
 from tests.infer.infer_case import MODEL
 from tests.infer.stages.bundle_case import CODE, golden, manifest
 
@@ -37,6 +38,19 @@ def _classification(m: dict[str, Any]) -> None:
     m.update(activations=[], decision=None, postprocess=[])
     m["outputs"] = {"findings": [{"key": "haemorrhage", "name": CODE, "output": "s", "activation": "sigmoid"}]}
     m["golden"] = [golden(findings={"haemorrhage": 0.5})]
+
+
+def test_a_bundle_may_propose_what_is_critical() -> None:
+    data = complete()
+    data["outputs"]["critical"] = {"volume_ml": {"min": 1.5}}
+    parsed = parse_manifest(json.dumps(data).encode())
+    assert [e.condition(k) for k, e in parsed.outputs.critical.items()] == [Condition("volume_ml", 1.5)]
+    old = json.loads((MODEL / "manifest.json").read_text())
+    old["outputs"]["critical"] = {"volume_ml": {"max": 800}}
+    assert parse_manifest(json.dumps(old).encode()).outputs.critical["volume_ml"].max == 800
+    old["outputs"]["critical"] = {"gone": {"max": 800}}
+    with pytest.raises(BundleError, match="gone must be"):
+        parse_manifest(json.dumps(old).encode())
 
 
 def test_classification_alone_is_accepted() -> None:
@@ -91,6 +105,9 @@ REFUSED: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda m: m["golden"][0].update(probability_tolerance=0.5), "probability_tolerance"),
     (lambda m: m["outputs"].update(probability_maps=[{"key": "p", "name": CODE, "output": "s"}]), "s is not among"),
     (lambda m: m["golden"].clear(), "golden"),
+    (lambda m: m["outputs"].update(critical={"nothing": {"min": 1}}), "critical.nothing must be"),
+    (lambda m: m["outputs"].update(critical={"volume_ml": {"value": "*"}}), "critical.volume_ml must be"),
+    (lambda m: m["outputs"].update(critical={"volume_ml": {}}), "give min, max or both"),
     (lambda m: m["preprocess"][1].update(spacing_mm=[1, 0, 1]), "spacing_mm"),
     (lambda m: m["preprocess"][1].update(spacing_mm=[1, -2, None]), "spacing_mm"),
     (lambda m: m["preprocess"].insert(1, {"step": "resize", "size": [9, 0, None]}), "size"),
