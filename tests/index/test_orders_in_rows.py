@@ -85,6 +85,24 @@ def test_a_report_is_owed_until_it_is_committed(db: Database, clock: FakeClock, 
     assert not jobs.reported(job_id, report), "it runs again: there is no failure to report"
 
 
+def test_a_second_failure_of_one_job_makes_no_second_object_of_the_same_uid(db: Database, clock: FakeClock) -> None:
+    """Its report has the UIDs of the first one and other bytes (times, the number of attempts): the first one stays."""
+    jobs = Jobs(db)
+    job_id = ordered_job(db, ("pacs",), report_failures=True)
+    first = instance(uid(), origin="result")
+    for stored in (first, replace(first, file="other", sha256="f" * 64, dataset_sha256="e" * 64)):
+        jobs.fail(job_id, "w", "x", max_attempts=1)
+        assert jobs.owed_report() is not None
+        assert jobs.reported(job_id, Outcome([Result("SR", stored)]))
+        (item,) = Outbox(db, "deliveries").listing()
+        assert db.value("SELECT sha256 FROM results") == first.sha256
+        assert db.value("SELECT count(*) FROM results") == 1
+        jobs.retry(job_id)
+        assert jobs.lease("w", 60) is not None
+        clock.move(11)
+    assert item["kind"] == "SR"
+
+
 def test_a_report_that_kills_its_worker_is_not_tried_for_ever(db: Database, clock: FakeClock) -> None:
     jobs = Jobs(db)
     jobs.refuse(ordered_job(db, ("pacs",), report_failures=True), "w", "x")
