@@ -70,14 +70,16 @@ class Argmax(_Decision):
 
     def apply(self, volume: Volume, channels: Array, undo: tuple[Undo, ...]) -> State:
         numbers = self._numbers(len(channels))
-        return _state(volume, _strongest(channels, undo, numbers, None, self.on))
+        labels, _ = _strongest(channels, undo, numbers, None, self.on)
+        return _state(volume, labels)
 
 
 class Threshold(_Decision):
     """A voxel belongs to the strongest channel that reaches ``threshold``, else to none.
 
     For independent channels (sigmoid). Channel i makes label i + 1 unless ``labels`` says
-    otherwise. The threshold is above 0, which is what the outside of a crop has.
+    otherwise. The threshold is above 0, which is what the outside of a crop has. A voxel has one
+    label: where several channels reach the threshold, a note says so.
     """
 
     step: Literal["threshold"]
@@ -85,7 +87,14 @@ class Threshold(_Decision):
 
     def apply(self, volume: Volume, channels: Array, undo: tuple[Undo, ...]) -> State:
         numbers = self._numbers(len(channels)) if self.labels is not None else tuple(range(1, len(channels) + 1))
-        return _state(volume, _strongest(channels, undo, numbers, self.threshold, self.on))
+        labels, several = _strongest(channels, undo, numbers, self.threshold, self.on)
+        state = _state(volume, labels)
+        if not several:
+            return state
+        share = several / max(1, int(np.count_nonzero(labels)))
+        return state.note(
+            f"Structures overlap in {share:.1%} of what was marked; each voxel was given to the most probable one"
+        )
 
 
 class MaskFrom(FromOutput):
@@ -103,9 +112,13 @@ class MaskFrom(FromOutput):
 
 def _strongest(
     channels: Array, undo: tuple[Undo, ...], numbers: tuple[int, ...], threshold: float | None, on: str
-) -> npt.NDArray[np.uint8]:
-    """Running maximum over the channels, one restored channel at a time: memory does not grow with them."""
+) -> tuple[npt.NDArray[np.uint8], int]:
+    """Labels, and at how many voxels of the decision's grid more than one channel reaches ``threshold``.
+
+    Running maximum over the channels, one restored channel at a time: memory does not grow with them.
+    """
     back = undo if on == "source" else ()
+    shared = np.zeros(0, bool)
     best: Array | None = None
     labels = np.zeros(0, np.uint8)
     for channel, number in zip(channels, numbers, strict=True):
@@ -115,17 +128,21 @@ def _strongest(
             labels = np.full(best.shape, number, np.uint8)
             if threshold is not None:
                 labels[best < threshold] = 0
+                shared = np.zeros(best.shape, bool)
             continue
         for plane in range(len(best)):  # in the cache
             part = value[plane]
             stronger = part > best[plane]
             if threshold is not None:
-                stronger &= part >= threshold
+                reached = part >= threshold
+                if number:
+                    shared[plane] |= reached & (labels[plane] != 0)
+                stronger &= reached
             labels[plane][stronger] = number
             np.copyto(best[plane], part, where=stronger, casting="same_kind")
     if on == "network":
         labels = np.ascontiguousarray(restore(undo, labels, "nearest"))
-    return np.ascontiguousarray(labels)
+    return np.ascontiguousarray(labels), int(np.count_nonzero(shared))
 
 
 def _state(volume: Volume, labels: npt.NDArray[np.uint8]) -> State:

@@ -44,6 +44,21 @@ def test_decisions_on_an_unchanged_grid(logits: np.ndarray) -> None:
         np.testing.assert_array_equal(got, wanted)
 
 
+@given(LOGITS)
+def test_structures_that_overlap_are_said_to(logits: np.ndarray) -> None:
+    volume = make_volume(np.zeros(logits.shape[1:], np.int16))
+    probabilities = special.expit(logits)
+    state = Threshold(step="threshold", output="y", threshold=0.5).apply(volume, probabilities, ())
+    reached = (probabilities >= 0.5).sum(axis=0)
+    if not (reached > 1).any():
+        assert state.notes == ()
+        return
+    share = (reached > 1).sum() / (reached > 0).sum()
+    assert state.notes == (
+        f"Structures overlap in {share:.1%} of what was marked; each voxel was given to the most probable one",
+    )
+
+
 def test_labels_of_channels() -> None:
     channels = np.eye(3, dtype=np.float32).reshape(3, 3, 1, 1)
     volume = make_volume(np.zeros((3, 1, 1), np.int16))
