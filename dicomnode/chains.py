@@ -74,12 +74,15 @@ class Needs:
     """What a step waits for: it follows ``after``, and every condition of ``when`` holds.
 
     ``prior``: an earlier study that is looked for once all this is so; it is not waited for longer
-    than the wish says.
+    than the wish says. ``inputs``: conditions on further series of the study, by the model's names
+    for them, and for how long they are waited for.
     """
 
     after: tuple[str, ...] = ()
     when: tuple[When, ...] = ()
     prior: Wish | None = None
+    inputs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    inputs_seconds: float = 600.0
 
     @property
     def steps(self) -> tuple[str, ...]:
@@ -88,7 +91,7 @@ class Needs:
 
     @property
     def any(self) -> bool:
-        return bool(self.after or self.when or self.prior)
+        return bool(self.after or self.when or self.prior or self.inputs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +206,9 @@ def load(text: str) -> tuple[Needs, dict[str, int]]:
     data = json.loads(text)
     wish = data.get("prior")
     prior = Wish(**{**wish, "sources": tuple(wish["sources"])}) if wish else None
-    return Needs(tuple(data["after"]), tuple(_when(w) for w in data["when"]), prior), dict(data["jobs"])
+    inputs, seconds = data.get("inputs", {}), float(data.get("inputs_seconds", 600.0))
+    needs = Needs(tuple(data["after"]), tuple(_when(w) for w in data["when"]), prior, inputs, seconds)
+    return needs, dict(data["jobs"])
 
 
 def _when(data: Mapping[str, Any]) -> When:

@@ -398,7 +398,7 @@ def _peers(settings: Settings) -> Iterable[Finding]:
 def _echo(settings: Settings, peer: Peer) -> Finding:
     from dicomnode.deliver.scu import echo
 
-    wanted = any(peer.name in rule.destinations for rule in settings.rules)
+    wanted = any(peer.name in (*rule.destinations, *rule.prior_peers) for rule in settings.rules)
     limits = settings.delivery.model_copy(
         update={
             "connect_seconds": min(settings.delivery.connect_seconds, CONNECT_SECONDS),

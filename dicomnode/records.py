@@ -146,6 +146,7 @@ class Analysis:
     its arithmetic, ``fp32`` or ``fp16``; empty where it is not known.
     ``seconds``: duration of each step by name (``read``, ``inference``, ``postprocess``).
     ``findings``: answers about the whole series. ``probability_maps``: in the geometry of ``labels``.
+    ``others``: SeriesInstanceUID, SOPClassUID and SOPInstanceUID of further inputs in the same study.
     ``prior``: what it is compared with. ``source_frames``: frame number, from 1, of each slice within its instance of
     ``source_uids``; empty where the instances have one frame each.
     ``projection``: ``source_uids`` are single images, each analysed by itself, in the order of
@@ -167,6 +168,7 @@ class Analysis:
     source_frames: tuple[int, ...] = ()
     projection: bool = False
     prior: Prior | None = None
+    others: tuple[tuple[str, str, str], ...] = ()
 
     def numbers_found(self) -> frozenset[int]:
         """The values other than 0 that occur in ``labels``."""

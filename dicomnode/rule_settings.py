@@ -123,14 +123,33 @@ class RuleStep(Section):
     after: tuple[str, ...] = Field((), description="steps that have to end before it; none: side by side")
     when: tuple[StepCondition, ...] = Field((), description="conditions that must all hold, else it is skipped")
     prior: PriorWish | None = Field(None, description="an earlier study that it wants; none: that of the rule")
+    inputs: dict[str, dict[str, MatchScalar | tuple[MatchScalar, ...] | Range]] = Field(
+        default_factory=dict, description="further series of the study: the model's name for it -> conditions"
+    )
+    inputs_wait_seconds: float = Field(600.0, gt=0, description="for a complete series for each of inputs")
     send_to: tuple[str, ...] | None = Field(None, description="as in the rule, which it replaces for this step")
     results: tuple[Kind, ...] | None = Field(
         None, min_length=1, description="as in the rule, which it replaces for this step"
     )
 
+    @field_validator("inputs")
+    @classmethod
+    def _conditions(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for name, conditions in value.items():
+            if not conditions:
+                raise ValueError(f"'{name}': give conditions, or any series of the study is taken")
+            checked_keywords(conditions)
+        return value
+
     @property
     def needs(self) -> Needs:
-        return Needs(self.after, tuple(c.when for c in self.when), self.prior.wish if self.prior else None)
+        return Needs(
+            self.after,
+            tuple(c.when for c in self.when),
+            self.prior.wish if self.prior else None,
+            self.model_dump(mode="json", include={"inputs"}).get("inputs", {}),
+            self.inputs_wait_seconds,
+        )
 
 
 class Rule(Section):
@@ -160,6 +179,17 @@ class Rule(Section):
     def every_model(self) -> tuple[str, ...]:
         """Every bundle that the rule may run, as it is named."""
         return tuple(dict.fromkeys((*self.models, *(s.model for s in self.steps))))
+
+    @property
+    def prior_peers(self) -> tuple[str, ...]:
+        """Peers that are asked for earlier studies."""
+        return tuple(dict.fromkeys(s for p in self.priors for s in p.sources if s != INDEX))
+
+    @property
+    def keywords(self) -> tuple[str, ...]:
+        """DICOM keywords that its conditions look at."""
+        matches = [self.match, *(p.match for p in self.priors), *(i for s in self.steps for i in s.inputs.values())]
+        return tuple(dict.fromkeys(k for match in matches for k in match))
 
     @property
     def destinations(self) -> tuple[str, ...]:

@@ -29,7 +29,6 @@ from dicomnode.peer_settings import (
     check_peer,
     checked_ae_title,
 )
-from dicomnode.priors import INDEX
 from dicomnode.rule_settings import Priority, Range, Rule, RuleStep
 
 __all__ = ["Peer", "Priority", "Range", "Rule", "RuleStep", "Section", "Service", "Tls", "caller_matches"]
@@ -314,7 +313,7 @@ class Settings(BaseSettings):
                 raise ValueError(f"rules '{rule.name}': notify names the peer '{target}', which [[peers]] lacks")
             if not by_name[target].reachable:
                 raise ValueError(f"rules '{rule.name}': peer '{target}' needs host and port to be notified")
-        for target in dict.fromkeys(t for wish in rule.priors for t in wish.sources if t != INDEX):
+        for target in rule.prior_peers:
             self._check_prior_source(rule.name, target, by_name)
 
     def _check_prior_source(self, rule: str, target: str, by_name: dict[str, Peer]) -> None:
@@ -336,7 +335,7 @@ class Settings(BaseSettings):
     @property
     def rule_keywords(self) -> frozenset[str]:
         """DICOM keywords that rules look at; the header reader collects them."""
-        return frozenset(k for r in self.rules for k in r.match)
+        return frozenset(k for r in self.rules for k in r.keywords)
 
 
 def load_settings(path: Path | None) -> Settings:

@@ -45,6 +45,8 @@ def test_unknown_key_names_the_one_that_was_meant(tmp_path: Path, text: str, key
     assert f"{key}: unknown key" in said and near in said and str(tmp_path / "node.toml") in said
 
 
+PACS = '[[peers]]\nname = "pacs"\nae_title = "PACS"\nhost = "10.0.0.9"\nport = 104\n'
+PACS += '[[rules]]\nname = "r"\nmodels = ["m"]\n'
 STEPS = '[[rules]]\nname = "r"\nsteps = [{ name = "a", model = "m" }, { name = "b", model = "m",'
 CIRCLE = STEPS.replace('"m" }', '"m", after = ["b"] }') + ' after = ["a"] }]'
 
@@ -74,6 +76,11 @@ CIRCLE = STEPS.replace('"m" }', '"m", after = ["b"] }') + ' after = ["a"] }]'
         (f'{STEPS} when = [{{ step = "a", segment = "s", min = 1 }}] }}]', "min and max need a measurement"),
         (f"{STEPS} whem = [] }}]", "did you mean 'when'?"),
         (f'{STEPS} send_to = ["x"] }}]', "send_to names the peer 'x', which [[peers]] lacks"),
+        (f"{STEPS} when = [{{ prior = true }}] }}]", "step 'b' has a condition on prior; give it prior = { ... }"),
+        (f"{STEPS} inputs = {{ x = {{}} }} }}]", "'x': give conditions, or any series of the study is taken"),
+        (f'{STEPS} inputs = {{ x = {{ Modalty = "MR" }} }} }}]', "'Modalty' is not a DICOM keyword"),
+        ('[[rules]]\nname = "r"\nmodels = ["m"]\nprior = { from = ["x"] }', "prior.from names the peer 'x'"),
+        (f'{PACS}prior = {{ from = ["pacs"] }}', 'may not send them; add "store" to its allow'),
         ('[cloud]\nstow_url = "s3://bucket"', "must begin with https://"),
         ("[node\n", "is not TOML"),
     ],

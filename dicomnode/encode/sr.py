@@ -127,7 +127,7 @@ def encode_sr(
     title = f"AI {provenance.name} {provenance.version} report"
     return build_report(
         content,
-        evidence=_evidence(context, segmentations) + _prior_evidence(analysis),
+        evidence=_evidence(context, segmentations) + _others_evidence(analysis, context) + _prior_evidence(analysis),
         description=f"CRITICAL: {title}" if hits else title,
         context=context,
         variant=variant,
@@ -425,6 +425,11 @@ def _prior_evidence(analysis: Analysis) -> list[Dataset]:
     """The images of the earlier study, for Pertinent Other Evidence."""
     prior = analysis.prior
     return [_reference(prior.study_uid, prior.series_uid, *one) for one in prior.instances] if prior else []
+
+
+def _others_evidence(analysis: Analysis, context: Context) -> list[Dataset]:
+    """Images of further series of the study that the model looked at."""
+    return [_reference(context.headers.study_uid, *one) for one in analysis.others]
 
 
 def _predecessor(identity: ResultIdentity, *, labelmap: bool) -> list[Dataset] | None:

@@ -10,10 +10,10 @@ import json
 from collections.abc import Mapping
 
 from dicomnode.chains import OPEN, Decision, Fate, Known, Needs, decide, decide_prior, dump, load
-from dicomnode.index import prior
+from dicomnode.index import companions, prior
 from dicomnode.index.database import Database, Row
 from dicomnode.index.states import JobEvent, JobState, next_job_state
-from dicomnode.priors import PriorState
+from dicomnode.priors import PriorState, Wish
 
 EVENTS: Mapping[Fate, JobEvent] = {Fate.run: JobEvent.ready, Fate.skip: JobEvent.skip, Fate.bar: JobEvent.bar}
 
@@ -49,7 +49,8 @@ def advance(db: Database, series_id: int) -> dict[int, JobState]:
                 continue
             state = next_job_state(job["state"], EVENTS[decision.fate])
             db.execute(
-                "UPDATE jobs SET state = ?, last_error = ? WHERE id = ?", (state, decision.reason or None, job["id"])
+                "UPDATE jobs SET state = ?, last_error = ?, next_at = 0 WHERE id = ?",
+                (state, decision.reason or None, job["id"]),
             )
             decided[int(job["id"])] = state
             changed = True
@@ -61,9 +62,20 @@ def _decide(db: Database, job: Row) -> Decision:
     needs, jobs = load(job["needs"])
     known = {name: found for name, number in jobs.items() if (found := _known(db, number)) is not None}
     decision = decide(needs, known)
-    if decision.fate is not Fate.run or needs.prior is None:
+    if decision.fate is Fate.run and needs.prior is not None:
+        decision = _decide_prior(db, job, needs, needs.prior)
+    if decision.fate is not Fate.run or not needs.inputs:
         return decision
-    wish = prior.of_job(db, int(job["id"])) or prior.begin(db, job, needs.prior)
+    missing = companions.bind(db, job, needs.inputs)
+    if not missing:
+        return decision
+    if job["next_at"] > db.clock.ticks():
+        return Decision(Fate.wait)
+    return Decision(Fate.bar, f"no complete series for input {', '.join(missing)} within {needs.inputs_seconds:g} s")
+
+
+def _decide_prior(db: Database, job: Row, needs: Needs, wanted: Wish) -> Decision:
+    wish = prior.of_job(db, int(job["id"])) or prior.begin(db, job, wanted)
     if wish["state"] in prior.OPEN_STATES:
         return Decision(Fate.wait)
     found = wish["state"] == PriorState.found
@@ -76,6 +88,16 @@ def _decide(db: Database, job: Row) -> Decision:
 def _known(db: Database, job_id: int) -> Known | None:
     row = db.row("SELECT state, summary FROM jobs WHERE id = ?", (job_id,))
     return None if row is None else Known(str(row["state"]), json.loads(row["summary"]) if row["summary"] else {})
+
+
+def tend(db: Database) -> bool:
+    """Decide steps whose further series did not come in time; True when there were any."""
+    if not companions.overdue(db):
+        return False
+    with db.transaction():
+        for series_id in companions.overdue(db):
+            advance(db, series_id)
+    return True
 
 
 def reopen(db: Database, series_id: int) -> None:

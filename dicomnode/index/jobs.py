@@ -15,7 +15,7 @@ from dicomnode.chains import Needs
 from dicomnode.clock import iso
 from dicomnode.errors import LeaseLost, OperatorError
 from dicomnode.identity import input_digest
-from dicomnode.index import chain, prior
+from dicomnode.index import chain, companions, prior
 from dicomnode.index.catalogue import Catalogue, NewInstance
 from dicomnode.index.database import Row
 from dicomnode.index.job_views import JobViews
@@ -108,7 +108,8 @@ class Jobs(JobViews):
                     made.append(job_id)
                     for uid, content in inputs:
                         db.insert("job_inputs", {"job_id": job_id, "SOPInstanceUID": uid, "sha256": content})
-            chain.advance(db, series_id)
+            for waiting in (series_id, *companions.waiting_beside(db, series_id)):
+                chain.advance(db, waiting)
         return made
 
     def _make(
@@ -148,6 +149,7 @@ class Jobs(JobViews):
                 "generation": generation,
                 "reason": reason,
                 "state": JobState.waiting if request.needs.any else JobState.pending,
+                "next_at": db.clock.ticks() + request.needs.inputs_seconds if request.needs.inputs else 0.0,
                 "last_received_at": float(series["last_received_at"]),
                 "created_at": db.clock.ticks(),
                 "created_time": iso(db.clock.wall()),

@@ -14,7 +14,7 @@ from sqlite_utils import Database, Migrations
 from dicomnode.index.keys import INSTANCE_KEYS, PATIENT_KEYS, REQUEST_KEYS, SERIES_KEYS, STUDY_KEYS
 from dicomnode.index.names import name_keys
 from dicomnode.index.schema_life import create_model_life
-from dicomnode.index.schema_priors import create_priors
+from dicomnode.index.schema_priors import create_companions, create_priors
 
 migrations: Any = Migrations("dicomnode")
 
@@ -469,3 +469,9 @@ def m0014_waits(db: Database) -> None:
 def m0015_priors(db: Database) -> None:
     """Earlier studies that jobs wish for; see :mod:`dicomnode.index.prior`."""
     create_priors(db)
+
+
+@migrations()
+def m0016_companions(db: Database) -> None:
+    """Further series as inputs of one job; see :mod:`dicomnode.index.companions`."""
+    create_companions(db)

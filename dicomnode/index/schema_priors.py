@@ -5,6 +5,15 @@ from __future__ import annotations
 from sqlite_utils import Database
 
 
+def create_companions(db: Database) -> None:
+    """Instances of further series that a job takes as inputs; see :mod:`dicomnode.index.companions`."""
+    db["job_series_inputs"].create(
+        {"job_id": int, "name": str, "SOPInstanceUID": str, "sha256": str},
+        pk=("job_id", "name", "SOPInstanceUID"),
+        foreign_keys=[("job_id", "jobs", "id")],
+    )
+
+
 def create_priors(db: Database) -> None:
     """A row for each wish, and the series that a peer was asked for."""
     db["priors"].create(

@@ -7,7 +7,7 @@ import json
 from dataclasses import replace
 from typing import Any
 
-from dicomnode.index import prior
+from dicomnode.index import companions, prior
 from dicomnode.index.database import Database, Row
 from dicomnode.infer.summary import measurement
 from dicomnode.priors import PriorState
@@ -56,10 +56,27 @@ def changes_summary(analysis: Analysis) -> list[dict[str, Any]]:
     ]
 
 
+def with_companions(db: Database, job: Row, analysis: Analysis) -> Analysis:
+    """The analysis with the further series that it looked at."""
+    found = companions.bound(db, int(job["id"]))
+    if not found:
+        return analysis
+    others = tuple(
+        (str(r["SeriesInstanceUID"]), str(r["SOPClassUID"]), str(r["SOPInstanceUID"]))
+        for rows in found.values()
+        for r in rows
+    )
+    notes = tuple(f"Input {name}: series {rows[0]['SeriesInstanceUID']}" for name, rows in found.items())
+    return replace(analysis, others=others, notes=(*analysis.notes, *notes))
+
+
 def inputs_digest(db: Database, job: Row) -> str:
-    """What defines the result: the job's own inputs, and the earlier study where there is one."""
+    """What defines the result: the job's own inputs, further series, and the earlier study where there is one."""
+    parts = [str(job["inputs_sha256"])]
+    further = companions.digest(db, int(job["id"]))
+    parts += [further] if further else []
     row = prior.of_job(db, int(job["id"]))
-    if row is None or row["state"] != PriorState.found:
-        return str(job["inputs_sha256"])
-    kept = json.loads(row["compared"])
-    return hashlib.sha256(f"{job['inputs_sha256']} {kept['inputs_sha256']} {kept['job']}".encode()).hexdigest()
+    if row is not None and row["state"] == PriorState.found:
+        kept = json.loads(row["compared"])
+        parts += [kept["inputs_sha256"], str(kept["job"])]
+    return parts[0] if len(parts) == 1 else hashlib.sha256(" ".join(parts).encode()).hexdigest()

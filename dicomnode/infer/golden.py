@@ -20,7 +20,7 @@ from dicomnode.infer.bundle import Bundle, load_bundle
 from dicomnode.infer.decode import Decoder
 from dicomnode.infer.engine import ByName, Engine, Loads, Session
 from dicomnode.infer.manifest import GoldenCase, Manifest
-from dicomnode.infer.pipeline import Progress, analyse_series, infer, run_bundle
+from dicomnode.infer.pipeline import NO_SERIES, Progress, analyse_series, infer, run_bundle
 from dicomnode.infer.stages.golden import run_case
 from dicomnode.infer.stages.manifest import StagedManifest
 from dicomnode.infer.stages.run import open_session
@@ -81,9 +81,12 @@ class ReadyModel:
         decoder: Decoder | None = None,
         progress: Progress | None = None,
         ahead: Mapping[str, ReadSlice] | None = None,
+        more: Mapping[str, Sequence[SourceInstance]] = NO_SERIES,
     ) -> Analysis:
         """See ``pipeline.analyse_series``."""
-        return analyse_series(self.bundle, self.session, instances, decoder=decoder, progress=progress, ahead=ahead)
+        return analyse_series(
+            self.bundle, self.session, instances, decoder=decoder, progress=progress, ahead=ahead, more=more
+        )
 
     def close(self) -> None:
         self.session.close()

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from dicomnode import durable
 from dicomnode.durable import ObjectStore
-from dicomnode.errors import NodeError
+from dicomnode.errors import NodeError, UnsuitableSeries
 from dicomnode.header import Wanted, read_header
+from dicomnode.index import companions
 from dicomnode.index.catalogue import NewInstance
 from dicomnode.index.database import Row
 from dicomnode.index.jobs import Jobs, Result
@@ -26,12 +27,47 @@ class JobFiles:
 
     def sources(self, job: Row) -> list[SourceInstance]:
         """The stored instances that the job was made for, as they are now."""
-        return [
-            SourceInstance(
-                r["SOPInstanceUID"], r["SOPClassUID"], r["TransferSyntaxUID"], self._store.path(r["file"]), r["sha256"]
+        return [self._source(r) for r in self._jobs.inputs(int(job["id"]))]
+
+    def companions(self, job: Row) -> dict[str, list[SourceInstance]]:
+        """The further series that a step takes as inputs, by the model's names for them.
+
+        Raises UnsuitableSeries where one lies in another frame of reference than the job's own
+        series: they could not be laid upon each other. NodeError where an image was replaced.
+        """
+        db, job_id = self._jobs.db, int(job["id"])
+        rows = companions.bound(db, job_id)
+        if sum(map(len, rows.values())) != companions.count(db, job_id):
+            raise NodeError(
+                "read inputs",
+                "an image of a further series was replaced after it was chosen",
+                "'dicomnode jobs retry' chooses anew",
+                retryable=True,
             )
-            for r in self._jobs.inputs(int(job["id"]))
-        ]
+        frame = str(db.value("SELECT FrameOfReferenceUID FROM series WHERE id = ?", (job["series_id"],)) or "")
+        for name, found in rows.items():
+            if not frame or found[0]["FrameOfReferenceUID"] != frame:
+                raise UnsuitableSeries(
+                    "read inputs",
+                    "OTHER_FRAME_OF_REFERENCE",
+                    f"the series for input '{name}' lies in another frame of reference than the first one",
+                    "Only series that were acquired in one go fit upon each other without registration",
+                )
+        sources = {name: [self._source(r) for r in found] for name, found in rows.items()}
+        for source in (s for found in sources.values() for s in found):
+            if not intact(source):
+                raise NodeError(
+                    "read inputs",
+                    "a stored image is damaged or gone: its SHA-256 differs",
+                    "Send the series again",
+                    retryable=True,
+                )
+        return sources
+
+    def _source(self, r: Row) -> SourceInstance:
+        return SourceInstance(
+            r["SOPInstanceUID"], r["SOPClassUID"], r["TransferSyntaxUID"], self._store.path(r["file"]), r["sha256"]
+        )
 
     def staged(self, objects: Sequence[EncodedObject]) -> list[Result]:
         """Write the objects under names of ours; :meth:`keep` makes the names durable."""

@@ -6,12 +6,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from dicomnode.errors import EngineError, NodeError
+from dicomnode.errors import EngineError, NodeError, UnsuitableSeries
 from dicomnode.infer.batching import stream
 from dicomnode.infer.bundle import Bundle
 from dicomnode.infer.decode import Decoder
@@ -19,7 +20,7 @@ from dicomnode.infer.engine import Session
 from dicomnode.infer.manifest import Manifest
 from dicomnode.infer.measure import VolumeSpec, measure
 from dicomnode.infer.stages.manifest import StagedManifest
-from dicomnode.infer.stages.run import run_staged
+from dicomnode.infer.stages.run import NONE_MORE, run_staged
 from dicomnode.infer.steps import start
 from dicomnode.infer.volume import ReadSlice, Volume, read_volume
 from dicomnode.records import Analysis, Measurement, SourceInstance
@@ -28,6 +29,7 @@ Progress = Callable[[str, float], None]
 """Called with the step (``read``, ``inference``, ``postprocess``) and the share done, 0..1."""
 
 Array = npt.NDArray[Any]
+NO_SERIES: Mapping[str, Sequence[SourceInstance]] = MappingProxyType({})
 
 
 def _silent(step: str, share: float) -> None:
@@ -35,7 +37,13 @@ def _silent(step: str, share: float) -> None:
     del step, share
 
 
-def run_bundle(bundle: Bundle, session: Session, volume: Volume, progress: Progress | None = None) -> Analysis:
+def run_bundle(
+    bundle: Bundle,
+    session: Session,
+    volume: Volume,
+    progress: Progress | None = None,
+    more: Mapping[str, Volume] = NONE_MORE,
+) -> Analysis:
     """Analyse ``volume``; ``session`` must hold the bundle's model.
 
     ``labels`` of the result has the volume's shape; every segment of the manifest is named,
@@ -45,7 +53,7 @@ def run_bundle(bundle: Bundle, session: Session, volume: Volume, progress: Progr
     report: Progress = progress or _silent
     manifest = bundle.manifest
     if isinstance(manifest, StagedManifest):
-        return run_staged(manifest, session, volume, report)
+        return run_staged(manifest, session, volume, report, more=more)
     began = time.perf_counter()
     outputs = infer(manifest, session, volume, report)
     inferred = time.perf_counter()
@@ -129,10 +137,12 @@ def analyse_series(
     read_bytes: Callable[[Path], bytes] = Path.read_bytes,
     progress: Progress | None = None,
     ahead: Mapping[str, ReadSlice] | None = None,
+    more: Mapping[str, Sequence[SourceInstance]] = NO_SERIES,
 ) -> Analysis:
     """Read the series, then ``run_bundle``; ``seconds`` has ``read`` as well.
 
-    ``ahead``: slices that were read while the series arrived (``volume.read_volume``).
+    ``ahead``: slices that were read while the series arrived (``volume.read_volume``). ``more``:
+    the further series of a network with several inputs, by the names in its manifest.
 
     Raises UnsuitableSeries or MalformedDataSet for the input, EngineError for the engine.
     """
@@ -140,6 +150,16 @@ def analyse_series(
     if progress:
         progress("read", 0.0)
     volume = read_volume(instances, bundle.manifest.input, decoder=decoder, read_bytes=read_bytes, ahead=ahead)
+    specs = bundle.manifest.more_inputs if isinstance(bundle.manifest, StagedManifest) else ()
+    unknown = more.keys() - {spec.name for spec in specs}
+    if unknown:
+        raise UnsuitableSeries(
+            "read inputs",
+            "UNKNOWN_INPUT",
+            f"the model has no input {', '.join(sorted(unknown))}",
+            "Correct inputs in the rule's step",
+        )
+    further = {s.name: read_volume(more[s.name], s.input, decoder=decoder) for s in specs if s.name in more}
     seconds = time.perf_counter() - began
-    analysis = run_bundle(bundle, session, volume, progress)
+    analysis = run_bundle(bundle, session, volume, progress, further)
     return replace(analysis, seconds={"read": seconds, **analysis.seconds})

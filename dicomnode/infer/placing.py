@@ -27,7 +27,7 @@ from dicomnode.infer.faults import Fault, fault_of
 from dicomnode.infer.golden import ReadyModel, model_file, open_model
 from dicomnode.infer.kserve import KServe
 from dicomnode.infer.local_load import LoadOfOthers
-from dicomnode.infer.pipeline import Progress
+from dicomnode.infer.pipeline import NO_SERIES, Progress
 from dicomnode.infer.placement import LOCALITY, Candidate, Decision, Weights, decide, resource_fit
 from dicomnode.infer.serving import ServingModels, bundle_folders, resolve
 from dicomnode.infer.volume import ReadSlice
@@ -372,15 +372,15 @@ class PlacedModel:
         decoder: Decoder | None = None,
         progress: Progress | None = None,
         ahead: Mapping[str, ReadSlice] | None = None,
+        more: Mapping[str, Sequence[SourceInstance]] = NO_SERIES,
     ) -> Analysis:
         """As ``ReadyModel.analyse``; a place that fails is followed by the next best, from the beginning.
 
-        On this box its other engines come first. A device that is lost ends the process (see
-        ``faults``), so that error is raised as it is.
+        On this box its other engines come first. A lost device ends the process (``faults``): raised as it is.
         """
         while True:
             try:
-                return self._ready.analyse(instances, decoder=decoder, progress=progress, ahead=ahead)
+                return self._ready.analyse(instances, decoder=decoder, progress=progress, ahead=ahead, more=more)
             except (PeerAway, EngineError) as error:
                 if isinstance(error, EngineError):
                     if isinstance(self._place, Local) and fault_of(error.code) is Fault.lost:

@@ -28,13 +28,12 @@ from dicomnode.index.jobs import Jobs, Outcome
 from dicomnode.index.operation import Events
 from dicomnode.infer.ahead import ReadAhead
 from dicomnode.infer.choice import engine_name
-from dicomnode.infer.comparing import changes_summary, inputs_digest, with_prior
+from dicomnode.infer.comparing import changes_summary, inputs_digest, with_companions, with_prior
 from dicomnode.infer.decode import Decoder
 from dicomnode.infer.failure_reports import FailureReports, ReportFailure, cloud_of
 from dicomnode.infer.faults import Fault, Remedy, fault_of, leave_engine, remedy
 from dicomnode.infer.heart import EXIT_HUNG, Heart
 from dicomnode.infer.job_files import JobFiles, intact
-from dicomnode.infer.pipeline import Progress
 from dicomnode.infer.placing import PlacedModels, Servable
 from dicomnode.infer.routing import Router
 from dicomnode.infer.serving import ServingModels
@@ -266,13 +265,19 @@ class Worker:
         def between(step: str, _: float) -> None:
             self._let_pass(job, step, stood)
 
+        more = self.files.companions(job)
+        further: dict[str, Any] = {"more": more} if more else {}
+
+        def analyse(on: Servable) -> Analysis:
+            return on.analyse(sources, decoder=self._decoder, progress=between, ahead=ahead, **further)
+
         if leave_engine(int(job["attempts"]), job["last_error"]):
             model = self._other(model, "DEVICE_LOST") or model
         try:
-            analysis = model.analyse(sources, decoder=self._decoder, progress=between, ahead=ahead)
+            analysis = analyse(model)
         except EngineError as error:
-            model, analysis = self._elsewhere(model, sources, error, between, ahead)
-        analysis = with_prior(self._db, job, analysis)
+            model, analysis = self._elsewhere(model, error, analyse)
+        analysis = with_prior(self._db, job, with_companions(self._db, job, analysis))
         seconds.update({step: spent - stood.get(step, 0.0) for step, spent in analysis.seconds.items()})
         begin = time.perf_counter()
         identity = self._identity(job, model, analysis)
@@ -305,10 +310,8 @@ class Worker:
     def _elsewhere(
         self,
         model: Servable,
-        sources: Sequence[SourceInstance],
         error: EngineError,
-        progress: Progress,
-        ahead: Mapping[str, ReadSlice],
+        analyse: Callable[[Servable], Analysis],
     ) -> tuple[Servable, Analysis]:
         """What the table of faults.py says after smaller batches did not help: another engine, or later."""
         other: Servable | None = None
@@ -317,7 +320,7 @@ class Worker:
         step = remedy(error.code, can_shrink=False, has_other=other is not None)
         if step is Remedy.other_engine and other is not None:
             try:
-                return other, other.analyse(sources, decoder=self._decoder, progress=progress, ahead=ahead)
+                return other, analyse(other)
             except EngineError as second:
                 error, step = second, remedy(second.code, can_shrink=False, has_other=False)
         if step is Remedy.end_process:

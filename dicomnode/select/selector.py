@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dicomnode import doorbell, logs, metrics
 from dicomnode.errors import NodeError
 from dicomnode.geometry import SlicePlane, StackReport, analyse_stack
-from dicomnode.index import prior
+from dicomnode.index import chain, prior
 from dicomnode.index.catalogue import Catalogue
 from dicomnode.index.database import Database, Row
 from dicomnode.index.jobs import Jobs
@@ -41,6 +41,8 @@ class Selector:
     def run_once(self) -> float:
         """Select what is complete; returns seconds until the next look is needed at most."""
         wait = doorbell.SLOW_BEAT_SECONDS
+        if chain.tend(self._db):
+            self._on_jobs()
         for series in self._catalogue.open_series():
             try:
                 verdict = self._look(series)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from dicomnode.errors import BundleError, EngineError, UnsuitableSeries
 from dicomnode.infer.engine import Session
 from dicomnode.infer.stages.intensity import mean_and_std
-from dicomnode.infer.stages.manifest import GoldenCase, StagedManifest
+from dicomnode.infer.stages.manifest import GoldenCase, GoldenInput, StagedManifest
 from dicomnode.infer.stages.network import Answers
 from dicomnode.infer.stages.run import run_staged
 from dicomnode.infer.volume import Volume, spacing_of
@@ -48,7 +48,8 @@ def run_case(manifest: StagedManifest, read: Read, session: Session, case: Golde
         problems.extend(answer_problems(case, answers))
 
     try:
-        analysis = run_staged(manifest, session, volume, inspect=inspect)
+        more = {name: case_volume(one, read) for name, one in case.more.items()}
+        analysis = run_staged(manifest, session, volume, inspect=inspect, more=more)
     except (EngineError, UnsuitableSeries) as cause:
         return Outcome((cause.cause,), 1.0, 0.0)
     disagreement, dice = 0.0, 1.0
@@ -73,7 +74,7 @@ def run_case(manifest: StagedManifest, read: Read, session: Session, case: Golde
     return Outcome(tuple(problems), disagreement, dice)
 
 
-def case_volume(case: GoldenCase, read: Read) -> Volume:
+def case_volume(case: GoldenCase | GoldenInput, read: Read) -> Volume:
     """The input of a golden case; spacing follows from the columns of its affine."""
     values = _load(read, case.input, ("<i2",))
     affine = np.array(case.affine, np.float64)

@@ -17,6 +17,7 @@ from dicomnode.infer.manifest import CodeEntry, CriticalEntry, FileName, Identit
 from dicomnode.infer.stages.classify import ActivationName, Calibration
 from dicomnode.infer.stages.decide import Activation, Argmax, Decision, FillHoles, KeepLargest, MaskFrom, Threshold
 from dicomnode.infer.stages.extent import CropForeground, CropToBody, Pad
+from dicomnode.infer.stages.inputs import MoreInput
 from dicomnode.infer.stages.intensity import ClipValues, MeanStd, MinMax, Percentiles, ScaleRange, Window, ZScore
 from dicomnode.infer.stages.measures import MeasureSpec
 from dicomnode.infer.stages.network import Network
@@ -130,21 +131,29 @@ class Outputs(Strict):
         return self
 
 
+class GoldenInput(Strict):
+    """A further input of a golden case: .npy, int16 (slices, rows, columns), with its ``affine`` to LPS mm."""
+
+    input: FileName
+    affine: tuple[tuple[float, float, float, float], ...] = Field(min_length=4, max_length=4)
+
+
 class GoldenCase(Strict):
     """An input with the output that a sound engine gives for it.
 
     ``input``: .npy, int16 (slices, rows, columns). ``labels``: .npy, uint8, where there are
-    segments. ``affine``: (slice, row, column, 1) to LPS mm. ``measurements``: by ``segment
-    key.measurement key``. ``findings``: probability by key; within ``probability_tolerance``
-    and in the same ranking. ``probability_maps``: .npy, float16 or float32, by key; the
-    share of voxels that differ by more than 0.01 is at most ``max_disagreement``. ``statistics``: mean
-    and standard deviation of each channel of a dense output as the network gave it, within
-    ``relative_tolerance`` of the spread.
+    segments. ``affine``: (slice, row, column, 1) to LPS mm. ``more``: the further inputs by
+    name. ``measurements``: by ``segment key.measurement key``. ``findings``: probability by key;
+    within ``probability_tolerance`` and in the same ranking. ``probability_maps``: .npy, float16 or
+    float32, by key; the share of voxels that differ by more than 0.01 is at most
+    ``max_disagreement``. ``statistics``: mean and standard deviation of each channel of a dense
+    output as the network gave it, within ``relative_tolerance`` of the spread.
     """
 
     name: str
     input: FileName
     affine: tuple[tuple[float, float, float, float], ...] = Field(min_length=4, max_length=4)
+    more: dict[str, GoldenInput] = Field(default_factory=dict)
     labels: FileName | None = None
     measurements: dict[str, float] = Field(default_factory=dict)
     findings: dict[str, Share] = Field(default_factory=dict)
@@ -158,7 +167,7 @@ class GoldenCase(Strict):
     @property
     def files(self) -> tuple[str, ...]:
         labels = () if self.labels is None else (self.labels,)
-        return (self.input, *labels, *self.probability_maps.values())
+        return (self.input, *labels, *self.probability_maps.values(), *(m.input for m in self.more.values()))
 
 
 class PythonPipeline(Strict):
@@ -179,6 +188,7 @@ class StagedManifest(Strict):
     purpose: Purpose = "clinical"
     input: InputContract
     preprocess: tuple[PreStep, ...] = ()
+    more_inputs: tuple[MoreInput, ...] = ()
     engine: Network | None = None
     activations: tuple[Activation, ...] = ()
     decision: Decision | None = None
@@ -204,7 +214,12 @@ class StagedManifest(Strict):
     def parameters(self) -> dict[str, Any]:
         """All steps with all their values: provenance, and part of the identity of results."""
         keys = {"preprocess", "engine", "activations", "decision", "postprocess", "pipeline"}
-        return {"schema_version": 2, **self.model_dump(mode="json", include=keys)}
+        found = {"schema_version": 2, **self.model_dump(mode="json", include=keys)}
+        if self.more_inputs:
+            found |= self.model_dump(mode="json", include={"more_inputs"})
+        if self.engine is not None and not self.engine.inputs:
+            del found["engine"]["inputs"]  # results of bundles that know nothing of it keep their identity
+        return found
 
 
 def _order(m: StagedManifest) -> list[str]:
@@ -313,10 +328,19 @@ def _pipeline_alone(m: StagedManifest) -> list[str]:
 
 def _golden_problems(m: StagedManifest) -> list[str]:
     problems = []
+    names = [i.name for i in m.more_inputs]
+    if len(set(names)) != len(names):
+        problems.append("more_inputs: names must differ")
+    if names and m.engine is None:
+        problems.append("more_inputs: a pipeline without a network takes one series")
+    if m.engine is not None and m.engine.inputs and len(m.engine.inputs) != 1 + len(names):
+        problems.append("engine.inputs: one for the first series and one for each of more_inputs")
     findings = {f.key for f in m.outputs.findings}
     maps = {p.key for p in m.outputs.probability_maps}
     for case in m.golden:
         problems += [f"{f} is used but not listed under files" for f in case.files if f not in m.files]
+        if case.more.keys() != {i.name for i in m.more_inputs}:
+            problems.append(f"golden {case.name}: more must have an input for each of more_inputs")
         if bool(m.outputs.segments) != (case.labels is not None):
             problems.append(f"golden {case.name}: labels are needed exactly where there are segments")
         if case.findings.keys() != findings:

@@ -5,7 +5,7 @@ A network's dense output has one vector of channels per voxel, a score output on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, product
 from typing import Annotated, Any, Literal
@@ -94,10 +94,13 @@ class Network(Strict):
     classes). Scores of several slices are put together by ``aggregate``. ``flips``: axes of
     the grid along which the input is mirrored at test time, in every combination; answers
     are mirrored back and averaged as the network gives them, before any activation.
+    Further series (``more_inputs`` of the manifest) are channels behind the first one's, or with
+    ``inputs`` the network has an input for each series, in that order, the first one first.
     """
 
     model: str
     input: str = Field(min_length=1)
+    inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
     scores: tuple[str, ...] = ()
     dtype: Literal["float32", "float16"] = "float32"
@@ -112,6 +115,8 @@ class Network(Strict):
             raise ValueError("name at least one output, each once")
         if self.scores and self.reach.kind == "patches":
             raise ValueError("scores of overlapping patches mean nothing; use whole, slices or neighbours")
+        if self.inputs and (self.inputs[0] != self.input or len(set(self.inputs)) != len(self.inputs)):
+            raise ValueError("inputs: begins with input, each name once; leave it out where series are channels")
         if len(set(self.flips)) != len(self.flips):
             raise ValueError("each axis of flips once")
         if self.reach.kind in ("slices", "neighbours") and self.reach.axis in self.flips:
@@ -127,14 +132,18 @@ class Answers:
     scores: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
 
 
-def run_network(spec: Network, session: Session, values: Array, report: Report) -> Answers:
-    """The answers for a 3-D ``values``. Raises EngineError for an output of another shape or not finite."""
+def run_network(spec: Network, session: Session, values: Array, report: Report, more: Sequence[Array] = ()) -> Answers:
+    """The answers for a 3-D ``values`` and further series ``more`` on its grid.
+
+    Raises EngineError for an output of another shape or not finite.
+    """
+    series = [values, *more]
     caller = _Caller(spec, session)
     if isinstance(spec.reach, Patches):
-        return _patches(spec.reach, caller, values, report)
+        return _patches(spec.reach, caller, series, report)
     if isinstance(spec.reach, Whole):
-        return _whole(spec.reach, caller, values, report)
-    return _slices(spec.reach, caller, values, report)
+        return _whole(spec.reach, caller, series, report)
+    return _slices(spec.reach, caller, series, report)
 
 
 class _Caller:
@@ -165,7 +174,11 @@ class _Caller:
         return dense, scores
 
     def _run(self, batch: Array) -> Mapping[str, Array]:
-        return self._session.run({self.spec.input: np.ascontiguousarray(batch, self.spec.dtype)})
+        names = self.spec.inputs or (self.spec.input,)
+        parts = np.split(batch, len(names), axis=1) if len(names) > 1 else [batch]
+        return self._session.run(
+            {name: np.ascontiguousarray(p, self.spec.dtype) for name, p in zip(names, parts, strict=True)}
+        )
 
     @staticmethod
     def _checked(result: Mapping[str, Array], name: str) -> Array:
@@ -187,8 +200,9 @@ def _add(into: dict[str, Array], name: str, part: Array, count: int) -> None:
     into[name] = into[name] + share if name in into else share
 
 
-def _slices(reach: Slices | Neighbours, caller: _Caller, values: Array, report: Report) -> Answers:
-    stack = np.moveaxis(values, reach.axis, 0)
+def _slices(reach: Slices | Neighbours, caller: _Caller, series: Sequence[Array], report: Report) -> Answers:
+    stacks = [np.moveaxis(values, reach.axis, 0) for values in series]
+    stack, voxels = stacks[0], series[0].size
     axes = {0: (0, 2, 3), 1: (2, 0, 3), 2: (2, 3, 0)}[reach.axis]
     answers = Answers()
     scores: dict[str, list[Array]] = {}
@@ -198,13 +212,13 @@ def _slices(reach: Slices | Neighbours, caller: _Caller, values: Array, report: 
         if isinstance(reach, Neighbours):
             half = reach.channels // 2
             around = np.clip(rows[:, None] + np.arange(-half, half + 1), 0, len(stack) - 1)
-            batch = stack[around]
+            batch = _joined([s[around] for s in stacks])
         else:
-            batch = stack[rows[0] : rows[-1] + 1][:, np.newaxis]
+            batch = _joined([s[rows[0] : rows[-1] + 1][:, np.newaxis] for s in stacks])
         dense, some = caller(batch, axes)
         for name, part in dense.items():
             if name not in answers.dense:
-                _check_answer(name, part.shape[1], values.size, part.dtype)
+                _check_answer(name, part.shape[1], voxels, part.dtype)
                 answers.dense[name] = np.empty((part.shape[1], *stack.shape), part.dtype)
             answers.dense[name][:, rows[0] : rows[-1] + 1] = part.swapaxes(0, 1)
         for name, part in some.items():
@@ -217,29 +231,32 @@ def _slices(reach: Slices | Neighbours, caller: _Caller, values: Array, report: 
     return answers
 
 
-def _whole(reach: Whole, caller: _Caller, values: Array, report: Report) -> Answers:
+def _joined(parts: Sequence[Array]) -> Array:
+    """Channels of all series behind one another; the array itself where there is one."""
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+
+
+def _whole(reach: Whole, caller: _Caller, series: Sequence[Array], report: Report) -> Answers:
     report("inference", 0.0)
-    far = [(0, -n % reach.multiple) for n in values.shape]
-    shape = values.shape
+    far = [(0, -n % reach.multiple) for n in series[0].shape]
+    a, b, c = series[0].shape
     if any(after for _, after in far):
-        values = np.pad(values.astype(np.float32, copy=False), far, constant_values=reach.pad_value)
-    dense, scores = caller(values[np.newaxis, np.newaxis], (2, 3, 4))
+        series = [np.pad(v.astype(np.float32, copy=False), far, constant_values=reach.pad_value) for v in series]
+    dense, scores = caller(_joined([v[np.newaxis, np.newaxis] for v in series]), (2, 3, 4))
     report("inference", 1.0)
-    a, b, c = shape
     return Answers(
         {name: part[0, :, :a, :b, :c] for name, part in dense.items()},
         {name: part[0].astype(np.float64) for name, part in scores.items()},
     )
 
 
-def _patches(reach: Patches, caller: _Caller, values: Array, report: Report) -> Answers:
+def _patches(reach: Patches, caller: _Caller, series: Sequence[Array], report: Report) -> Answers:
+    values = series[0]
     a, b, c = (max(n, w) for n, w in zip(values.shape, reach.size, strict=True))
     before = [(t - n) // 2 for t, n in zip((a, b, c), values.shape, strict=True)]
     inside = tuple(slice(o, o + n) for o, n in zip(before, values.shape, strict=True))
     if (a, b, c) != values.shape:
-        wide = np.full((a, b, c), reach.pad_value, np.float32)
-        wide[inside] = values
-        values = wide
+        series = [_widened(v, (a, b, c), inside, reach.pad_value) for v in series]
     places = [starts(n, w, reach.overlap, reach.placing) for n, w in zip((a, b, c), reach.size, strict=True)]
     windows = list(product(*places))
     if len(windows) > reach.max_patches:
@@ -255,7 +272,7 @@ def _patches(reach: Patches, caller: _Caller, values: Array, report: Report) -> 
     for done, chosen in _batches(windows, reach.batch):
         report("inference", done / len(windows))
         boxes = [tuple(slice(s, s + w) for s, w in zip(at, reach.size, strict=True)) for at in chosen]
-        dense, _ = caller(np.stack([values[box] for box in boxes])[:, np.newaxis], (2, 3, 4))
+        dense, _ = caller(_joined([np.stack([v[box] for box in boxes])[:, np.newaxis] for v in series]), (2, 3, 4))
         for index, box in enumerate(boxes):
             total[box] += weights
             for name, part in dense.items():
@@ -268,6 +285,12 @@ def _patches(reach: Patches, caller: _Caller, values: Array, report: Report) -> 
         sums[name] /= total
     report("inference", 1.0)
     return Answers({name: summed[(slice(None), *inside)] for name, summed in sums.items()})
+
+
+def _widened(values: Array, shape: tuple[int, int, int], inside: tuple[slice, ...], fill: float) -> Array:
+    wide = np.full(shape, fill, np.float32)
+    wide[inside] = values
+    return wide
 
 
 def _batches(windows: list[Any], size: int) -> Iterator[tuple[int, list[Any]]]:

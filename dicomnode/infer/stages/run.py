@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from dicomnode.infer.measure import VolumeSpec
 from dicomnode.infer.stages.classify import probability
 from dicomnode.infer.stages.decide import Argmax, MaskFrom, Threshold
 from dicomnode.infer.stages.frame import Frame, Undo, frame_of, restore
+from dicomnode.infer.stages.inputs import further_channels
 from dicomnode.infer.stages.manifest import Outputs, StagedManifest
 from dicomnode.infer.stages.measures import measure_segment
 from dicomnode.infer.stages.network import Answers, Network, run_network
@@ -27,6 +29,7 @@ from dicomnode.records import Analysis, Finding, Measurement, ProbabilityMap, Se
 Report = Callable[[str, float], None]
 Inspect = Callable[[Answers], None]
 Array = npt.NDArray[Any]
+NONE_MORE: Mapping[str, Volume] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +57,9 @@ def run_staged(
     volume: Volume,
     report: Report | None = None,
     inspect: Inspect | None = None,
+    more: Mapping[str, Volume] = NONE_MORE,
 ) -> Analysis:
-    """Analyse ``volume``; ``session`` holds the manifest's network.
+    """Analyse ``volume``; ``session`` holds the manifest's network. ``more``: its further series by name.
 
     ``inspect`` sees the network's answers before anything is made of them. Raises
     UnsuitableSeries for a volume that would take too much memory or time, EngineError for
@@ -69,7 +73,7 @@ def run_staged(
         seconds["inference"] = time.perf_counter() - began
     else:
         assert manifest.engine is not None
-        frame, answers = prepare_and_run(manifest, manifest.engine, session, volume, report)
+        frame, answers = prepare_and_run(manifest, manifest.engine, session, volume, report, more)
         seconds["inference"] = time.perf_counter() - began
         if inspect:
             inspect(answers)
@@ -124,12 +128,18 @@ def _looks_across_slices(manifest: StagedManifest) -> bool:
 
 
 def prepare_and_run(
-    manifest: StagedManifest, network: Network, session: Session, volume: Volume, report: Report
+    manifest: StagedManifest,
+    network: Network,
+    session: Session,
+    volume: Volume,
+    report: Report,
+    more: Mapping[str, Volume] = NONE_MORE,
 ) -> tuple[Frame, Answers]:
     """The frame behind the last step (its values let go of) and the network's answers on it."""
     report("inference", 0.0)
     frame = prepare(manifest, volume)
-    answers = run_network(network, session, frame.values, report)
+    further = further_channels(manifest.more_inputs, more, frame)
+    answers = run_network(network, session, frame.values, report, further)
     return Frame(np.zeros((0, 0, 0), np.float32), frame.affine, undo=frame.undo, notes=frame.notes), answers
 
 
