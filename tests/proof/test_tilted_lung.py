@@ -1,4 +1,4 @@
-"""ct-lung under a tilted gantry: the phantom of known truth, cut along leaning slices."""
+"""The lung models under a tilted gantry: the phantom of known truth, cut along leaning slices."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from pydicom.dataset import Dataset
 from scipy import ndimage
 
 from dicomnode.errors import UnsuitableSeries
+from dicomnode.infer.bundle import load_bundle
 from dicomnode.infer.golden import open_model
 from dicomnode.infer.ort import OnnxRuntimeCpu
+from dicomnode.infer.pipeline import analyse_series
 from tests.infer.infer_case import MODEL, build_script, write_series
 
 FINE, SPACING = (80, 110, 160), (3.0, 2.0, 2.0)
@@ -54,6 +56,19 @@ def test_lungs_are_where_they_are_and_as_large(tmp_path: Path, degrees: float) -
         assert 2 * (truth & marked).sum() / (truth.sum() + marked.sum()) > 0.96
         assert found[number, "volume_ml"] == pytest.approx(LUNG_ML, rel=0.04)
     assert -850 < found[1, "mean_hu"] < -825 < found[2, "mean_hu"] < -775  # with vessels of 40 HU
+
+
+def test_a_network_that_looks_across_slices_finds_them_too(tmp_path: Path) -> None:
+    """It is shown a straight stack (``stages.run.prepare``) and loses next to nothing by it."""
+    paths, points = leaning(tmp_path, 20.0)
+    bundle = load_bundle(MODEL.parents[1] / "ct-lung-unet" / "1.0.0")
+    analysis = analyse_series(bundle, OnnxRuntimeCpu().load(bundle.read("model.onnx")), paths)
+    assert analysis.labels is not None
+    for number, side in ((1, -1), (2, 1)):
+        inside = (points[..., 2] / HEIGHT) ** 2 + (points[..., 1] / 70) ** 2 + ((points[..., 0] - side * 60) / 45) ** 2
+        truth, marked = inside <= 1, analysis.labels == number
+        assert 2 * (truth & marked).sum() / (truth.sum() + marked.sum()) > 0.985
+    assert any("tilted by 20 degrees" in note for note in analysis.notes)
 
 
 def test_a_steep_tilt_is_refused_with_its_reason(tmp_path: Path) -> None:
