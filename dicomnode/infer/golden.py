@@ -192,7 +192,8 @@ def _run(bundle: Bundle, manifest: Manifest, session: Session, case: GoldenCase)
     disagreement = float(np.mean(labels != expected))
     numbers = [s.number for s in manifest.outputs.segments]
     dice = min((_dice(labels == n, expected == n) for n in numbers), default=1.0)
-    keys = {s.number: s.key for s in manifest.outputs.segments if s.number in analysis.numbers_found()}
+    found = analysis.numbers_found()
+    keys = {s.number: s.key for s in manifest.outputs.segments if s.number in found}
     got = {f"{keys[m.segment]}.{m.key}": m.value for m in analysis.measurements if m.segment in keys}
     problems: list[str] = []
     if disagreement > case.max_disagreement:

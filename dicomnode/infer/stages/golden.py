@@ -122,7 +122,8 @@ def finding_problems(case: GoldenCase, got: Mapping[str, float]) -> list[str]:
 
 def measured(manifest: StagedManifest, analysis: Analysis) -> dict[str, float]:
     """Measurements by ``segment key.measurement key``, of the segments that occur."""
-    keys = {s.number: s.key for s in manifest.outputs.segments if s.number in analysis.numbers_found()}
+    found = analysis.numbers_found()
+    keys = {s.number: s.key for s in manifest.outputs.segments if s.number in found}
     return {f"{keys[m.segment]}.{m.key}": m.value for m in analysis.measurements if m.segment in keys}
 
 
