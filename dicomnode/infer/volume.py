@@ -19,7 +19,10 @@ from dicomnode.infer.rescale import assemble
 from dicomnode.infer.slice_header import SliceHeader, read_header, read_headers, refuse
 from dicomnode.records import SourceInstance
 
-__all__ = ["ReadSlice", "SliceHeader", "StackPlan", "Volume", "plan_stack", "read_header", "read_volume", "spacing_of"]
+__all__ = [
+    "ReadSlice", "SliceHeader", "StackPlan", "Volume", "plan_stack", "read_header", "read_volume", "refuse",
+    "spacing_of",
+]  # fmt: skip
 
 _SHEAR_TOLERANCE_MM = 0.5
 """Largest sideways deviation of a slice from the straight line through the stack."""
