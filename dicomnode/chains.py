@@ -75,7 +75,8 @@ class Needs:
 
     ``prior``: an earlier study that is looked for once all this is so; it is not waited for longer
     than the wish says. ``inputs``: conditions on further series of the study, by the model's names
-    for them, and for how long they are waited for.
+    for them, and for how long they are waited for. ``masks``: ``step`` or ``step:segment label`` whose mask
+    is an input, by the model's names for them.
     """
 
     after: tuple[str, ...] = ()
@@ -83,15 +84,17 @@ class Needs:
     prior: Wish | None = None
     inputs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     inputs_seconds: float = 600.0
+    masks: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def steps(self) -> tuple[str, ...]:
         """Every step that has to be known, in the order in which they are named."""
-        return tuple(dict.fromkeys((*self.after, *(w.step for w in self.when if w.step))))
+        masked = (ref.partition(":")[0] for ref in self.masks.values())
+        return tuple(dict.fromkeys((*self.after, *(w.step for w in self.when if w.step), *masked)))
 
     @property
     def any(self) -> bool:
-        return bool(self.after or self.when or self.prior or self.inputs)
+        return bool(self.after or self.when or self.prior or self.inputs or self.masks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +210,9 @@ def load(text: str) -> tuple[Needs, dict[str, int]]:
     wish = data.get("prior")
     prior = Wish(**{**wish, "sources": tuple(wish["sources"])}) if wish else None
     inputs, seconds = data.get("inputs", {}), float(data.get("inputs_seconds", 600.0))
-    needs = Needs(tuple(data["after"]), tuple(_when(w) for w in data["when"]), prior, inputs, seconds)
+    needs = Needs(
+        tuple(data["after"]), tuple(_when(w) for w in data["when"]), prior, inputs, seconds, data.get("masks", {})
+    )
     return needs, dict(data["jobs"])
 
 

@@ -127,6 +127,9 @@ class RuleStep(Section):
         default_factory=dict, description="further series of the study: the model's name for it -> conditions"
     )
     inputs_wait_seconds: float = Field(600.0, gt=0, description="for a complete series for each of inputs")
+    masks: dict[str, str] = Field(
+        default_factory=dict, description="masks as inputs: the model's name for it -> step, or step:segment label"
+    )
     send_to: tuple[str, ...] | None = Field(None, description="as in the rule, which it replaces for this step")
     results: tuple[Kind, ...] | None = Field(
         None, min_length=1, description="as in the rule, which it replaces for this step"
@@ -149,6 +152,7 @@ class RuleStep(Section):
             self.prior.wish if self.prior else None,
             self.model_dump(mode="json", include={"inputs"}).get("inputs", {}),
             self.inputs_wait_seconds,
+            self.masks,
         )
 
 
@@ -242,7 +246,11 @@ class Rule(Section):
     def _one_form(self) -> Self:
         if bool(self.models) == bool(self.steps):
             raise ValueError(f"rule '{self.name}': give models (each by itself) or [[rules.steps]], and not both")
+        kinds = {s.name: s.results or self.results for s in self.steps}
         for step in self.steps:
+            for ref in step.masks.values():
+                if "SEG" not in kinds[ref.partition(":")[0]]:
+                    raise ValueError(f"step '{step.name}' takes the mask of '{ref}', whose results lack SEG; add it")
             if any(c.prior is not None for c in step.when) and not (step.prior or self.prior):
                 raise ValueError(f"step '{step.name}' has a condition on prior; give it prior = {{ ... }}, or the rule")
         return self

@@ -71,6 +71,11 @@ class JobViews:
             (job_id,),
         )
 
+    def result_file(self, job_id: int, kind: str) -> str:
+        """Relative name of the object of a kind that a job made; empty where there is none."""
+        sql = "SELECT file FROM results WHERE job_id = ? AND kind = ? ORDER BY id LIMIT 1"
+        return str(self.db.value(sql, (job_id, kind)) or "")
+
     def input_count(self, job_id: int) -> int:
         return int(self.db.value("SELECT count(*) FROM job_inputs WHERE job_id = ?", (job_id,)))
 

@@ -150,6 +150,7 @@ class Runs:
             "SELECT j.*, r.version AS made_by, r.seconds AS made_in FROM model_runs r JOIN jobs j ON j.id = r.job_id"
             " WHERE r.name = ? AND r.version != ? AND r.state = 'done' AND r.role = ? AND r.at >= ?"
             " AND j.state = 'done' AND NOT EXISTS (SELECT 1 FROM job_series_inputs i WHERE i.job_id = j.id)"
+            " AND instr(coalesce(j.needs, ''), '\"masks\": {\"') = 0"
             " AND NOT EXISTS (SELECT 1 FROM model_comparisons c WHERE c.job_id = j.id AND c.role = ?"
             "   AND c.version = CASE ? WHEN 'shadow' THEN ? ELSE r.version END"
             "   AND (c.state IN ('done', 'failed') OR c.attempts >= ?))"

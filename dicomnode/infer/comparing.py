@@ -7,6 +7,7 @@ import json
 from dataclasses import replace
 from typing import Any
 
+from dicomnode.chains import load as load_needs
 from dicomnode.index import companions, prior
 from dicomnode.index.database import Database, Row
 from dicomnode.infer.summary import measurement
@@ -57,9 +58,10 @@ def changes_summary(analysis: Analysis) -> list[dict[str, Any]]:
 
 
 def with_companions(db: Database, job: Row, analysis: Analysis) -> Analysis:
-    """The analysis with the further series that it looked at."""
+    """The analysis with the further series and masks that it looked at."""
     found = companions.bound(db, int(job["id"]))
-    if not found:
+    masks = load_needs(job["needs"])[0].masks if job["needs"] else {}
+    if not found and not masks:
         return analysis
     others = tuple(
         (str(r["SeriesInstanceUID"]), str(r["SOPClassUID"]), str(r["SOPInstanceUID"]))
@@ -67,6 +69,7 @@ def with_companions(db: Database, job: Row, analysis: Analysis) -> Analysis:
         for r in rows
     )
     notes = tuple(f"Input {name}: series {rows[0]['SeriesInstanceUID']}" for name, rows in found.items())
+    notes += tuple(f"Input {name}: the mask that step {ref} found" for name, ref in masks.items())
     return replace(analysis, others=others, notes=(*analysis.notes, *notes))
 
 
@@ -75,6 +78,10 @@ def inputs_digest(db: Database, job: Row) -> str:
     parts = [str(job["inputs_sha256"])]
     further = companions.digest(db, int(job["id"]))
     parts += [further] if further else []
+    if job["needs"]:
+        needs, jobs = load_needs(job["needs"])
+        sql = "SELECT SOPInstanceUID FROM results WHERE job_id = ? AND kind = 'SEG'"
+        parts += [f"{name} {ref} {db.value(sql, (jobs[ref.partition(':')[0]],))}" for name, ref in needs.masks.items()]
     row = prior.of_job(db, int(job["id"]))
     if row is not None and row["state"] == PriorState.found:
         kept = json.loads(row["compared"])

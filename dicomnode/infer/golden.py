@@ -22,6 +22,7 @@ from dicomnode.infer.engine import ByName, Engine, Loads, Session
 from dicomnode.infer.manifest import GoldenCase, Manifest
 from dicomnode.infer.pipeline import NO_SERIES, Progress, analyse_series, infer, run_bundle
 from dicomnode.infer.stages.golden import run_case
+from dicomnode.infer.stages.inputs import SegMask
 from dicomnode.infer.stages.manifest import StagedManifest
 from dicomnode.infer.stages.run import open_session
 from dicomnode.infer.volume import ReadSlice, Volume, spacing_of
@@ -81,7 +82,7 @@ class ReadyModel:
         decoder: Decoder | None = None,
         progress: Progress | None = None,
         ahead: Mapping[str, ReadSlice] | None = None,
-        more: Mapping[str, Sequence[SourceInstance]] = NO_SERIES,
+        more: Mapping[str, Sequence[SourceInstance] | SegMask] = NO_SERIES,
     ) -> Analysis:
         """See ``pipeline.analyse_series``."""
         return analyse_series(

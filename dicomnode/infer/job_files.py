@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dicomnode import durable
+from dicomnode.chains import load as load_needs
 from dicomnode.durable import ObjectStore
 from dicomnode.errors import NodeError, UnsuitableSeries
 from dicomnode.header import Wanted, read_header
@@ -14,6 +15,7 @@ from dicomnode.index.catalogue import NewInstance
 from dicomnode.index.database import Row
 from dicomnode.index.jobs import Jobs, Result
 from dicomnode.index.keys import HEADER_KEYS
+from dicomnode.infer.stages.inputs import SegMask
 from dicomnode.records import EncodedObject, SourceInstance
 
 
@@ -28,6 +30,18 @@ class JobFiles:
     def sources(self, job: Row) -> list[SourceInstance]:
         """The stored instances that the job was made for, as they are now."""
         return [self._source(r) for r in self._jobs.inputs(int(job["id"]))]
+
+    def masks(self, job: Row) -> dict[str, SegMask]:
+        """The masks of earlier steps that a step takes as inputs, by the model's names for them."""
+        if not job["needs"]:
+            return {}
+        needs, jobs = load_needs(job["needs"])
+        found = {}
+        for name, ref in needs.masks.items():
+            step, _, segment = ref.partition(":")
+            file = self._jobs.result_file(jobs[step], "SEG")
+            found[name] = SegMask(self._store.path(file) if file else None, segment)
+        return found
 
     def companions(self, job: Row) -> dict[str, list[SourceInstance]]:
         """The further series that a step takes as inputs, by the model's names for them.

@@ -19,6 +19,7 @@ from dicomnode.infer.decode import Decoder
 from dicomnode.infer.engine import Session
 from dicomnode.infer.manifest import Manifest
 from dicomnode.infer.measure import VolumeSpec, measure
+from dicomnode.infer.stages.inputs import SegMask, mask_volume
 from dicomnode.infer.stages.manifest import StagedManifest
 from dicomnode.infer.stages.run import NONE_MORE, run_staged
 from dicomnode.infer.steps import start
@@ -29,7 +30,7 @@ Progress = Callable[[str, float], None]
 """Called with the step (``read``, ``inference``, ``postprocess``) and the share done, 0..1."""
 
 Array = npt.NDArray[Any]
-NO_SERIES: Mapping[str, Sequence[SourceInstance]] = MappingProxyType({})
+NO_SERIES: Mapping[str, Sequence[SourceInstance] | SegMask] = MappingProxyType({})
 
 
 def _silent(step: str, share: float) -> None:
@@ -137,12 +138,12 @@ def analyse_series(
     read_bytes: Callable[[Path], bytes] = Path.read_bytes,
     progress: Progress | None = None,
     ahead: Mapping[str, ReadSlice] | None = None,
-    more: Mapping[str, Sequence[SourceInstance]] = NO_SERIES,
+    more: Mapping[str, Sequence[SourceInstance] | SegMask] = NO_SERIES,
 ) -> Analysis:
     """Read the series, then ``run_bundle``; ``seconds`` has ``read`` as well.
 
     ``ahead``: slices that were read while the series arrived (``volume.read_volume``). ``more``:
-    the further series of a network with several inputs, by the names in its manifest.
+    the further series and masks of a network with several inputs, by the names in its manifest.
 
     Raises UnsuitableSeries or MalformedDataSet for the input, EngineError for the engine.
     """
@@ -151,15 +152,22 @@ def analyse_series(
         progress("read", 0.0)
     volume = read_volume(instances, bundle.manifest.input, decoder=decoder, read_bytes=read_bytes, ahead=ahead)
     specs = bundle.manifest.more_inputs if isinstance(bundle.manifest, StagedManifest) else ()
-    unknown = more.keys() - {spec.name for spec in specs}
+    kinds = {spec.name: spec.input is None for spec in specs}
+    unknown = {name for name, given in more.items() if kinds.get(name) is not isinstance(given, SegMask)}
     if unknown:
         raise UnsuitableSeries(
             "read inputs",
             "UNKNOWN_INPUT",
-            f"the model has no input {', '.join(sorted(unknown))}",
-            "Correct inputs in the rule's step",
+            f"the model has no input {', '.join(sorted(unknown))} of this kind",
+            "Correct inputs and masks in the rule's step",
         )
-    further = {s.name: read_volume(more[s.name], s.input, decoder=decoder) for s in specs if s.name in more}
+    further = {
+        s.name: mask_volume(given, volume)
+        if isinstance(given := more[s.name], SegMask)
+        else read_volume(given, s.input or bundle.manifest.input, decoder=decoder)
+        for s in specs
+        if s.name in more
+    }
     seconds = time.perf_counter() - began
     analysis = run_bundle(bundle, session, volume, progress, further)
     return replace(analysis, seconds={"read": seconds, **analysis.seconds})

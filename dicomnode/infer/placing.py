@@ -1,8 +1,7 @@
 """The places that can take a job, this box's engine and KServe endpoints, and how a job gets through them.
 
-Each place keeps its own verified models. A job goes to the best place by ``placement``; when
-that one fails in the middle, the analysis starts again at the next best, so that a result is
-always of one engine. When no place is left the job waits and is tried again.
+Each place keeps its own verified models. A job goes to the best place by ``placement``; when that one fails in the
+middle, the analysis starts again at the next best: a result is of one engine. When none is left the job waits.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ from dicomnode.infer.local_load import LoadOfOthers
 from dicomnode.infer.pipeline import NO_SERIES, Progress
 from dicomnode.infer.placement import LOCALITY, Candidate, Decision, Weights, decide, resource_fit
 from dicomnode.infer.serving import ServingModels, bundle_folders, resolve
+from dicomnode.infer.stages.inputs import SegMask
 from dicomnode.infer.volume import ReadSlice
 from dicomnode.records import Analysis, ModelIdentity, SourceInstance
 from dicomnode.settings import Settings
@@ -372,7 +372,7 @@ class PlacedModel:
         decoder: Decoder | None = None,
         progress: Progress | None = None,
         ahead: Mapping[str, ReadSlice] | None = None,
-        more: Mapping[str, Sequence[SourceInstance]] = NO_SERIES,
+        more: Mapping[str, Sequence[SourceInstance] | SegMask] = NO_SERIES,
     ) -> Analysis:
         """As ``ReadyModel.analyse``; a place that fails is followed by the next best, from the beginning.
 

@@ -265,7 +265,7 @@ class Worker:
         def between(step: str, _: float) -> None:
             self._let_pass(job, step, stood)
 
-        more = self.files.companions(job)
+        more = {**self.files.companions(job), **self.files.masks(job)}
         further: dict[str, Any] = {"more": more} if more else {}
 
         def analyse(on: Servable) -> Analysis:

@@ -40,6 +40,7 @@ def requests_for(rules: Sequence[Rule], attributes: Mapping[str, Any]) -> list[R
             needs = replace(
                 step.needs,
                 after=tuple(f"{rule.name}/{name}" for name in step.needs.after),
+                masks={name: f"{rule.name}/{ref}" for name, ref in step.needs.masks.items()},
                 when=tuple(replace(w, step=f"{rule.name}/{w.step}") if w.step else w for w in step.needs.when),
             )
             later.append(replace(asked, step=asked.names[0], needs=needs))

@@ -15,7 +15,7 @@ from dicomnode.index.jobs import Jobs, Request
 from dicomnode.index.operation import Models
 from tests.e2e.harness import make_series
 from tests.infer.life_case import add_series, settings_of, worker_on
-from tests.infer.stages.test_inputs import bundle
+from tests.infer.stages.test_inputs import OUTSIDE, bundle, masked
 
 NEEDS = Needs(inputs={"flair": {"SeriesDescription": "second"}}, inputs_seconds=60.0)
 WANTS = Request("staged", ("r",), ("pacs",), "routine", names=("r/both",), step="r/both", needs=NEEDS)
@@ -66,3 +66,37 @@ def test_other_frame_of_reference_is_refused_in_words(db: Database, tmp_path: Pa
     job = Jobs(db).show(job_id)
     assert job is not None and job["state"] == "refused"
     assert job["last_error"].startswith("OTHER_FRAME_OF_REFERENCE: the series for input 'flair' lies in another frame")
+
+
+def test_mask_of_one_step_bounds_the_next(tmp_path: Path) -> None:
+    """Both threshold at 0 HU; the second sees -1000 HU outside what the first found in half of the slices."""
+    for name, more in (("first", []), ("second", OUTSIDE)):
+        masked(tmp_path / "models", name, more)
+    db = Database(tmp_path / "data")
+    settings = settings_of(tmp_path)
+    worker = worker_on(settings, db)
+    for name in ("first", "second"):
+        Models(db).activate(name, "1.0.0")
+    needs = Needs(masks={"lung": "r/a:lesion"})
+    chain = [
+        Request("first", ("r",), ("pacs",), "routine", names=("r/a",)),
+        Request("second", ("r",), ("pacs",), "routine", names=("r/b",), step="r/b", needs=needs),
+    ]
+    job_id = add_series(db, make_series("x", slices=20, **TAGS), requests=chain)
+    while worker.run_once():
+        pass
+    first, second = Jobs(db).show(job_id), Jobs(db).show(job_id + 1)
+    assert first is not None and second is not None
+    assert (first["state"], second["state"]) == ("done", "done"), second["last_error"]
+    volumes = [
+        next(m["value"] for m in job["summary"]["measurements"] if m["key"] == "volume_ml") for job in (first, second)
+    ]
+    assert 0 < volumes[1] <= volumes[0] and volumes[1] == pytest.approx(volumes[0], rel=0.01)
+    assert first["identity"]["seg_uid"] != second["identity"]["seg_uid"]
+    empty = Request("second", ("r",), (), "routine", step="r/c", needs=Needs(masks={"lung": "r/a:no such label"}))
+    other = add_series(db, make_series("y", slices=20, **TAGS), requests=[chain[0], empty])
+    while worker.run_once():
+        pass
+    last = Jobs(db).show(other + 1)
+    assert last is not None and last["state"] == "done" and last["summary"]["segments"] == []
+    db.close()

@@ -1,4 +1,4 @@
-"""Further series as inputs of one network: each sampled on the grid that the first one has when it reaches it.
+"""Further series, and masks of earlier steps, as inputs of one network, on the grid that the first series has there.
 
 Registration is by geometry alone: the series share a frame of reference (PS3.3 C.7.4.1), which
 whoever chooses them makes sure of.
@@ -7,10 +7,12 @@ whoever chooses them makes sure of.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 from scipy import ndimage
 
 from dicomnode.errors import UnsuitableSeries
@@ -28,27 +30,64 @@ IntensityStep = Annotated[
 
 
 class MoreInput(Strict):
-    """A further series, which a rule's ``inputs`` choose by ``name``.
+    """A further series, which a rule's ``inputs`` choose by ``name``, or a mask, which its ``masks`` do.
 
-    ``input``: what it has to be, as of the first series. ``preprocess``: steps on its values, on
-    the grid that the first series has behind its own steps. ``fill``: value beyond its edges.
+    ``input``: what the series has to be, as of the first one; without it the input is the mask that
+    an earlier step of the rule found on the first series, 0 or 1. ``preprocess``: steps on its
+    values, on the grid that the first series has behind its own steps. ``fill``: value beyond its
+    edges. ``apply``: it is a channel; or the first series gets ``fill`` ``outside`` the mask.
     """
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")
-    input: InputContract
+    input: InputContract | None = None
     preprocess: tuple[IntensityStep, ...] = ()
     fill: float = 0.0
+    apply: Literal["channel", "outside"] = "channel"
+
+    @model_validator(mode="after")
+    def _mask(self) -> Self:
+        if self.apply == "outside" and (self.input is not None or self.preprocess):
+            raise ValueError("apply outside is for a mask: leave input and preprocess out")
+        return self
 
 
-def sampled(volume: Volume, onto: Frame, fill: float) -> tuple[Array, float]:
-    """``volume`` at the voxel centres of ``onto``, trilinear, float32; and the share of them within it."""
+@dataclass(frozen=True, slots=True)
+class SegMask:
+    """The mask of an earlier step: its SEG, None where nothing was found; ``segment``: of this label alone."""
+
+    path: Path | None
+    segment: str = ""
+
+
+def mask_volume(mask: SegMask, volume: Volume) -> Volume:
+    """The mask as int16 0 and 1 on the grid of the series that it was found on.
+
+    Raises UnsuitableSeries for a multi-frame source, and where there is no such segment name.
+    """
+    from dicomnode.infer.compare import masks_of_seg
+
+    if volume.source_frames:
+        raise UnsuitableSeries("read mask", "MULTI_FRAME_MASK", "masks of multi-frame series cannot be inputs yet")
+    values = np.zeros(volume.values.shape, np.int16)
+    if mask.path is not None:
+        for label, found in masks_of_seg(mask.path, volume.source_uids).items():
+            if not mask.segment or label.casefold() == mask.segment.casefold():
+                values[found] = 1
+    return replace(volume, values=values)
+
+
+def sampled(volume: Volume, onto: Frame, fill: float, order: int = 1) -> tuple[Array, float]:
+    """``volume`` at the voxel centres of ``onto``, float32; and the share of them within it.
+
+    ``order``: 1 trilinear, 0 nearest.
+    """
     matrix = np.linalg.inv(volume.affine) @ onto.affine
     values = ndimage.affine_transform(
         volume.values.astype(np.float32, copy=False),
         matrix[:3, :3],
         matrix[:3, 3],
         output_shape=onto.shape,
-        order=1,
+        order=order,
         mode="constant",
         cval=fill,
     )
@@ -64,20 +103,29 @@ def _covered(matrix: Array, shape: Sequence[int], source: Sequence[int]) -> floa
     return float(inside.mean())
 
 
-def further_channels(specs: Sequence[MoreInput], volumes: Mapping[str, Volume], onto: Frame) -> list[Array]:
-    """One array of ``onto``'s shape for each further input, in the manifest's order.
+def further_channels(
+    specs: Sequence[MoreInput], volumes: Mapping[str, Volume], onto: Frame
+) -> tuple[Array, list[Array]]:
+    """The first series' values, and an array of their shape for each further channel, in the manifest's order.
 
     Raises UnsuitableSeries for one that is missing or covers too little of the first series.
     """
-    channels = []
+    first, channels = onto.values, []
     for spec in specs:
         if spec.name not in volumes:
             raise UnsuitableSeries(
                 "prepare inputs",
                 "MISSING_INPUT",
-                f"the model needs a second series as input '{spec.name}'",
-                "Name it under inputs in the rule's step",
+                f"the model needs a {'mask' if spec.input is None else 'further series'} as input '{spec.name}'",
+                f"Name it under {'masks' if spec.input is None else 'inputs'} in the rule's step",
             )
+        if spec.input is None:
+            values, _ = sampled(volumes[spec.name], onto, 0.0, order=0)
+            if spec.apply == "outside":
+                first = np.where(values > 0, first, np.float32(spec.fill))
+            else:
+                channels.append(_prepared(spec, values, onto))
+            continue
         values, covered = sampled(volumes[spec.name], onto, spec.fill)
         if covered < LEAST_OVERLAP:
             raise UnsuitableSeries(
@@ -87,8 +135,12 @@ def further_channels(specs: Sequence[MoreInput], volumes: Mapping[str, Volume], 
                 f" {LEAST_OVERLAP:.0%} are needed",
                 "Use series of the same part of the body",
             )
-        frame = Frame(values, onto.affine, owned=True)
-        for step in spec.preprocess:
-            frame = step.apply(frame)
-        channels.append(frame.values)
-    return channels
+        channels.append(_prepared(spec, values, onto))
+    return first, channels
+
+
+def _prepared(spec: MoreInput, values: Array, onto: Frame) -> Array:
+    frame = Frame(values, onto.affine, owned=True)
+    for step in spec.preprocess:
+        frame = step.apply(frame)
+    return frame.values

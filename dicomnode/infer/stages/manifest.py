@@ -333,8 +333,9 @@ def _golden_problems(m: StagedManifest) -> list[str]:
         problems.append("more_inputs: names must differ")
     if names and m.engine is None:
         problems.append("more_inputs: a pipeline without a network takes one series")
-    if m.engine is not None and m.engine.inputs and len(m.engine.inputs) != 1 + len(names):
-        problems.append("engine.inputs: one for the first series and one for each of more_inputs")
+    channels = [i for i in m.more_inputs if i.apply == "channel"]
+    if m.engine is not None and m.engine.inputs and len(m.engine.inputs) != 1 + len(channels):
+        problems.append("engine.inputs: one for the first series and one for each channel of more_inputs")
     findings = {f.key for f in m.outputs.findings}
     maps = {p.key for p in m.outputs.probability_maps}
     for case in m.golden:

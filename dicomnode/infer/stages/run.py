@@ -138,8 +138,8 @@ def prepare_and_run(
     """The frame behind the last step (its values let go of) and the network's answers on it."""
     report("inference", 0.0)
     frame = prepare(manifest, volume)
-    further = further_channels(manifest.more_inputs, more, frame)
-    answers = run_network(network, session, frame.values, report, further)
+    values, further = further_channels(manifest.more_inputs, more, frame)
+    answers = run_network(network, session, values, report, further)
     return Frame(np.zeros((0, 0, 0), np.float32), frame.affine, undo=frame.undo, notes=frame.notes), answers
 
 

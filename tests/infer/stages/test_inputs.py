@@ -20,7 +20,7 @@ from dicomnode.infer.stages.manifest import StagedManifest
 from dicomnode.infer.stages.network import Network, run_network
 from dicomnode.infer.stages.run import run_staged
 from dicomnode.infer.volume import Volume
-from tests.infer.stages.bundle_case import golden, manifest, npy, onnx_bytes, write
+from tests.infer.stages.bundle_case import golden, manifest, npy, onnx_bytes, two_channels, write
 from tests.infer.stages.stage_case import make_affine, make_frame, make_volume, on_grid, phantom, to_sitk
 
 CPU = OnnxRuntimeCpu()
@@ -99,7 +99,7 @@ def test_its_own_steps_and_its_own_grid() -> None:
     )
     onto = make_frame(np.zeros((10, 12, 14), np.int16))
     scale = {"step": "scale_range", "low": 0, "high": 600, "out_low": -1, "out_high": 1}
-    (channel,) = further_channels([spec(preprocess=[scale])], {"flair": second}, onto)
+    _, (channel,) = further_channels([spec(preprocess=[scale])], {"flair": second}, onto)
     assert channel.shape == (10, 12, 14)
     np.testing.assert_allclose(channel, 0.0, atol=1e-6)
 
@@ -202,3 +202,62 @@ def test_results_of_bundles_with_one_series_keep_their_identity() -> None:
         {**manifest(), "files": files, "golden": [{**golden(), "labels": "golden/one.npy"}]}
     )
     assert "more_inputs" not in parsed.parameters() and "inputs" not in parsed.parameters()["engine"]
+
+
+def masked(folder: Path, name: str, more_inputs: list[dict[str, Any]]) -> Path:
+    """A bundle that labels what is above 0 HU, with a golden case; with a mask only within it."""
+    values = np.full((16, 40, 36), -100, np.int16)
+    values[5:11, 12:28, 10:26] = 400
+    inside = np.zeros_like(values)
+    inside[:, :, :18] = 1
+    data = manifest(
+        preprocess=[{"step": "resample", "spacing_mm": [4.0, 2.0, 2.0]}],
+        engine={"model": "model.onnx", "input": "x", "outputs": ["y"], "reach": {"kind": "whole"}},
+        more_inputs=more_inputs,
+    )
+    data["identity"] = {**data["identity"], "name": name}
+    onnx = two_channels()
+    case = golden()
+    files = {"model.onnx": onnx, "golden/one.npy": npy(values)}
+    if more_inputs:
+        case["more"] = {"lung": {"input": "golden/lung.npy", "affine": case["affine"]}}
+        files["golden/lung.npy"] = npy(inside)
+    listed = dict.fromkeys(files, "0" * 64)
+    parsed = StagedManifest.model_validate({**data, "files": listed, "golden": [{**case, "labels": "golden/one.npy"}]})
+    affine = np.array(case["affine"])
+    analysis = run_staged(
+        parsed,
+        CPU.load(onnx),
+        make_volume(values, affine),
+        more={"lung": make_volume(inside, affine)} if more_inputs else {},
+    )
+    assert analysis.labels is not None
+    wanted = (values > 0) & (inside > 0) if more_inputs else values > 0
+    np.testing.assert_array_equal(analysis.labels, wanted.astype(np.uint8))
+    case |= {"labels": "golden/labels.npy", "measurements": {f"lesion.{m.key}": m.value for m in analysis.measurements}}
+    files["golden/labels.npy"] = npy(analysis.labels)
+    return write(folder, {**data, "golden": [case]}, files)
+
+
+OUTSIDE = [{"name": "lung", "apply": "outside", "fill": -1000.0}]
+
+
+def test_mask_blanks_what_lies_outside_it(tmp_path: Path) -> None:
+    model = open_model(masked(tmp_path, "masked", OUTSIDE), CPU)
+    assert model.report.passed
+    model.close()
+
+
+def test_mask_as_a_channel() -> None:
+    onto = make_frame(np.zeros((6, 8, 10), np.int16), make_affine(spacing=(2.0, 2.0, 2.0)))
+    mask = np.zeros((12, 16, 20), np.int16)
+    mask[:6] = 1
+    first, (channel,) = further_channels([MoreInput(name="lung")], {"lung": make_volume(mask)}, onto)
+    assert first is onto.values and set(np.unique(channel)) == {0.0, 1.0}
+    assert channel[:3].all() and not channel[3:].any()
+
+
+@pytest.mark.parametrize("more", [{"input": manifest()["input"]}, {"preprocess": [{"step": "min_max"}]}])
+def test_only_a_mask_blanks(more: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="apply outside is for a mask"):
+        MoreInput(name="x", apply="outside", **more)
