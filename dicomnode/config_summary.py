@@ -42,7 +42,10 @@ def summary(settings: Settings, findings: Iterable[Finding]) -> Iterator[str]:
 
 def _needs(step: RuleStep) -> str:
     after = f", after {' and '.join(step.needs.steps)}" if step.needs.steps else ""
-    return after + (f", when {' and '.join(c.when.text for c in step.when)}" if step.when else "")
+    when = f", when {' and '.join(c.when.text for c in step.when)}" if step.when else ""
+    inputs = ", ".join((*step.inputs, *(f"{name} (mask of {ref})" for name, ref in step.masks.items())))
+    prior = f", earlier study from {' or '.join(step.prior.sources)}" if step.prior else ""
+    return after + when + (f", inputs {inputs}" if inputs else "") + prior
 
 
 def _tls(settings: Settings) -> str:

@@ -57,13 +57,13 @@ def clinic(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clinic]:
     assert node.stop() == 0
 
 
-def two_studies(name: str) -> tuple[Series, Series]:
+def two_studies(name: str, number: str = "1") -> tuple[Series, Series]:
     """An earlier and the current study of one patient; the earlier one has smaller pixels, so all is smaller in it."""
 
     def smaller(ds: Any, _: int) -> None:
         ds.PixelSpacing = [round(float(v) * 0.9, 6) for v in ds.PixelSpacing]
 
-    patient = {"PatientID": f"PRIOR-{name}", "IssuerOfPatientID": "KH"}
+    patient = {"PatientID": f"PRIOR-{name}-{number}", "IssuerOfPatientID": "KH"}
     earlier = make_series("earlier", change=smaller, StudyDate="20250110", **patient)
     return earlier, make_series(f"now-{name}", StudyDate="20260112", **patient)
 
@@ -89,6 +89,29 @@ def test_fetched_analysed_and_compared(clinic: Clinic, source: str) -> None:
         change = changes[side, "volume_ml"]
         assert change["before"] / change["value"] == pytest.approx(0.81, rel=0.03)
     assert (shown["prior"]["days"], shown["prior"]["source"]) == (367, source)
+
+
+def test_courier_killed_while_it_fetches(clinic: Clinic) -> None:
+    """What it asked for is asked again by the next one, and taken once."""
+    node = clinic.node
+    earlier, current = two_studies("pacs", "2")
+    assert set(send_items(clinic.ports["pacs"], earlier.items, called="PACS")) == {0x0000}
+    assert set(send_items(node.port, current.items)) == {0x0000}
+    node.wait(
+        lambda: node.rows(
+            "SELECT 1 FROM priors p JOIN jobs j ON j.id = p.job_id JOIN series s ON s.id = j.series_id"
+            " WHERE s.SeriesInstanceUID = ? AND p.attempts > 0",
+            (current.series_uid,),
+        ),
+        30,
+        "the courier asks",
+    )
+    node.kill("courier")
+    job = node.wait_job(current.series_uid)
+    (wish,) = node.rows("SELECT * FROM priors WHERE job_id = ?", (job["id"],))
+    assert wish["state"] == "found"
+    assert [j["state"] for j in node.jobs(earlier.series_uid)] == ["done"]
+    assert len(node.wait_delivered(current.series_uid)) == 2
 
 
 def test_peer_that_is_away_holds_nothing_up_for_longer_than_the_rule_says(clinic: Clinic) -> None:

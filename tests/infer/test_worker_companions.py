@@ -13,6 +13,7 @@ from dicomnode.chains import Needs
 from dicomnode.index.database import Database
 from dicomnode.index.jobs import Jobs, Request
 from dicomnode.index.operation import Models
+from dicomnode.infer.comparing import inputs_digest
 from tests.e2e.harness import make_series
 from tests.infer.life_case import add_series, settings_of, worker_on
 from tests.infer.stages.test_inputs import OUTSIDE, bundle, masked
@@ -36,6 +37,12 @@ def darker(ds: Any, _: int) -> None:
     ds.RescaleIntercept = -3000
 
 
+def of_work(db: Database, job_id: int) -> str:
+    row = db.row("SELECT * FROM jobs WHERE id = ?", (job_id,))
+    assert row is not None
+    return inputs_digest(db, row)
+
+
 def test_both_series_are_read_and_named(db: Database, tmp_path: Path) -> None:
     first = make_series("first", slices=20, **TAGS)
     second = make_series("second", slices=20, change=darker, **TAGS)
@@ -48,6 +55,7 @@ def test_both_series_are_read_and_named(db: Database, tmp_path: Path) -> None:
     assert job is not None and job["state"] == "done", job and job["last_error"]
     assert job["summary"]["segments"] == ["lesion"], "the first series is brighter everywhere"
     assert any(second.series_uid in note for note in job["notes"])
+    assert of_work(db, job_id) != job["inputs_sha256"], "another second series is other work, with other UIDs"
     files = {r["kind"]: pydicom.dcmread(tmp_path / "data" / "objects" / r["file"]) for r in job["results"]}
     listed = {
         series.SeriesInstanceUID: len(series.ReferencedSOPSequence)
@@ -92,7 +100,8 @@ def test_mask_of_one_step_bounds_the_next(tmp_path: Path) -> None:
         next(m["value"] for m in job["summary"]["measurements"] if m["key"] == "volume_ml") for job in (first, second)
     ]
     assert 0 < volumes[1] <= volumes[0] and volumes[1] == pytest.approx(volumes[0], rel=0.01)
-    assert first["identity"]["seg_uid"] != second["identity"]["seg_uid"]
+    assert of_work(db, job_id) == first["inputs_sha256"]
+    assert of_work(db, job_id + 1) != second["inputs_sha256"], "another mask is other work"
     empty = Request("second", ("r",), (), "routine", step="r/c", needs=Needs(masks={"lung": "r/a:no such label"}))
     other = add_series(db, make_series("y", slices=20, **TAGS), requests=[chain[0], empty])
     while worker.run_once():
