@@ -19,6 +19,7 @@ from dicomnode.infer.decode import Decoder
 from dicomnode.infer.engine import Session
 from dicomnode.infer.manifest import Manifest
 from dicomnode.infer.measure import VolumeSpec, measure
+from dicomnode.infer.prefetch import prefetched
 from dicomnode.infer.stages.inputs import SegMask, mask_volume
 from dicomnode.infer.stages.manifest import StagedManifest
 from dicomnode.infer.stages.run import NONE_MORE, run_staged
@@ -104,14 +105,14 @@ def infer(manifest: Manifest, session: Session, volume: Volume, report: Progress
     whole: dict[str, Array] = {}
 
     def slabs() -> Iterator[Mapping[str, Array]]:
-        """Prepared while the engine computes the slab before."""
+        """Each is prepared while the engine computes the one before."""
         for first in range(0, slices, spec.slab_slices):
             slab: Array = volume.values[first : first + spec.slab_slices]
             for step in manifest.preprocess:
                 slab = step.apply(slab)
             yield {spec.input: np.ascontiguousarray(slab[:, np.newaxis])}
 
-    for first, result in zip(range(0, slices, spec.slab_slices), stream(session, slabs()), strict=True):
+    for first, result in zip(range(0, slices, spec.slab_slices), stream(session, prefetched(slabs())), strict=True):
         report("inference", first / slices)
         count = min(spec.slab_slices, slices - first)
         for name in spec.outputs:

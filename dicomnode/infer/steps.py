@@ -98,6 +98,11 @@ class Clip(_Step):
     high: float
 
     def apply(self, slab: Array) -> Array:
+        """Whole numbers stay in their own type: with bounds of float numpy would make float64 of them."""
+        if slab.dtype.kind in "iu" and self.low.is_integer() and self.high.is_integer():
+            kind = np.iinfo(slab.dtype)
+            if kind.min <= self.low and self.high <= kind.max:
+                return np.clip(slab, slab.dtype.type(self.low), slab.dtype.type(self.high))
         return np.clip(slab, self.low, self.high)
 
 

@@ -40,7 +40,7 @@ def lungs(slices: int, matrix: int) -> npt.NDArray[np.uint8]:
 
 
 def write_headers(folder: Path, slices: int, matrix: int) -> tuple[SourceInstance, ...]:
-    """CT slices as files, with headers and without pixels."""
+    """CT slices of nothing as files."""
     folder.mkdir(parents=True)
     found = []
     for number in range(slices):
@@ -58,6 +58,9 @@ def write_headers(folder: Path, slices: int, matrix: int) -> tuple[SourceInstanc
         ds.Rows = ds.Columns = matrix
         ds.PixelSpacing, ds.SliceThickness = [0.7, 0.7], 1.25
         ds.ImageOrientationPatient, ds.ImagePositionPatient = [1, 0, 0, 0, 1, 0], [0, 0, 1.25 * number]
+        ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
+        ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 16, 16, 15, 1
+        ds.PixelData = bytes(2 * matrix * matrix)
         path = folder / f"{number:04d}.dcm"
         dcmwrite(path, ds, enforce_file_format=True)
         found.append(SourceInstance(str(ds.SOPInstanceUID), str(CTImageStorage), str(ExplicitVRLittleEndian), path, ""))
