@@ -98,7 +98,11 @@ def measure(bench: Bench, subjects: list[Subject]) -> Section:
                 share <= LIMIT,
             )
         )
-    note = f"onnxruntime on the CPU, {cores()} threads each, the same tensors in turn; best of {bench.repeat} (short ones: {SHORT_TURNS * bench.repeat})."
+    short = SHORT_TURNS * bench.repeat
+    note = (
+        f"onnxruntime on the CPU, {cores()} threads each, the same tensors in turn; best of {bench.repeat} "
+        f"({short} where it is short)."
+    )
     section.tables.append(Figures("The worker's network stage against a bare onnxruntime loop", rows, note))
     return section
 
