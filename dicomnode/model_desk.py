@@ -167,7 +167,7 @@ class ModelDesk:
         ends = default == version and name not in self._pointer.active()
         others = [f for f in self.folders() if f.name == name and f.version != version]
         successor = serving_version(others, name, {}, held)
-        if ends and successor is None and any(name in rule.models for rule in self._settings.rules):
+        if ends and successor is None and any(name in rule.every_model for rule in self._settings.rules):
             raise OperatorError(
                 f"{action} {name}@{version}",
                 "it is the only version that can serve the rules that name it",

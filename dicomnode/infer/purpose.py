@@ -45,7 +45,7 @@ def rule_findings(settings: Settings) -> Iterator[Finding]:
 
     folders = bundle_folders(settings.inference.models_dir, settings.node.data_dir)
     for rule in settings.rules:
-        for reference in rule.models:
+        for reference in rule.every_model:
             try:
                 manifest = read_manifest(resolve(folders, reference, {}).path)
             except BundleError:

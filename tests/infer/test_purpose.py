@@ -116,3 +116,11 @@ def test_check_config_refuses_a_rule_that_names_it(settings: Settings, folder: P
     assert "for benchmarks only" in result.output.replace("\n", " ")
     config.write_text(text.format("1.0.0").replace("{{", "{").replace("}}", "}"))
     assert CliRunner().invoke(app, ["check-config", "--config", str(config)]).exit_code == 0
+
+
+def test_a_step_of_a_rule_is_looked_at_too(folder: Path) -> None:
+    steps = [{"name": "first", "model": "ct-lung@1.0.0"}, {"name": "second", "model": "ct-lung@1.1.0"}]
+    found = list(
+        rule_findings(settings_of(folder, rules=[{"name": "chest", "match": {"Modality": "CT"}, "steps": steps}]))
+    )
+    assert ["ct-lung@1.1.0" in f.text for f in found] == [True]
