@@ -11,6 +11,7 @@ canary has done, so that both ways give the same kind of row.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -18,17 +19,18 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
-from dicomnode import logs
-from dicomnode.durable import ObjectStore
-from dicomnode.errors import BundleError
+from dicomnode import durable, logs
+from dicomnode.durable import ObjectStore, SyncFailed
+from dicomnode.errors import BundleError, NodeError
 from dicomnode.index.database import Database, Row
 from dicomnode.index.jobs import Jobs
 from dicomnode.index.life import Life
 from dicomnode.index.model_states import ModelState
 from dicomnode.index.operation import Events
 from dicomnode.index.runs import Runs
+from dicomnode.infer.compare import Finding
 from dicomnode.infer.routing import HOUR, Router
 from dicomnode.infer.serving import bundle_folders, resolve
 from dicomnode.infer.shadow_child import Task
@@ -43,7 +45,7 @@ class _Running:
     """``computed``: seconds until the child was last stopped; ``since``: when it went on, None while it is stopped."""
 
     child: subprocess.Popen[bytes]
-    answer: int
+    answer: IO[bytes]
     comparison: int
     name: str
     version: str
@@ -91,7 +93,20 @@ class Shadows:
             one.computed, one.since, one.stopped_at = one.spent(), None, time.monotonic()
 
     def go_on(self) -> None:
-        """Let the child go on, take what it has made, or begin the next comparison."""
+        """Let the child go on, take what it has made, or begin the next comparison.
+
+        No memory for a child, a locked index: the comparison is given up and made again later, and
+        the clinical work goes on.
+        """
+        try:
+            self._step()
+        except SyncFailed as error:
+            durable.die(error)
+        except (NodeError, OSError) as error:
+            self._log.warning("comparison given up", cause=getattr(error, "cause", type(error).__name__))
+            self.close()
+
+    def _step(self) -> None:
         one = self._running
         if one is None:
             self._begin()
@@ -111,7 +126,7 @@ class Shadows:
         if one is not None:
             one.child.kill()
             one.child.wait()
-            os.close(one.answer)
+            one.answer.close()
 
     def _begin(self) -> None:
         for row in self._life.versions():
@@ -133,18 +148,21 @@ class Shadows:
         version, other = (runs, str(job["made_by"])) if role == "shadow" else (str(job["made_by"]), runs)
         comparison = self._runs.compare_begin(int(job["id"]), name, version, other, role)
         folders = bundle_folders(self._settings.inference.models_dir, self._settings.node.data_dir)
+        inputs = self._jobs.inputs(int(job["id"]))
+        cause = ""
         try:
             folder = resolve(folders, f"{name}@{runs}", {})
         except BundleError as error:
-            self._runs.compare_end(comparison, {"state": "failed", "error": error.cause})
+            cause = error.cause
+        if len(inputs) != self._jobs.input_count(int(job["id"])):
+            cause = "an image was replaced after the job's analysis"
+        if cause:
+            self._runs.compare_end(comparison, {"state": "failed", "error": cause})
             return
         results = self._jobs.show(int(job["id"]))
         assert results is not None
-        measured = {
-            f"{m['segment']}.{m['key']}" if m["segment"] else m["key"]: float(m["value"])
-            for m in (results["summary"] or {}).get("measurements", [])
-        }
-        seg = next((str(self._store.path(r["file"])) for r in results["results"] if r["kind"] == "SEG"), "")
+        summary = results["summary"] or {}
+        measured = dict(Finding.of(summary, None).measurements)
         task = Task(
             bundle=str(folder.path),
             engine=_engine(self._settings.inference.engine),
@@ -160,19 +178,17 @@ class Shadows:
                     str(self._store.path(r["file"])),
                     r["sha256"],
                 ]
-                for r in self._jobs.inputs(int(job["id"]))
+                for r in inputs
             ],
-            seg=seg,
-            measurements=measured,
+            segs=[str(self._store.path(r["file"])) for r in results["results"] if r["kind"] == "SEG"],
+            summary={key: summary.get(key) or [] for key in ("segments", "measurements", "findings")},
             memory_mb=self._settings.inference.verify_memory_mb,
         )
-        question, answer = (
-            os.memfd_create("task"),
-            os.memfd_create("answer"),
-        )  # a pipe could fill up while it is stopped
-        try:
-            os.write(question, task.as_json())
-            os.lseek(question, 0, os.SEEK_SET)
+        with contextlib.ExitStack() as ours:  # files in memory: a pipe could fill up while the child is stopped
+            question = ours.enter_context(os.fdopen(os.memfd_create("task"), "w+b", buffering=0))
+            answer = ours.enter_context(os.fdopen(os.memfd_create("answer"), "rb", buffering=0))
+            question.write(task.as_json())
+            question.seek(0)
             child = subprocess.Popen(
                 [sys.executable, "-m", "dicomnode.infer.shadow_child"],
                 stdin=question,
@@ -180,8 +196,8 @@ class Shadows:
                 stderr=subprocess.DEVNULL,
                 env={**os.environ, SUPERVISED: str(os.getpid())},
             )
-        finally:
-            os.close(question)
+            question.close()
+            ours.pop_all()
         self._running = _Running(
             child,
             answer,
@@ -196,11 +212,9 @@ class Shadows:
         )
 
     def _take(self, one: _Running) -> None:
-        size = os.lseek(one.answer, 0, os.SEEK_END)
-        os.lseek(one.answer, 0, os.SEEK_SET)
-        text = os.read(one.answer, size) if size else b""
+        one.answer.seek(0)
         try:
-            answer: dict[str, Any] = json.loads(text)
+            answer: dict[str, Any] = json.loads(one.answer.read())
         except ValueError:
             answer = {"error": DIED.format(one.child.returncode)}
         self._end(one, answer)

@@ -25,8 +25,7 @@ from dicomnode.lifeline import die_with_parent, limit_data
 class Task:
     """``sources``: [SOPInstanceUID, SOPClassUID, TransferSyntaxUID, path, sha256] of each instance.
 
-    ``seg``: path of the SEG that the job made, empty where it found nothing.
-    ``measurements``: what the job measured, by ``segment label.key``.
+    ``segs``: paths of the SEG objects that the job made. ``summary``: of its result, as the job keeps it.
     """
 
     bundle: str
@@ -36,8 +35,8 @@ class Task:
     max_batch: int
     gpu_memory_share: float
     sources: list[list[str]]
-    seg: str
-    measurements: dict[str, float]
+    segs: list[str]
+    summary: dict[str, Any]
     memory_mb: int
 
     def as_json(self) -> bytes:
@@ -47,37 +46,37 @@ class Task:
 def run(task: Task) -> dict[str, Any]:
     """Columns of ``model_comparisons``; ``error`` instead of a comparison where none came about."""
     from dicomnode.errors import NodeError
-    from dicomnode.infer.choice import GPU_ENGINES, EngineChoice
-    from dicomnode.infer.compare import Finding, compare, masks_of_labels, masks_of_seg
+    from dicomnode.infer.choice import GPU_ENGINES, EngineChoice, NotBuilt
+    from dicomnode.infer.compare import Finding, compare, masks_of_labels, masks_of_segs, planes_of
     from dicomnode.infer.decode import InlineDecoder
     from dicomnode.infer.engine import Limits, default_engines
     from dicomnode.infer.routing import outputs_of
+    from dicomnode.infer.summary import summary_of
     from dicomnode.records import SourceInstance
 
     sources = [SourceInstance(uid, cls, syntax, Path(path), sha) for uid, cls, syntax, path, sha in task.sources]
-    order = [s.sop_instance_uid for s in sources]
     try:
         limits = Limits(task.max_batch, task.gpu_memory_share)
         engines = default_engines(Path(task.data_dir), limits)
         choice = EngineChoice(task.engine, engines, threads=task.threads, limits=limits)
         if not any(engine.name in GPU_ENGINES for engine in choice.engines):  # CUDA maps more than it uses
             limit_data(task.memory_mb << 20)
-        model = choice.open(Path(task.bundle)).model
+        try:
+            model = choice.open(Path(task.bundle)).model
+        except NotBuilt:  # a comparison needs no engine of its own to be built: any that passes will do
+            model = EngineChoice("auto", engines, threads=task.threads, limits=limits).open(Path(task.bundle)).model
         begin = time.perf_counter()
         analysis = model.analyse(sources, decoder=InlineDecoder())
         seconds = time.perf_counter() - begin
-        outputs = outputs_of(analysis)
         names = {s.number: s.label for s in analysis.segments}
-        masks = (
-            masks_of_labels(analysis.labels, names, analysis.source_uids, order) if analysis.labels is not None else {}
-        )
-        made = Finding(masks_of_seg(Path(task.seg), order) if task.seg else {}, task.measurements)
-        comparison = compare(Finding(masks, outputs), made)
+        masks = masks_of_labels(analysis.labels, names, planes_of(analysis.source_uids, analysis.source_frames))
+        kept = masks_of_segs(map(Path, task.segs)) if task.segs or not task.summary.get("segments") else None
+        comparison = compare(Finding.of(summary_of(analysis), masks), Finding.of(task.summary, kept))
     except NodeError as error:
         return {"error": f"{error.operation}: {error.cause}"}
     except (ValueError, KeyError, AttributeError, IndexError, OSError, MemoryError) as error:
         return {"error": f"unexpected {type(error).__name__}"}  # its text may quote a header
-    return {**comparison.fields(), "seconds": seconds, "outputs": outputs}
+    return {**comparison.fields(), "seconds": seconds, "outputs": outputs_of(analysis)}
 
 
 def be_last() -> None:

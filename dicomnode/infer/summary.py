@@ -25,6 +25,15 @@ def finding(one: Finding) -> dict[str, Any]:
     }
 
 
+def summary_of(analysis: Analysis) -> dict[str, Any]:
+    """What was found, for people and for comparisons."""
+    return {
+        "segments": labels_found(analysis),
+        "measurements": [measurement(m, analysis) for m in analysis.measurements],
+        "findings": [finding(f) for f in analysis.findings],
+    }
+
+
 def labels_found(analysis: Analysis) -> list[str]:
     """Labels of the segments that occur."""
     found = analysis.numbers_found()

@@ -37,7 +37,7 @@ from dicomnode.infer.job_files import JobFiles, intact
 from dicomnode.infer.placing import PlacedModels, Servable
 from dicomnode.infer.routing import Router
 from dicomnode.infer.serving import ServingModels
-from dicomnode.infer.summary import finding, labels_found, measurement
+from dicomnode.infer.summary import summary_of
 from dicomnode.infer.volume import ReadSlice
 from dicomnode.orders import LABELMAP_SR, Order, load, with_proposed
 from dicomnode.records import Analysis, EncodedObject, ModelIdentity, ResultIdentity, SourceInstance
@@ -396,9 +396,7 @@ class Worker:
                         "precision": analysis.precision,
                         "role": self._router.role(int(job["id"])),
                         "slices": len(analysis.source_uids),
-                        "segments": labels_found(analysis),
-                        "measurements": [measurement(m, analysis) for m in analysis.measurements],
-                        "findings": [finding(f) for f in analysis.findings],
+                        **summary_of(analysis),
                         **({"changes": changes_summary(analysis)} if analysis.prior else {}),
                     },
                     seconds=seconds,

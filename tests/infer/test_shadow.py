@@ -9,19 +9,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
 from dicomnode.index.database import Database
 from dicomnode.index.jobs import Jobs
 from dicomnode.index.life import Life
 from dicomnode.index.operation import Events, Models
 from dicomnode.index.runs import Runs
-from dicomnode.infer.compare import Finding, compare, masks_of_labels, masks_of_seg
 from dicomnode.infer.shadow import Shadows
 from dicomnode.infer.worker import Worker
 from dicomnode.settings import Settings
@@ -163,57 +158,42 @@ def test_a_worker_that_ends_leaves_no_child_and_its_comparison_is_made_up_for(fo
     again.close()
 
 
-# Comparing
-
-
-def finding(**masks: list[int]) -> Finding:
-    return Finding({k: np.array(v, bool).reshape(1, 1, -1) for k, v in masks.items()}, {})
-
-
-def test_compare_by_label_and_key() -> None:
-    found = compare(finding(a=[1, 1, 0], b=[0, 0, 0], c=[0, 0, 1]), finding(a=[1, 0, 0], b=[0, 0, 0]))
-    assert found.dice == {"a": pytest.approx(2 / 3), "c": 0.0}
-    assert not found.same_findings
-    assert found.fields()["least_dice"] == 0.0
-    nothing = compare(finding(a=[0]), finding())
-    assert nothing.same_findings and nothing.fields()["least_dice"] is None
-    one, other = Finding({}, {"v": 10.0, "only": 1.0, "n": np.nan}), Finding({}, {"v": 8.0, "n": np.nan})
-    assert compare(one, other).differences == {"v": pytest.approx(0.2), "only": 1.0, "n": 0.0}
-    with pytest.raises(ValueError, match="masks of"):
-        compare(finding(a=[1, 1]), finding(a=[1]))
-
-
-MASKS = hnp.arrays(bool, (2, 3, 4))
-
-
-@given(MASKS, MASKS)
-def test_dice_is_symmetric_and_one_for_itself(a: Any, b: Any) -> None:
-    there, back = (compare(Finding({"s": x}, {"v": 1.0}), Finding({"s": y}, {"v": 2.0})) for x, y in ((a, b), (b, a)))
-    assert (there.dice, there.differences) == (back.dice, back.differences)
-    assert all(0 <= d <= 1 for d in there.dice.values())
-    assert all(d == 1 for d in compare(Finding({"s": a}, {}), Finding({"s": a}, {})).dice.values())
-
-
-@given(st.permutations(range(5)))
-def test_masks_follow_the_order_that_is_asked_for(order: list[int]) -> None:
-    labels = np.arange(5, dtype=np.uint8).reshape(5, 1, 1)
-    uids = [f"u{n}" for n in range(5)]
-    masks = masks_of_labels(labels, {3: "three"}, uids, [uids[n] for n in order])
-    assert masks["three"].ravel().tolist() == [n == 3 for n in order]
-
-
-def test_the_masks_of_a_stored_seg_are_those_that_were_encoded(folder: Path, db: Database, monkeypatch: Any) -> None:
-    from dicomnode.infer.golden import ReadyModel
-    from tests.infer.life_case import boxes
-
-    monkeypatch.setattr(ReadyModel, "analyse", boxes)
-    worker = worker_on(settings_of(folder), db)
+def test_what_was_replaced_since_the_analysis_is_not_compared(folder: Path, db: Database) -> None:
+    """The two versions would have seen different images."""
+    case = Case(folder, db)
+    Life(db).shadow("ct-lung", "1.1.0", who="me")
     job_id = add_series(db)
-    assert worker.run_once()
-    shown = Jobs(db).show(job_id)
-    assert shown is not None
-    order = [r["SOPInstanceUID"] for r in Jobs(db).inputs(job_id)]
-    seg = next(r["file"] for r in shown["results"] if r["kind"] == "SEG")
-    masks = masks_of_seg(folder / "data" / "objects" / seg, order)
-    assert {k: int(m.sum()) for k, m in masks.items()} == {"Right lung": 16 * 8 * 40, "Left lung": 16 * 8 * 40}
-    assert masks[min(masks, key=lambda k: int(np.argmax(masks[k].any((0, 2)))))][4:20, 10:18, 20:60].all()
+    assert case.worker.run_once()
+    with db.transaction():
+        db.execute("UPDATE instances SET dataset_sha256 = 'other' WHERE id = (SELECT min(id) FROM instances)")
+    case.shadows.go_on()
+    [row] = case.finished()
+    assert (row["job_id"], row["state"], row["error"]) == (
+        job_id,
+        "failed",
+        "an image was replaced after the job's analysis",
+    )
+    assert not case.shadows.busy
+
+
+def test_no_child_can_be_made_and_the_worker_goes_on(
+    folder: Path, db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A box without memory for a process: nothing is raised, nothing is left open, and it is tried once more."""
+    case = Case(folder, db)
+    Life(db).shadow("ct-lung", "1.1.0", who="me")
+    add_series(db)
+    assert case.worker.run_once()
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    before = psutil.Process().num_fds()
+    with monkeypatch.context() as patch:
+        patch.setattr("dicomnode.infer.shadow.subprocess.Popen", refused)
+        case.shadows.go_on()
+    assert not case.shadows.busy and psutil.Process().num_fds() == before
+    case.shadows.go_on()
+    assert case.shadows.busy
+    case.shadows.close()
+    assert psutil.Process().num_fds() == before

@@ -62,17 +62,18 @@ class SegMask:
 def mask_volume(mask: SegMask, volume: Volume) -> Volume:
     """The mask as int16 0 and 1 on the grid of the series that it was found on.
 
-    Raises UnsuitableSeries for a multi-frame source, and where there is no such segment name.
+    What the mask has on images that the volume leaves out is left out. Raises ValueError, KeyError or
+    AttributeError for a SEG that is not one of this node's.
     """
-    from dicomnode.infer.compare import masks_of_seg
+    from dicomnode.infer.compare import masks_of_seg, planes_of
 
-    if volume.source_frames:
-        raise UnsuitableSeries("read mask", "MULTI_FRAME_MASK", "masks of multi-frame series cannot be inputs yet")
     values = np.zeros(volume.values.shape, np.int16)
     if mask.path is not None:
-        for label, found in masks_of_seg(mask.path, volume.source_uids).items():
+        place = {plane: index for index, plane in enumerate(planes_of(volume.source_uids, volume.source_frames))}
+        for label, planes in masks_of_seg(mask.path).items():
             if not mask.segment or label.casefold() == mask.segment.casefold():
-                values[found] = 1
+                for plane in planes.keys() & place.keys():
+                    values[place[plane]][planes[plane]] = 1
     return replace(volume, values=values)
 
 
