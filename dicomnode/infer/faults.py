@@ -62,6 +62,11 @@ def fault_of(code: str) -> Fault:
     return next((fault for fault in Fault if fault == code), Fault.failed)
 
 
+def golden_code(code: str) -> str:
+    """What a golden case that failed with an error of ``code`` says: of the device, or of model and engine."""
+    return code if fault_of(code) in (Fault.oom, Fault.lost) else "GOLDEN_MISMATCH"
+
+
 def leave_engine(attempts: int, last_error: str | None) -> bool:
     """Whether a job starts on the next engine: its last attempt ended the process with a sticky error."""
     return attempts > 1 and f"{Fault.lost}:" in (last_error or "")

@@ -19,6 +19,7 @@ from dicomnode.errors import BundleError, EngineError
 from dicomnode.infer.bundle import Bundle, load_bundle
 from dicomnode.infer.decode import Decoder
 from dicomnode.infer.engine import ByName, Engine, Loads, Session
+from dicomnode.infer.faults import Fault, golden_code
 from dicomnode.infer.manifest import GoldenCase, Manifest
 from dicomnode.infer.pipeline import NO_SERIES, Progress, analyse_series, infer, run_bundle
 from dicomnode.infer.stages.golden import run_case
@@ -29,6 +30,10 @@ from dicomnode.infer.volume import ReadSlice, Volume, spacing_of
 from dicomnode.records import Analysis, ModelIdentity, SourceInstance
 
 MAX_GOLDEN_VOXELS = 1 << 26
+_HINTS = {
+    Fault.oom.value: "Nothing is wrong with the model: free GPU memory, or raise inference.gpu_memory_share",
+    Fault.lost.value: "Nothing is wrong with the model: see 'nvidia-smi' and the kernel's log for Xid",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +126,7 @@ def gate(bundle: Bundle, session: Session) -> ReadyModel:
             f"verify {identity.name} {identity.version} on {report.engine}",
             report.code,
             problems,
-            "Do not use this model with this engine; choose another engine or another version",
+            _HINTS.get(report.code, "Do not use this model with this engine; choose another engine or another version"),
         )
     return ReadyModel(bundle, session, report)
 
@@ -163,7 +168,7 @@ def check_golden(bundle: Bundle, session: Session) -> GoldenReport:
     if isinstance(manifest, StagedManifest):
         outcomes = [(case.name, run_case(manifest, bundle.read, session, case)) for case in manifest.golden]
         return GoldenReport(
-            session.engine, tuple(CaseResult(n, o.problems, o.disagreement, o.dice) for n, o in outcomes)
+            session.engine, tuple(CaseResult(n, o.problems, o.disagreement, o.dice, o.code) for n, o in outcomes)
         )
     return GoldenReport(session.engine, tuple(_run(bundle, manifest, session, case) for case in manifest.golden))
 
@@ -186,8 +191,7 @@ def _run(bundle: Bundle, manifest: Manifest, session: Session, case: GoldenCase)
                 return CaseResult(case.name, (f"output {name} is constant",), 1.0, 0.0)
         analysis = run_bundle(bundle, session, volume)
     except EngineError as cause:
-        code = cause.code if cause.code in ("OOM", "DEVICE_LOST") else "GOLDEN_MISMATCH"
-        return CaseResult(case.name, (cause.cause,), 1.0, 0.0, code)
+        return CaseResult(case.name, (cause.cause,), 1.0, 0.0, golden_code(cause.code))
     assert analysis.labels is not None
     labels = analysis.labels
     disagreement = float(np.mean(labels != expected))

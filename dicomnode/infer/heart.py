@@ -24,6 +24,7 @@ class Heart:
     """
 
     def __init__(self, jobs: Jobs, job_id: int, owner: str, seconds: float, limit: float) -> None:
+        """``seconds``: of the lease; ``limit``: of the job."""
         self._jobs, self._job_id, self._owner, self._seconds = jobs, job_id, owner, seconds
         self._deadline = time.monotonic() + limit
         self._stands = False
@@ -50,13 +51,16 @@ class Heart:
             self._stands = False
 
     def _beat(self) -> None:
+        held = True
         while not self._stop.wait(min(self._seconds / 3, max(0.1, self._deadline - time.monotonic()))):
             if time.monotonic() >= self._deadline and not self._stands:
                 logs.get().error("job takes too long, the worker is restarted", job=self._job_id)
                 os._exit(EXIT_HUNG)
+            if not held:
+                continue  # the work still runs, and may still hang
             try:
                 self._jobs.extend(self._job_id, self._owner, self._seconds)
             except LeaseLost:
-                return  # finish() will find out and drop the result
+                held = False  # finish() will find out and drop the result
             except NodeError:
                 continue  # a locked index: the next beat is soon enough

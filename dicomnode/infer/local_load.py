@@ -47,7 +47,7 @@ class LoadOfOthers:
 
 
 def _cpu_seconds() -> tuple[float, float]:
-    """CPU seconds of the box that were work, and those of this process and its children."""
+    """CPU seconds of the box that were work, and those of this process and its children, ended ones too."""
     box = psutil.cpu_times()
     busy = sum(box) - box.idle - getattr(box, "iowait", 0.0) - getattr(box, "guest", 0.0)
     busy -= getattr(box, "guest_nice", 0.0)
@@ -58,5 +58,6 @@ def _cpu_seconds() -> tuple[float, float]:
             times = process.cpu_times()
         except psutil.Error:
             continue  # a decoder that ended
-        own += times.user + times.system
+        # With what those used that have ended since: else their past would look like load of others.
+        own += times.user + times.system + times.children_user + times.children_system
     return busy, own

@@ -32,7 +32,7 @@ from dicomnode.infer.trt_build import (
     probe,
     recipe,
 )
-from dicomnode.infer.trt_run import TrtSession
+from dicomnode.infer.trt_run import MemoryBudget, TrtSession
 
 PROBE_SECONDS = 120.0
 BUILD_SECONDS = 4 * 3600.0
@@ -78,6 +78,7 @@ class TensorRt:
         self._answer: Ok | Rejected | None = None
         self._facts: Facts | None = None
         self._tools: Toolkit | None = None
+        self._budget: MemoryBudget | None = None
         self._building = threading.Lock()
 
     @property
@@ -160,13 +161,15 @@ class TensorRt:
         facts = self._known()
         if self._tools is None:
             self._tools = self._open_tools()
+        if self._budget is None:
+            self._budget = MemoryBudget(self._limits.gpu_bytes(facts.device.memory))
         return TrtSession(
             self._tools,
             plan,
             version=facts.tensorrt,
             precision=precision,
             ranges=self._key(onnx, precision).profiles,
-            budget=self._limits.gpu_bytes(facts.device.memory),
+            budget=self._budget,
         )
 
     def _known(self) -> Facts:

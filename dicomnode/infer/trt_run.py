@@ -54,11 +54,39 @@ class _Flight:
     landed: Arrays | None = None
 
 
+class MemoryBudget:
+    """Device memory that the sessions of one engine may take together, bytes. Thread-safe."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._taken = limit, 0
+        self._lock = threading.Lock()
+
+    @property
+    def left(self) -> int:
+        return self._limit - self._taken
+
+    def take(self, size: int) -> None:
+        """Raises EngineError OOM when it would be exceeded."""
+        with self._lock:
+            if self._taken + size > self._limit:
+                raise EngineError(
+                    "use GPU memory",
+                    "OOM",
+                    f"{size >> 20} MiB more would exceed the share of this node",
+                    "Raise inference.gpu_memory_share, or lower inference.max_batch",
+                )
+            self._taken += size
+
+    def give(self, size: int) -> None:
+        with self._lock:
+            self._taken -= size
+
+
 class TrtSession:
     """One loaded plan. Used by one thread at a time; which one does not matter.
 
-    ``budget`` is the device memory in bytes that the session may take: a second slot is left
-    out, and batches are refused with OOM, where it would be exceeded.
+    ``budget`` is shared with other sessions: a second slot is left out, and batches are refused
+    with OOM, where it would be exceeded. What the session took of it is given back by ``close``.
     """
 
     def __init__(
@@ -69,13 +97,13 @@ class TrtSession:
         version: str,
         precision: Precision,
         ranges: tuple[InputRange, ...],
-        budget: int,
+        budget: MemoryBudget,
     ) -> None:
         self._trt, self._cuda = tools.trt, tools.cuda
         self._log = make_logger(tools.trt)
         self._ranges = {r.name: r for r in ranges}
         self._version, self._precision = version, precision
-        self._budget = budget
+        self._budget, self._fixed = budget, 0
         self._slots: list[_Slot] = []
         self._flights: list[_Flight] = []
         self._lock = threading.Lock()
@@ -101,23 +129,18 @@ class TrtSession:
         self.outputs = [n for n in names if n not in self.inputs]
         self.dtypes: dict[str, npt.DTypeLike] = {n: self._trt.nptype(self._engine.get_tensor_dtype(n)) for n in names}
         scratch = int(getattr(self._engine, "device_memory_size_v2", 0) or self._engine.device_memory_size)
-        self._spend(len(plan) + scratch)  # weights and activations of the first context
+        self._keep(len(plan) + scratch)  # weights and activations of the first context
         for index in range(SLOTS):
-            if index and scratch > self._budget:
+            if index and scratch > self._budget.left:
                 break  # one slot serves; only copies do not overlap then
             if index:
-                self._spend(scratch)
+                self._keep(scratch)
             self._slots.append(_Slot(self, self._cuda, index))
 
-    def _spend(self, size: int) -> None:
-        if size > self._budget:
-            raise EngineError(
-                "use GPU memory",
-                "OOM",
-                f"{size >> 20} MiB more would exceed the share of this node",
-                "Raise inference.gpu_memory_share, or lower inference.max_batch",
-            )
-        self._budget -= size
+    def _keep(self, size: int) -> None:
+        """Take of the budget until the session is closed."""
+        self._budget.take(size)
+        self._fixed += size
 
     @property
     def engine(self) -> str:
@@ -200,7 +223,9 @@ class TrtSession:
     def close(self) -> None:
         """Release device memory; a device that is lost has none to release."""
         slots, self._slots = self._slots, []
+        fixed, self._fixed = self._fixed, 0
         self._flights.clear()
+        self._budget.give(fixed + sum(slot.held for slot in slots))
         with contextlib.suppress(CudaError), self._cuda.current():
             for slot in slots:
                 slot.close()
@@ -322,18 +347,26 @@ class _Slot:
         size = int(np.prod(shape, dtype=np.int64)) * np.dtype(self._session.dtypes[name]).itemsize
         known = self._buffers.get(name)
         if known is None or known.size < size:
-            self._session._spend(size - (known.size if known else 0))
             if known is not None:
                 del self._buffers[name]
+                self._session._budget.give(known.size)
                 self._free(known)
-            device = self._cuda.allocate(size)
+            self._session._budget.take(size)
             try:
-                self._buffers[name] = _Buffer(self._cuda.pinned(size), device, size)
-            except CudaError:
-                self._cuda.release(device)
+                self._buffers[name] = self._buffer(size)
+            except CudaError:  # it was not had: the next, smaller batch must find the budget as it was
+                self._session._budget.give(size)
                 raise
         if not self._context.set_tensor_address(name, self._buffers[name].device):
             raise EngineError("run model", "RUN_FAILED", f"TensorRT refuses the address of {name}")
+
+    def _buffer(self, size: int) -> _Buffer:
+        device = self._cuda.allocate(size)
+        try:
+            return _Buffer(self._cuda.pinned(size), device, size)
+        except CudaError:
+            self._cuda.release(device)
+            raise
 
     def _bytes(self, name: str) -> Bytes:
         return self._view(name, self._shapes[name]).reshape(-1).view(np.uint8)
@@ -351,6 +384,11 @@ class _Slot:
     def _free(self, buffer: _Buffer) -> None:
         self._cuda.release(buffer.device)
         self._cuda.release_pinned(buffer.host)
+
+    @property
+    def held(self) -> int:
+        """Device bytes of its buffers."""
+        return sum(buffer.size for buffer in self._buffers.values())
 
     def close(self) -> None:
         self._cuda.synchronise(self.stream)

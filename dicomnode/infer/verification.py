@@ -114,8 +114,6 @@ def _verify(task: dict[str, Any]) -> dict[str, Any]:
     except MemoryError:
         return {"kind": "memory"}
     except EngineError as error:
-        if error.code == "OOM" or "alloc" in error.cause.lower():
-            return {"kind": "memory"}
         return {"kind": "engine", "code": error.code, **_facts(error)}
     except PeerAway as error:
         return {"kind": "away", **_facts(error)}
@@ -131,16 +129,22 @@ def _facts(error: NodeError) -> dict[str, str]:
 
 
 def _here(task: dict[str, Any]) -> str:
-    """On this box's engine. Raises what :func:`verify_apart` says of it."""
+    """On this box's engine. Raises what :func:`verify_apart` says of it, MemoryError beyond the limit."""
     from dicomnode.infer.choice import GPU_ENGINES, EngineChoice
     from dicomnode.infer.engine import default_engines
 
     limits = Limits(int(task["max_batch"]), float(task["gpu_memory_share"]))
     engines = default_engines(Path(task["data_dir"]), limits)
     choice = EngineChoice(task["engine"], engines, threads=int(task["threads"]), limits=limits)
-    if not any(engine.name in GPU_ENGINES for engine in choice.engines):  # CUDA maps more than it uses
+    limited = not any(engine.name in GPU_ENGINES for engine in choice.engines)  # CUDA maps more than it uses
+    if limited:
         limit_data(int(task["memory_mb"]) * MEBIBYTE)
-    ready = choice.open(Path(task["path"]), build=bool(task["build"]) or not choice.automatic).model
+    try:
+        ready = choice.open(Path(task["path"]), build=bool(task["build"]) or not choice.automatic).model
+    except EngineError as error:
+        if limited and (error.code == "OOM" or "alloc" in error.cause.lower()):
+            raise MemoryError from error  # a GPU that others fill says nothing of the bundle; our own limit does
+        raise
     ready.close()
     return ready.report.engine
 

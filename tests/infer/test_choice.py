@@ -15,9 +15,13 @@ from dicomnode.errors import EngineError
 from dicomnode.index.database import Database
 from dicomnode.index.jobs import Jobs
 from dicomnode.index.operation import Events
+from dicomnode.infer import verification
+from dicomnode.infer.bundle import load_bundle
 from dicomnode.infer.choice import EngineChoice, NotBuilt, candidates, engine_text
+from dicomnode.infer.cuda import CudaError
 from dicomnode.infer.decode import InlineDecoder
 from dicomnode.infer.engine import Engine, Limits
+from dicomnode.infer.golden import gate
 from dicomnode.infer.ort import OnnxRuntimeCpu
 from dicomnode.infer.serving import ServingModels
 from dicomnode.infer.worker import Worker
@@ -161,13 +165,47 @@ def test_rejections_at_start_are_counted_and_kept(tmp_path: Path, bundle: Path) 
 
 
 def test_a_lost_gpu_leaves_the_cpu(tmp_path: Path, bundle: Path) -> None:
-    from dicomnode.infer.cuda import CudaError
-
     engines, trt, _ = box(tmp_path)
     engines[0].build(ONNX, "fp32")
     trt.cuda.fail["launch"] = trt.cuda.fail["synchronise"] = CudaError("synchronise stream", 700, "illegal address")
     opened = EngineChoice("auto", engines, limits=LIMITS).open(bundle)
     assert engine_text(opened.model) == "onnxruntime-cpu fp32"  # the context is one for both GPU engines
+
+
+def test_a_full_gpu_is_no_fault_of_the_bundle(tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The golden case does not fit: another engine serves, and by name the error says what to do, and passes."""
+    engines, trt, _ = box(tmp_path)
+    for precision, onnx in (("fp32", ONNX), ("fp16", FP16)):
+        engines[0].build(onnx, precision)
+    trt.cuda.fail["allocate"] = CudaError("allocate device memory", 2, "out of memory")
+    choice = EngineChoice("auto", engines, limits=LIMITS)
+    opened = choice.open(bundle)
+    assert engine_text(opened.model) == "onnxruntime-gpu fp32"
+    assert {r.code for r in choice.refusals(opened.model.bundle.digest)} == {"OOM"}
+    with pytest.raises(EngineError) as caught:
+        EngineChoice("tensorrt", engines, limits=LIMITS).open(bundle)
+    assert caught.value.code == "OOM"
+    monkeypatch.setattr("dicomnode.infer.engine.default_engines", lambda *_: engines)
+    task = {"path": str(bundle), "engine": "tensorrt", "data_dir": str(tmp_path), "build": False, "threads": 1}
+    told = verification._verify({**task, "max_batch": 8, "gpu_memory_share": 0.8, "memory_mb": 64})
+    assert (told["kind"], told["code"]) == ("engine", "OOM"), "a pulled bundle is tried again, not rejected"
+
+
+def test_a_golden_case_of_either_schema_says_that_the_device_failed(bundle: Path) -> None:
+    class Full:
+        engine, precision = "tensorrt 10", "fp32"
+
+        def run(self, inputs: object) -> dict:
+            raise EngineError("run model", "OOM", "CUDA error 2")
+
+        def close(self) -> None:
+            """Nothing to release."""
+
+    unet = Path(__file__).resolve().parents[2] / "models" / "ct-lung-unet" / "1.0.0"
+    for path in (bundle, unet):
+        with pytest.raises(EngineError, match="free GPU memory") as caught:
+            gate(load_bundle(path), Full())
+        assert caught.value.code == "OOM"
 
 
 def serving(db: Database, tmp_path: Path, choice: EngineChoice, on_better: Callable[[], None]) -> ServingModels:

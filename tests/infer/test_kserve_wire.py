@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dicomnode.infer import endpoint_load, kserve_json, kserve_proto
+from dicomnode.infer import endpoint_load, kserve_json, kserve_proto, local_load
 from dicomnode.infer.endpoint_load import LatencyLoad, triton_load
 from dicomnode.infer.kserve_tensors import (
     Signature,
@@ -287,3 +289,14 @@ def test_load_of_this_box_is_what_others_use_of_it() -> None:
     measured = LoadOfOthers(lambda: next(moments))
     first = measured.sample()
     assert 0 <= first <= 1 and 0 <= measured.sample() <= 1
+
+
+def test_work_of_children_that_have_ended_is_no_load_of_others() -> None:
+    """A decoder or a comparison takes its past with it when it ends; the load of that time was our own."""
+    burn = "import time\nwhile time.process_time() < 0.4: pass\nprint(flush=True)\nimport sys; sys.stdin.read()"
+    before = local_load._cpu_seconds()[1]
+    with subprocess.Popen([sys.executable, "-c", burn], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None and child.stdout.readline()
+        alive = local_load._cpu_seconds()[1]
+    ended = local_load._cpu_seconds()[1]
+    assert before + 0.35 < alive <= ended + 0.05

@@ -157,6 +157,50 @@ def test_share_of_memory_is_kept(tmp_path: Path) -> None:
     assert caught.value.code == "OOM"
 
 
+def test_memory_that_was_not_had_is_not_counted_as_taken(tmp_path: Path) -> None:
+    """Batches are halved after OOM: a budget that shrinks each time would leave none in the end."""
+    engine, trt = fake_tensorrt(tmp_path)
+    session = engine.load(ONNX)
+    assert engine._budget is not None
+    before, batch = engine._budget.left, hu(1, 8, 1, 256, 256)
+    for call in ("allocate", "pinned"):
+        trt.cuda.fail[call] = CudaError("allocate device memory", 2, "out of memory")
+        for _ in range(3):
+            with pytest.raises(EngineError) as caught:
+                session.run({"hu": batch})
+            assert caught.value.code == "OOM" and engine._budget.left == before
+        del trt.cuda.fail[call]
+    np.testing.assert_array_equal(session.run({"hu": batch})["air"], reference(batch))
+    used = before - engine._budget.left
+    assert used >= batch.nbytes
+    session.run({"hu": hu(1, 8, 1, 512, 512)})
+    assert before - engine._budget.left == 4 * used, "buffers that grow take the difference"
+
+
+def test_sessions_share_what_the_node_may_take_and_give_it_back(tmp_path: Path) -> None:
+    small = Device("Tesla T4", (7, 5), 40, 8 << 20, "550")
+    trt = FakeTrt(cuda=FakeCuda(small), device_memory=1 << 20)
+    engine = TensorRt(
+        tmp_path,
+        Limits(max_batch=8, gpu_memory_share=0.5),
+        open_tools=lambda: Toolkit(trt, trt.cuda),
+        run_child=inline,
+        missing=lambda: None,
+    )
+    for _ in range(5):  # what a closed one had can be had again
+        session = engine.load(ONNX)
+        session.run({"hu": hu(1, 2, 1, 64, 64)})
+        session.close()
+    both = [engine.load(ONNX), engine.load(ONNX)]
+    with pytest.raises(EngineError, match="share of this node") as caught:
+        engine.load(ONNX)
+    assert caught.value.code == "OOM"
+    for session in both:
+        session.close()
+    engine.load(ONNX).close()
+    assert engine._budget is not None and engine._budget.left == 4 << 20
+
+
 def test_only_api_that_each_version_has(tmp_path: Path) -> None:
     for version, flags, config in (("8.6.0", 1, [0, 12]), ("10.4.0", 2, []), ("11.3.0", 2, [])):
         engine, trt = fake_tensorrt(tmp_path / version, version)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from dicomnode.errors import LeaseLost
 from dicomnode.index.database import Database
 from dicomnode.index.jobs import Jobs
 from dicomnode.infer import worker as module
@@ -134,3 +135,18 @@ def test_the_limit_of_a_job_stands_still_with_it_and_then_goes_on(monkeypatch: p
                 assert beaten.acquire(timeout=10)
             assert stood() > 0.05 and not ended.is_set()
         assert ended.wait(10)
+
+
+def test_a_job_whose_lease_is_lost_is_still_ended_when_it_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its result would be dropped, but a codec that hangs would keep the worker from every other job."""
+    ended, asked = threading.Event(), threading.Event()
+
+    class Taken:
+        def extend(self, *_: Any) -> None:
+            assert not asked.is_set(), "a lease that is lost is not asked for again"
+            asked.set()
+            raise LeaseLost("extend lease", "another process holds it")
+
+    monkeypatch.setattr(module.os, "_exit", lambda code: ended.set())
+    with Heart(Taken(), 1, "w", 0.03, 0.2):
+        assert asked.wait(10) and ended.wait(10)

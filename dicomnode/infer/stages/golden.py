@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from dicomnode.errors import BundleError, EngineError, UnsuitableSeries
 from dicomnode.infer.engine import Session
+from dicomnode.infer.faults import golden_code
 from dicomnode.infer.stages.intensity import mean_and_std
 from dicomnode.infer.stages.manifest import GoldenCase, GoldenInput, StagedManifest
 from dicomnode.infer.stages.network import Answers
@@ -30,11 +31,12 @@ _TIE = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """``problems`` is empty when the case passed. ``disagreement``, ``dice``: see ``golden.CaseResult``."""
+    """``problems`` is empty when the case passed. ``disagreement``, ``dice``, ``code``: see ``golden.CaseResult``."""
 
     problems: tuple[str, ...]
     disagreement: float = 0.0
     dice: float = 1.0
+    code: str = "GOLDEN_MISMATCH"
 
 
 def run_case(manifest: StagedManifest, read: Read, session: Session, case: GoldenCase) -> Outcome:
@@ -51,7 +53,7 @@ def run_case(manifest: StagedManifest, read: Read, session: Session, case: Golde
         more = {name: case_volume(one, read) for name, one in case.more.items()}
         analysis = run_staged(manifest, session, volume, inspect=inspect, more=more)
     except (EngineError, UnsuitableSeries) as cause:
-        return Outcome((cause.cause,), 1.0, 0.0)
+        return Outcome((cause.cause,), 1.0, 0.0, golden_code(cause.code))
     disagreement, dice = 0.0, 1.0
     if expected is not None:
         assert analysis.labels is not None
