@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 
 from pynetdicom.presentation import build_context
@@ -16,7 +17,7 @@ from pynetdicom.sop_class import Verification
 
 from dicomnode.dimse.association import NodeAssociation
 from dicomnode.dimse.requestor import MAX_CONTEXTS, Patience, associate
-from dicomnode.dimse.store import NotPart10, send_store
+from dicomnode.dimse.store import NextFile, NotPart10, send_store
 from dicomnode.errors import PeerAway
 from dicomnode.settings import Delivery, Peer
 from dicomnode.tls import Transport
@@ -106,6 +107,7 @@ def send_batch(
     """
     contexts = [build_context(sop_class, syntax) for sop_class, syntax in _contexts(objects)]
     assoc = associate(local, peer, contexts, patience(delivery), operation="C-STORE", transport=transport)
+    ahead = NextFile()
     try:
         accepted = {(str(c.abstract_syntax), str(c.transfer_syntax[0])): c.context_id for c in assoc.accepted_contexts}
         held: set[str] = set()
@@ -113,7 +115,8 @@ def send_batch(
             if outgoing.group in held:
                 on_outcome(SendOutcome(outgoing.key, Sent.retry, "an earlier object of its study has to go first"))
                 continue
-            outcome = _send(assoc, number % 65535 + 1, outgoing, accepted, delivery.response_seconds)
+            following = objects[number] if number < len(objects) else None
+            outcome = _send(assoc, number % 65535 + 1, outgoing, following, ahead, accepted, delivery.response_seconds)
             if outcome.sent is Sent.rejected and outgoing.fallback:
                 outcome = SendOutcome(outcome.key, Sent.fallback, outcome.cause)
             if outcome.sent in (Sent.retry, Sent.fallback):
@@ -122,6 +125,7 @@ def send_batch(
         if assoc.usable():
             assoc.release()
     finally:
+        ahead.close()
         assoc.end()
 
 
@@ -133,6 +137,8 @@ def _send(
     assoc: NodeAssociation,
     message_id: int,
     outgoing: Outgoing,
+    following: Outgoing | None,
+    ahead: NextFile,
     accepted: Mapping[tuple[str, str], int],
     response_seconds: float,
 ) -> SendOutcome:
@@ -150,8 +156,9 @@ def _send(
             message_id=message_id,
             sop_class_uid=outgoing.sop_class_uid,
             sop_instance_uid=outgoing.sop_instance_uid,
-            data=outgoing.path,
+            data=ahead.take(outgoing.path),
             seconds=response_seconds,
+            meanwhile=None if following is None else partial(ahead.prepare, following.path),
         )
     except FileNotFoundError:
         return SendOutcome(outgoing.key, Sent.rejected, "the object is not in the store")

@@ -1,7 +1,8 @@
 """C-STORE as SCU, straight from the file (PS3.7 9.1.1).
 
 The data set of a Part 10 file is sent as it lies there: not decoded, not copied into one
-piece, several PDUs with one system call. One operation is outstanding at a time.
+piece, several PDUs with one system call. One operation is outstanding at a time; while the
+peer works on it, the next file is opened and its first block read.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import os
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 from pynetdicom.dsutils import split_dataset
@@ -28,6 +29,9 @@ LARGEST_PDU = 1024 * 1024
 CANCEL_LOOK_SECONDS = 0.2
 _PREAMBLE = 128
 
+Blocks = Generator[tuple[memoryview, bool], None, None]
+"""Pieces of a data set, and whether each is the last."""
+
 
 class NotPart10(ValueError):
     """The file has no meta information of group 0002 with its length."""
@@ -40,6 +44,56 @@ def data_set_offset(head: bytes) -> int:
     return 144 + int(struct.unpack_from("<I", head, 140)[0])
 
 
+class Opened:
+    """A Part 10 file with its first block read, at most BLOCK_BYTES; what failed is raised by ``begin``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._blocks = _blocks(path)
+        self._first: tuple[memoryview, bool] | None = None
+        self._error: OSError | NotPart10 | None = None
+        try:
+            self._first = next(self._blocks)
+        except (OSError, NotPart10) as error:
+            self._error = error
+
+    def begin(self) -> tuple[tuple[memoryview, bool], Blocks]:
+        """The first block and those after it. Raises OSError or NotPart10."""
+        if self._error is not None or self._first is None:
+            raise self._error or OSError("it was closed")
+        return self._first, self._blocks
+
+    def close(self) -> None:
+        self._blocks.close()
+        self._first = None
+
+
+class NextFile:
+    """The one file that is read while the peer works on the one before. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._ready: Opened | None = None
+
+    def prepare(self, path: Path) -> None:
+        """Open and read now; nothing is raised before its turn."""
+        self.close()
+        self._ready = Opened(path)
+
+    def take(self, path: Path) -> Opened:
+        """What was prepared, or the file opened now."""
+        ready, self._ready = self._ready, None
+        if ready is not None and ready.path == path:
+            return ready
+        if ready is not None:
+            ready.close()
+        return Opened(path)
+
+    def close(self) -> None:
+        if self._ready is not None:
+            self._ready.close()
+            self._ready = None
+
+
 def send_store(
     assoc: NodeAssociation,
     context_id: int,
@@ -47,17 +101,18 @@ def send_store(
     message_id: int,
     sop_class_uid: str,
     sop_instance_uid: str,
-    data: Path | bytes,
+    data: Path | Opened | bytes,
     seconds: float,
     originator: tuple[str, int] | None = None,
     given_up: Callable[[], bool] | None = None,
+    meanwhile: Callable[[], None] | None = None,
 ) -> int | None:
     """C-STORE one object on an accepted context; the status, or None without an answer in time.
 
-    ``data`` is a Part 10 file or an encoded data set. ``seconds`` runs from the last byte handed
-    to the socket. Without an answer the association is aborted: an answer that came late would
-    be taken for the next object's. Raises OSError or NotPart10 when the file cannot be read,
-    before anything was sent.
+    ``data`` is a Part 10 file, one opened (it is closed here), or an encoded data set. ``seconds``
+    runs from the last byte handed to the socket; ``meanwhile`` is called then, once. Without an
+    answer the association is aborted: an answer that came late would be taken for the next
+    object's. Raises OSError or NotPart10 when the file cannot be read, before anything was sent.
     """
     request = encode_store_request(
         message_id=message_id, sop_class_uid=sop_class_uid, sop_instance_uid=sop_instance_uid, originator=originator
@@ -66,28 +121,35 @@ def send_store(
     head = b"".join(message_parts(context_id, request, b"", announced))
     fragment = max(min(announced, LARGEST_PDU) - PDV_OVERHEAD, 1) & ~1 or 1
     assoc.lane.replies.clear()
-    blocks = _blocks(data)
-    first = next(blocks)
+    opened = Opened(data) if isinstance(data, Path) else data
     try:
-        _send(assoc, context_id, head, first, blocks, fragment)
+        first, rest = ((memoryview(opened), True), None) if isinstance(opened, bytes) else opened.begin()
+        _send(assoc, context_id, head, first, rest, fragment)
     except _FileFailed as error:
         assoc.abort(block=False)
         raise OSError(f"the file could not be read to its end ({error})") from None
-    except OSError:
+    except _PeerGone:
         assoc.dul.lost()
         return None
-    return _answer(assoc, message_id, time.monotonic() + seconds, given_up or (lambda: False))
+    finally:
+        if isinstance(opened, Opened):
+            opened.close()
+    deadline = time.monotonic() + seconds
+    if meanwhile is not None:
+        meanwhile()
+    return _answer(assoc, message_id, deadline, given_up or (lambda: False))
 
 
 class _FileFailed(Exception):
     """The file ended or failed after a part of it was sent."""
 
 
-def _blocks(data: Path | bytes) -> Iterator[tuple[memoryview, bool]]:
+class _PeerGone(Exception):
+    """The connection ended while the object was sent."""
+
+
+def _blocks(data: Path) -> Blocks:
     """Pieces of the data set, and whether each is the last."""
-    if isinstance(data, bytes):
-        yield memoryview(data), True
-        return
     fd = os.open(data, os.O_RDONLY | os.O_CLOEXEC)
     try:
         size = os.fstat(fd).st_size
@@ -121,7 +183,7 @@ def _send(
     context_id: int,
     head: bytes,
     first: tuple[memoryview, bool],
-    rest: Iterator[tuple[memoryview, bool]],
+    rest: Blocks | None,
     fragment: int,
 ) -> None:
     block, last = first
@@ -131,8 +193,11 @@ def _send(
             piece = block[begin : begin + fragment]
             final = last and begin + fragment >= len(block)
             parts += (pdata_header(context_id, len(piece), command=False, last=final), piece)
-        assoc.wire.send(parts)
-        if last:
+        try:
+            assoc.wire.send(parts)
+        except OSError:
+            raise _PeerGone from None
+        if last or rest is None:
             return
         parts = []
         try:

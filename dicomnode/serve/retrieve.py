@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from pynetdicom.presentation import build_context
 
 from dicomnode.dimse.association import NodeAssociation
 from dicomnode.dimse.requestor import MAX_CONTEXTS, Patience, associate
-from dicomnode.dimse.store import NotPart10, send_store
+from dicomnode.dimse.store import NextFile, NotPart10, Opened, send_store
 from dicomnode.durable import ObjectStore
 from dicomnode.errors import PeerError
 from dicomnode.index.database import Database
@@ -41,6 +42,26 @@ class Instance:
     sop_instance_uid: str
     transfer_syntax_uid: str
     path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class _Sending:
+    """One association that carries sub-operations."""
+
+    exchange: Exchange
+    assoc: Any
+    accepted: Mapping[str, Mapping[str, int]]
+    originator: tuple[str, int] | None
+    seconds: float
+    ahead: NextFile = field(default_factory=NextFile)
+
+    def look_ahead(self, following: Instance | None) -> Callable[[], None] | None:
+        """Reads the next file if it goes out as it is stored."""
+        if following is None:
+            return None
+        if following.transfer_syntax_uid not in self.accepted.get(following.sop_class_uid, {}):
+            return None
+        return partial(self.ahead.prepare, following.path)
 
 
 class Refused(Exception):
@@ -144,35 +165,31 @@ class Retriever:
         counts: Counts,
         originator: tuple[str, int] | None,
     ) -> None:
-        accepted = _accepted(assoc)
-        for number, instance in enumerate(instances, start=1):
-            if exchange.cancelled():
-                return
-            contexts = accepted.get(instance.sop_class_uid, {})
-            status = self._send(exchange, assoc, contexts, instance, originator, number % 65535 + 1)
-            if status is None and exchange.gone():
-                return
-            counts.add(status, instance.sop_instance_uid)
-            if counts.remaining:
-                exchange.respond(PENDING, None, counts)
+        sending = _Sending(exchange, assoc, _accepted(assoc), originator, self._settings.delivery.response_seconds)
+        try:
+            for number, instance in enumerate(instances, start=1):
+                if exchange.cancelled():
+                    return
+                following = instances[number] if number < len(instances) else None
+                status = self._send(sending, instance, following, number % 65535 + 1)
+                if status is None and exchange.gone():
+                    return
+                counts.add(status, instance.sop_instance_uid)
+                if counts.remaining:
+                    exchange.respond(PENDING, None, counts)
+        finally:
+            sending.ahead.close()
 
-    def _send(
-        self,
-        exchange: Exchange,
-        assoc: Any,
-        contexts: Mapping[str, int],
-        instance: Instance,
-        originator: tuple[str, int] | None,
-        message_id: int,
-    ) -> int | None:
+    def _send(self, sending: _Sending, instance: Instance, following: Instance | None, message_id: int) -> int | None:
         """C-STORE as stored, else in the uncompressed default; None when it could not be done."""
-        if not assoc.usable():
+        if not sending.assoc.usable():
             return None
-        data: Path | bytes
+        contexts = sending.accepted.get(instance.sop_class_uid, {})
+        data: Opened | bytes
         try:
             if instance.transfer_syntax_uid in contexts:
                 context_id = contexts[instance.transfer_syntax_uid]
-                data = instance.path
+                data = sending.ahead.take(instance.path)
             else:
                 syntax = next((s for s in UNCOMPRESSED if s in contexts), None)
                 if syntax is None:
@@ -180,15 +197,16 @@ class Retriever:
                 context_id = contexts[syntax]
                 data = self._transcode(instance.path, syntax)
             return send_store(
-                assoc,
+                sending.assoc,
                 context_id,
                 message_id=message_id,
                 sop_class_uid=instance.sop_class_uid,
                 sop_instance_uid=instance.sop_instance_uid,
                 data=data,
-                originator=originator,
-                seconds=self._settings.delivery.response_seconds,
-                given_up=exchange.gone,
+                originator=sending.originator,
+                seconds=sending.seconds,
+                given_up=sending.exchange.gone,
+                meanwhile=sending.look_ahead(following),
             )
         except (OSError, NotPart10, NotTranscodable):
             return None
