@@ -27,7 +27,7 @@ from scripts.crashing.load import padded
 from scripts.crashing.recordings import LONG_OBJECT, RING_OBJECT, SMALL_JOURNAL, small_items
 from scripts.crashing.shim import Event, Faults, Op, Shim
 from scripts.crashing.survey import JOURNAL_MB
-from tests.e2e.harness import ROOT, Node, make_series, python_environment, rule
+from tests.e2e.harness import ROOT, Node, alive, make_series, python_environment, rule
 from tests.peers import Association, Cut, Item, Rejected, SlowLink, StoreScp, contexts_for, data_set_of
 
 OUT_OF_RESOURCES = 0xA700
@@ -227,8 +227,11 @@ def _ignored(events: Sequence[Event]) -> bool:
 
     Every connection does it with its first commit, so the name is certain unless it was made a moment ago.
     """
-    hit = [event.path for event in events if event.kind == "F"]
-    return hit[-1:] == [""]
+    return [event.path for event in _hit(events)][-1:] == [""]
+
+
+def _hit(events: Sequence[Event]) -> list[Event]:
+    return [event for event in events if event.kind == "F"]
 
 
 def _no_second_sync(events: Sequence[Event]) -> Iterator[str]:
@@ -315,9 +318,11 @@ class Whole:
             answers = tuple({assoc.store(item) for item in series.items})
         case = later.case
         self.node.wait(lambda: self._at(later.when, series.series_uid), WAIT_SECONDS, f"the node is {later.when}")
+        self._shim.forget()
         self.faults.arm(case.op, case.code, match=case.match)
         self.node.wait(lambda: self.faults.fired, WAIT_SECONDS, f"{case} struck")
         self.faults.disarm()
+        self._see_it_end(case)
         wrong = []
         self.node.wait(self._alive, WAIT_SECONDS, "every process is ready again")
         self.node.wait_delivered(series.series_uid, seconds=WAIT_SECONDS)
@@ -335,6 +340,14 @@ class Whole:
         if sorted(r["kind"] for r in made) != ["SEG", "SR"]:
             wrong.append("there is not one SEG and one SR")
         return Result(case, True, answers, None, tuple(wrong))
+
+    def _see_it_end(self, case: Case) -> None:
+        """A process whose fsync failed must end: what it holds may never reach the disk, whatever it is told later."""
+        if case.op is not Op.sync or case.code != errno.EIO:
+            return
+        hit = self.node.wait(lambda: _hit(self._shim.events()), WAIT_SECONDS, f"{case} is in the trace")
+        if not _ignored(hit):
+            self.node.wait(lambda: not any(alive(e.pid) for e in hit), WAIT_SECONDS, "the process ends")
 
     def _alive(self) -> bool:
         """Whether all of it runs; the whole node may have ended, and a supervisor would start it again."""

@@ -72,5 +72,6 @@ def test_results_and_deliveries_outlive_a_fault(whole: Whole, number: int) -> No
     assert whole.run(SOME[number]).wrong == ()
 
 
-def test_activation_says_that_it_failed(whole: Whole) -> None:
-    assert whole.activate(ACTIVATION[0]) == []
+@pytest.mark.parametrize("case", ACTIVATION[:2], ids=str)
+def test_activation_says_that_it_failed(whole: Whole, case: Case) -> None:
+    assert whole.activate(case) == []
