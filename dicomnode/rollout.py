@@ -10,7 +10,7 @@ same patients.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Literal
@@ -64,11 +64,17 @@ def choose(
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One attempt at a job by one version. ``seconds``: reading, inference and post-processing."""
+    """One attempt at a job by one version. ``seconds``: reading, inference and post-processing.
+
+    ``engine``: name of what it ran on. ``settled``: False while a better engine was being built for
+    the version, or had too little memory for the moment: how fast it is shows later.
+    """
 
     state: str
     instances: int = 0
     seconds: float = 0.0
+    engine: str = ""
+    settled: bool = True
 
     @property
     def ended(self) -> bool:
@@ -140,6 +146,26 @@ def seconds_per_image(runs: Sequence[Run]) -> float | None:
     return median(done) if done else None
 
 
+def comparable(
+    runs: Sequence[Run], reference: Sequence[Run], least: int
+) -> Iterator[tuple[Sequence[Run], Sequence[Run]]]:
+    """Finished runs of both that may be compared in time: at least ``least`` of the version on trial.
+
+    Those on one engine. Only where the two have no engine in common, all of either on the engines
+    that they will stay on: a version that no better engine takes is slower for good.
+    """
+    mine, theirs = ([r for r in some if r.state == "done"] for some in (runs, reference))
+    alone = True
+    for engine in sorted({r.engine for r in mine} & {r.engine for r in theirs}):
+        here, there = ([r for r in some if r.engine == engine] for some in (mine, theirs))
+        if len(here) >= least:
+            alone &= not (any(r.settled for r in here) and any(r.settled for r in there))
+            yield here, there
+    settled = [r for r in mine if r.settled]
+    if alone and len(settled) >= least:
+        yield settled, [r for r in theirs if r.settled]
+
+
 def judge(
     runs: Sequence[Run], reference: Sequence[Run], compared: Sequence[Compared], limits: Limits
 ) -> Verdict | None:
@@ -152,10 +178,10 @@ def judge(
     rate, usual = error_rate(runs), error_rate(reference)
     if failed >= limits.min_errors and rate - usual > limits.max_error_excess:
         return Verdict("errors", f"{failed} of {sum(r.ended for r in runs)} analyses failed, before it {usual:.0%}")
-    done = sum(r.state == "done" for r in runs)
-    mine, theirs = seconds_per_image(runs), seconds_per_image(reference)
-    if done >= limits.min_runs and mine is not None and theirs is not None and mine > limits.max_slowdown * theirs:
-        return Verdict("time", f"an image takes {mine * 1000:.1f} ms, before it {theirs * 1000:.1f} ms (medians)")
+    for mine, theirs in comparable(runs, reference, limits.min_runs):
+        one, other = seconds_per_image(mine), seconds_per_image(theirs)
+        if one is not None and other is not None and one > limits.max_slowdown * other:
+            return Verdict("time", f"an image takes {one * 1000:.1f} ms, before it {other * 1000:.1f} ms (medians)")
     share = agreement(compared, limits)
     if len(compared) >= limits.min_runs and share is not None and 1.0 - share > limits.max_disagreement:
         return Verdict("disagreement", f"{1.0 - share:.0%} of {len(compared)} comparisons disagree")

@@ -100,6 +100,37 @@ def test_the_same_record_as_before_is_never_worse(states: list[str]) -> None:
     assert judge(record, record, [GOOD] * 30, LIMITS) is None
 
 
+def on(engine: str, count: int, seconds: float, *, settled: bool = True) -> list[Run]:
+    return [Run("done", 10, seconds, engine, settled)] * count
+
+
+GPU, CPU = "tensorrt", "onnxruntime-cpu"
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "reason"),
+    [
+        # Its plan is being built, and the next engine stands in: twenty times slower, and no fault of its own.
+        (on(CPU, 9, 20.0, settled=False), on(GPU, 20, 1.0), None),
+        (on(CPU, 9, 20.0, settled=False) + on(GPU, 4, 1.0), on(GPU, 20, 1.0), None),
+        (on(CPU, 9, 20.0, settled=False) + on(GPU, 5, 2.5), on(GPU, 20, 1.0), "time"),
+        # No better engine takes it: that is how fast it is.
+        (on(CPU, 5, 20.0), on(GPU, 20, 1.0), "time"),
+        (on(CPU, 5, 20.0), on(GPU, 20, 1.0) + on(CPU, 3, 20.0, settled=False), "time"),
+        (on(CPU, 4, 20.0), on(GPU, 20, 1.0), None),
+        # The one before has been on the slower engine for a while, or is for good.
+        (on(GPU, 5, 1.0), on(CPU, 20, 20.0), None),
+        (on(CPU, 5, 60.0, settled=False), on(CPU, 2, 20.0, settled=False) + on(GPU, 20, 1.0), "time"),
+        (on(CPU, 9, 20.0) + on(GPU, 9, 1.0), on(CPU, 3, 20.0) + on(GPU, 20, 1.0), None),
+    ],
+)
+def test_time_is_compared_on_one_engine_and_across_engines_only_when_they_stay(
+    mine: list[Run], theirs: list[Run], reason: str | None
+) -> None:
+    verdict = judge(mine, theirs, [], LIMITS)
+    assert (verdict.reason if verdict else None) == reason
+
+
 def test_agreement_is_a_share() -> None:
     assert agreement([], LIMITS) is None
     assert agreement([GOOD, GOOD, Compared(0.1, None, True), GOOD], LIMITS) == 0.75

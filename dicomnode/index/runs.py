@@ -83,13 +83,21 @@ class Runs:
         return run
 
     def end(
-        self, run: int, state: RunState, *, seconds: float = 0.0, outputs: Mapping[str, float] | None = None
+        self,
+        run: int,
+        state: RunState,
+        *,
+        seconds: float = 0.0,
+        outputs: Mapping[str, float] | None = None,
+        engine: str = "",
+        settled: bool = True,
     ) -> None:
-        """``outputs``: value of each measurement by its name, for the drift."""
+        """``outputs``: value of each measurement by its name, for the drift; the others as in :class:`Run`."""
         with self.db.transaction(sync=False):
             self.db.execute(
-                "UPDATE model_runs SET state = ?, seconds = ?, outputs = ? WHERE id = ? AND state = 'running'",
-                (state, seconds, json.dumps(dict(outputs or {})), run),
+                "UPDATE model_runs SET state = ?, seconds = ?, outputs = ?, engine = ?, settled = ?"
+                " WHERE id = ? AND state = 'running'",
+                (state, seconds, json.dumps(dict(outputs or {})), engine, int(settled), run),
             )
 
     def stop(self) -> None:
@@ -114,9 +122,16 @@ class Runs:
     def recent(self, name: str, version: str, limit: int, *, since: float = 0.0) -> list[Run]:
         """The last ``limit`` attempts that began at node time ``since`` or later, newest first."""
         return [
-            Run(r["state"], int(r["instances"] or 0), float(r["seconds"] or 0.0))
+            Run(
+                r["state"],
+                int(r["instances"] or 0),
+                float(r["seconds"] or 0.0),
+                r["engine"] or "",
+                bool(r["settled"]),
+            )
             for r in self.db.rows(
-                "SELECT state, instances, seconds FROM model_runs WHERE name = ? AND version = ? AND at >= ?"
+                "SELECT state, instances, seconds, engine, settled FROM model_runs"
+                " WHERE name = ? AND version = ? AND at >= ?"
                 " ORDER BY id DESC LIMIT ?",
                 (name, version, since, limit),
             )

@@ -475,3 +475,9 @@ def m0015_priors(db: Database) -> None:
 def m0016_companions(db: Database) -> None:
     """Further series as inputs of one job; see :mod:`dicomnode.index.companions`."""
     create_companions(db)
+
+
+@migrations()
+def m0018_settled_runs(db: Database) -> None:
+    """Whether an attempt ran on the engine that its version stays on; see :class:`dicomnode.rollout.Run`."""
+    db["model_runs"].add_column("settled", int, not_null_default=1)

@@ -8,6 +8,7 @@ engine that was asked for by name serves or is an error.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,9 @@ GPU_ENGINES = frozenset({"tensorrt", "onnxruntime-gpu"})
 AGAIN_SECONDS = 600.0
 """An engine that lacked memory for a model is tried again after this long."""
 
+MAX_BUILDS = 3
+"""Builds of an engine that was asked for by name: nothing else serves, and what failed may pass (memory, a crash)."""
+
 FOR_EVER = float("inf")
 
 
@@ -43,7 +47,7 @@ class BuildsEngines(Protocol):
 
     def build(self, onnx: bytes, precision: Precision, report: Report | None = None) -> None: ...
 
-    def load(self, onnx: bytes, *, threads: int = 0, precision: Precision = "fp32") -> Session: ...
+    def load(self, onnx: bytes, *, threads: int = 0, precision: Precision = "fp32", build: bool = True) -> Session: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +81,11 @@ class Opened:
 
 @dataclass(slots=True)
 class _Refusal:
+    """``builds``: how many of it have failed."""
+
     rejected: Rejected
     until: float = field(default=FOR_EVER)
+    builds: int = 0
 
 
 def limits_of(settings: Settings) -> Limits:
@@ -158,27 +165,25 @@ class EngineChoice:
         for candidate in _candidates(self._after(below), bundle):
             if self._out(bundle, candidate):
                 continue
-            if self._unbuilt(bundle, candidate):
-                if not build:
-                    skipped.append(candidate)
-                    continue
-                if (failed := self._build(bundle, candidate, None)) is not None:
-                    errors.append(failed)
-                    continue
             try:
-                return Opened(self._load(bundle, candidate), bool(skipped))
+                model = self._ready(bundle, candidate, None, build=build)
             except EngineError as error:
-                errors.append(self._refuse(bundle, candidate, error))
+                errors.append(error)
+                continue
+            if model is not None:
+                return Opened(model, bool(skipped))
+            skipped.append(candidate)
         name = f"{bundle.manifest.identity.name} {bundle.manifest.identity.version}"
         if skipped:
             raise NotBuilt(
                 f"open {name}", "BUILDING", f"{skipped[0].text} is being built for it", "It serves once built"
             )
-        if len(errors) == 1 and not self.refusals(bundle.digest)[1:]:
+        refusals = self.refusals(bundle.digest)
+        if len(errors) == 1 and not refusals[1:]:
             raise errors[0]
-        reasons = "; ".join(f"{r.engine} {r.code}: {r.text}" for r in self.refusals(bundle.digest))
-        code = errors[-1].code if errors else "LIB_MISSING"
-        raise EngineError(f"open {name}", code, reasons or "no engine is left", "See 'dicomnode doctor'")
+        reasons = "; ".join(f"{r.engine} {r.code}: {r.text}" for r in refusals)
+        code = errors[-1].code if errors else refusals[-1].code if refusals else "LIB_MISSING"
+        raise EngineError(f"open {name}", code, reasons or "no engine is left", self._advice(bundle))
 
     def upgrade(self, path: Path, than: str, report: Report) -> ReadyModel | None:
         """Build and open the best engine for the bundle that comes before ``than``; None when none passes.
@@ -191,14 +196,37 @@ class EngineChoice:
                 return None
             if self._out(bundle, candidate):
                 continue
-            if self._unbuilt(bundle, candidate) and self._build(bundle, candidate, report) is not None:
-                continue
-            report("golden cases", 0.99)
-            try:
-                return self._load(bundle, candidate)
-            except EngineError as error:
-                self._refuse(bundle, candidate, error)
+            with contextlib.suppress(EngineError):  # it is among the refusals now
+                return self._ready(bundle, candidate, report, build=True)
         return None
+
+    def may_improve(self, model: ReadyModel) -> bool:
+        """Whether a way before the one that ``model`` runs on is open: not tried yet, or due to be tried again."""
+        return any(not self._out(model.bundle, c) for c in self._before(model))
+
+    def settled(self, model: ReadyModel) -> bool:
+        """Whether every way before the one that ``model`` runs on is closed for good."""
+        known = [self._refusals.get(_key(model.bundle, c)) for c in self._before(model)]
+        return not self._lost and all(r is not None and r.until == FOR_EVER for r in known)
+
+    def _before(self, model: ReadyModel) -> list[Candidate]:
+        """The ways that are tried before the one that ``model`` runs on."""
+        ways = _candidates(self.engines, model.bundle)
+        texts = [way.text for way in ways]
+        here = engine_text(model)
+        return ways[: texts.index(here)] if here in texts else []
+
+    def _advice(self, bundle: Bundle) -> str:
+        """What the operator can do where nothing serves the bundle."""
+        builds = [r for (digest, _, _), r in list(self._refusals.items()) if digest == bundle.digest and r.builds]
+        if not builds or self.automatic:
+            return "See 'dicomnode doctor'"
+        if any(r.until < FOR_EVER for r in builds):
+            return f"It is built {MAX_BUILDS} times at most; inference.engine = 'auto' lets another engine serve"
+        return (
+            f"It was built {MAX_BUILDS} times and is not again before the worker is restarted; "
+            "inference.engine = 'auto' lets another engine serve"
+        )
 
     def has_other(self, model: ReadyModel) -> bool:
         """Whether another engine stands in when this one fails for a job."""
@@ -220,11 +248,8 @@ class EngineChoice:
         known = self._refusals.get(_key(bundle, candidate))
         if known is None:
             return False
-        last = candidate.engine is self.engines[-1] and candidate.precision == "fp32"
-        if last or time.monotonic() >= known.until:
-            self._refusals.pop(_key(bundle, candidate), None)
-            return False
-        return True
+        last = candidate.engine is self.engines[-1] and candidate.precision == "fp32" and not known.builds
+        return not last and time.monotonic() < known.until
 
     def _unbuilt(self, bundle: Bundle, candidate: Candidate) -> bool:
         engine = candidate.engine
@@ -232,7 +257,32 @@ class EngineChoice:
             return False
         return isinstance(engine, BuildsEngines) and not engine.built(_onnx(bundle, candidate), candidate.precision)
 
-    def _build(self, bundle: Bundle, candidate: Candidate, report: Report | None) -> EngineError | None:
+    def _ready(self, bundle: Bundle, candidate: Candidate, report: Report | None, *, build: bool) -> ReadyModel | None:
+        """The bundle on this engine; None where it has to be built and may not be: a plan can turn out damaged.
+
+        What fails is refused from now on, and raised as EngineError.
+        """
+        for _ in range(2):
+            if self._unbuilt(bundle, candidate):
+                if not build:
+                    return None
+                self._build(bundle, candidate, report)
+            if report:
+                report("golden cases", 0.99)
+            try:
+                model = self._load(bundle, candidate)
+            except EngineError as error:
+                if error.code == "NOT_BUILT":
+                    continue
+                raise self._refuse(bundle, candidate, error) from error
+            self._refusals.pop(_key(bundle, candidate), None)
+            return model
+        if not build:
+            return None
+        broken = EngineError("load model", "BUILD_FAILED", "the engine that was just built cannot be used")
+        raise self._refuse(bundle, candidate, broken, built=False)
+
+    def _build(self, bundle: Bundle, candidate: Candidate, report: Report | None) -> None:
         engine = candidate.engine
         assert isinstance(engine, BuildsEngines)
         begin = time.monotonic()
@@ -240,9 +290,8 @@ class EngineChoice:
             engine.build(_onnx(bundle, candidate), candidate.precision, report)
         except EngineError as error:
             metrics.engine_build(engine.name, "failed", time.monotonic() - begin)
-            return self._refuse(bundle, candidate, error)
+            raise self._refuse(bundle, candidate, error, built=False) from error
         metrics.engine_build(engine.name, "built", time.monotonic() - begin)
-        return None
 
     def _load(self, bundle: Bundle, candidate: Candidate) -> ReadyModel:
         engine = candidate.engine
@@ -264,12 +313,15 @@ class EngineChoice:
         )
         return model
 
-    def _refuse(self, bundle: Bundle, candidate: Candidate, error: EngineError) -> EngineError:
+    def _refuse(self, bundle: Bundle, candidate: Candidate, error: EngineError, *, built: bool = True) -> EngineError:
         identity = bundle.manifest.identity
         code = rejection_code(error.code)
         text = error.cause.removeprefix(f"{error.code}: ")
-        until = time.monotonic() + AGAIN_SECONDS if code == "OOM" else FOR_EVER
-        self._refusals[_key(bundle, candidate)] = _Refusal(Rejected(candidate.text, code, text), until)
+        before = self._refusals.get(_key(bundle, candidate))
+        builds = (before.builds if before else 0) + (not built)
+        again = code == "OOM" or (not built and not self.automatic and builds < MAX_BUILDS)
+        until = time.monotonic() + AGAIN_SECONDS if again else FOR_EVER
+        self._refusals[_key(bundle, candidate)] = _Refusal(Rejected(candidate.text, code, text), until, builds)
         self._lost |= code == "DEVICE_LOST" and candidate.engine.name in GPU_ENGINES
         metrics.fallback(candidate.engine.name, code)
         logs.get().warning(
@@ -284,6 +336,17 @@ class EngineChoice:
         return error
 
 
+@dataclass(frozen=True, slots=True)
+class _Precisely:
+    """An engine that builds, at one precision and from what was built before, as what opens a network."""
+
+    engine: BuildsEngines
+    precision: Precision
+
+    def load(self, onnx: bytes, *, threads: int = 0) -> Session:
+        return self.engine.load(onnx, threads=threads, precision=self.precision, build=False)
+
+
 def engine_name(model: HasSession) -> str:
     """Name of the engine that a model runs on, without version."""
     return model.session.engine.split(" ")[0]
@@ -292,17 +355,6 @@ def engine_name(model: HasSession) -> str:
 def engine_text(model: ReadyModel) -> str:
     """Engine and precision, as :attr:`Candidate.text`."""
     return f"{engine_name(model)} {getattr(model.session, 'precision', 'fp32')}"
-
-
-@dataclass(frozen=True, slots=True)
-class _Precisely:
-    """An engine that builds, at one precision, as what opens a network."""
-
-    engine: BuildsEngines
-    precision: Precision
-
-    def load(self, onnx: bytes, *, threads: int = 0) -> Session:
-        return self.engine.load(onnx, threads=threads, precision=self.precision)
 
 
 def _candidates(engines: Iterable[Engine], bundle: Bundle) -> list[Candidate]:

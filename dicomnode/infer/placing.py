@@ -1,17 +1,14 @@
-"""The places that can take a job, this box's engine and KServe endpoints, and how a job gets through them.
+"""How a job gets through the places (:mod:`dicomnode.infer.places`) that can take it.
 
-Each place keeps its own verified models. A job goes to the best place by ``placement``; when that one fails in the
+A job goes to the best place by ``placement``; when that one fails in the
 middle, the analysis starts again at the next best: a result is of one engine. When none is left the job waits.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from dicomnode import logs, metrics
 from dicomnode.endpoint_settings import Endpoint
@@ -19,173 +16,22 @@ from dicomnode.errors import BundleError, EngineError, NodeError, PeerAway
 from dicomnode.index.database import Database
 from dicomnode.index.life import Life
 from dicomnode.index.operation import Models
-from dicomnode.infer.choice import EngineChoice, limits_of
+from dicomnode.infer.choice import NotBuilt
 from dicomnode.infer.decode import Decoder
-from dicomnode.infer.engine import Engine, Ok, Session
+from dicomnode.infer.engine import Session
 from dicomnode.infer.faults import Fault, fault_of
 from dicomnode.infer.golden import ReadyModel, model_file, open_model
 from dicomnode.infer.kserve import KServe
-from dicomnode.infer.local_load import LoadOfOthers
 from dicomnode.infer.pipeline import NO_SERIES, Progress
-from dicomnode.infer.placement import LOCALITY, Candidate, Decision, Weights, decide, resource_fit
+from dicomnode.infer.placement import Candidate, Decision, Weights, decide
+from dicomnode.infer.places import Local, Place, Remote, serving_at
 from dicomnode.infer.serving import ServingModels, bundle_folders, resolve
 from dicomnode.infer.stages.inputs import SegMask
 from dicomnode.infer.volume import ReadSlice
 from dicomnode.records import Analysis, ModelIdentity, SourceInstance
 from dicomnode.settings import Settings
 
-LOCAL = "local"
-REST_SECONDS = 15.0
-"""An endpoint that failed is left alone for so long."""
-
-LOCAL_WORKING_BYTES = 1 << 30
-"""Free memory that this box should have for a slab and the network's activations: below it, it fits less."""
-
-ACCELERATED = ("tensorrt", "onnxruntime-gpu")
-
 Record = Callable[[Mapping[str, Any]], None]
-
-
-class Local:
-    """This box's engine."""
-
-    name = LOCAL
-
-    def __init__(self, serving: ServingModels, cost: float, others: LoadOfOthers | None = None) -> None:
-        self._serving = serving
-        self._cost = cost
-        self._others = others or LoadOfOthers()
-
-    def get(self, reference: str) -> ReadyModel:
-        return self._serving.get(reference)
-
-    def other(self, model: ReadyModel) -> ReadyModel | None:
-        """The model on this box's next engine. Raises EngineError as ``ServingModels.other``."""
-        return self._serving.other(model)
-
-    def candidate(self, model: ReadyModel) -> Candidate:
-        free = int(psutil.virtual_memory().available)
-        fit = resource_fit(
-            accelerated=model.report.engine.startswith(ACCELERATED),
-            needed_bytes=LOCAL_WORKING_BYTES,
-            free_bytes=free,
-        )
-        return Candidate(self.name, LOCALITY["host"], fit, self._others.sample(), self._cost)
-
-    def failed(self, reference: str, error: PeerAway | EngineError) -> None:
-        """This box's engine has its own ways back: see ``serving``."""
-
-    def prepare(self, references: Sequence[str]) -> None:
-        self._serving.prepare(references)
-
-    def hold(self, model: ReadyModel) -> None:
-        """As ``ServingModels.hold``."""
-        self._serving.hold(model)
-
-    def let_go(self, model: ReadyModel) -> None:
-        self._serving.let_go(model)
-
-    def keep(self, references: Sequence[str]) -> None:
-        """As ``ServingModels.keep``."""
-        self._serving.keep(references)
-
-    def report(self) -> dict[str, Any]:
-        return self._serving.report()
-
-
-class Remote:
-    """A KServe endpoint with the models that have passed their golden cases through it."""
-
-    def __init__(self, engine: KServe, serving: ServingModels, clock: Callable[[], float] = time.monotonic) -> None:
-        self.engine = engine
-        self.name = engine.endpoint.name
-        self._serving = serving
-        self._clock = clock
-        self._rest_until = float("-inf")
-        self._refused: dict[str, tuple[float, EngineError]] = {}
-        self._verified_at = float("-inf")
-        self._fault = ""
-        self._log = logs.get()
-
-    def get(self, reference: str) -> ReadyModel:
-        """Raises what keeps the endpoint from serving, for REST_SECONDS after a failure without asking it."""
-        now = self._clock()
-        if now < self._rest_until:
-            raise PeerAway("ask inference endpoint", f"{self._fault}; tried again soon")
-        until, refusal = self._refused.get(reference, (now, None))
-        if refusal is not None and now < until:
-            raise refusal
-        if now - self._verified_at > self.engine.endpoint.verify_seconds:
-            self._serving.forget()  # another may have changed the server's model meanwhile
-            self._verified_at = now
-        try:
-            ready = self._serving.get(reference)
-        except (PeerAway, EngineError) as error:
-            self.failed(reference, error)
-            raise
-        if self._fault:
-            self._log.info("inference endpoint is back", endpoint=self.name)
-            self._fault = ""
-        self._refused.pop(reference, None)
-        return ready
-
-    def other(self, model: ReadyModel) -> None:
-        """An endpoint has one engine."""
-
-    def candidate(self, model: ReadyModel) -> Candidate:
-        endpoint = self.engine.endpoint
-        there, _ = endpoint.remote(model.identity.name, model.identity.version)
-        return Candidate(
-            self.name,
-            LOCALITY[endpoint.network],
-            resource_fit(accelerated=endpoint.accelerator == "gpu"),
-            self.engine.load_of(there),
-            endpoint.cost,
-        )
-
-    def failed(self, reference: str, error: PeerAway | EngineError) -> None:
-        """Let it rest, and run the golden cases again before it serves the next time.
-
-        One that is away rests as a whole; one that answered wrongly, with this model only.
-        """
-        until = self._clock() + REST_SECONDS
-        if isinstance(error, EngineError):
-            self._refused[reference] = (until, error)
-            self._log.warning("inference endpoint refused", endpoint=self.name, model=reference, cause=error.cause)
-            self._serving.forget(reference)
-            return
-        if self._fault != error.cause:
-            self._log.warning("inference endpoint failed", endpoint=self.name, cause=error.cause)
-        self._fault = error.cause
-        self._rest_until = until
-        self._serving.forget()
-
-    def prepare(self, references: Sequence[str]) -> None:
-        self._serving.prepare(())  # closes what is retired
-        for reference in references:
-            try:
-                self.get(reference)
-            except NodeError:
-                continue  # it is told by the report, and logged once
-
-    def hold(self, model: ReadyModel) -> None:
-        """As ``ServingModels.hold``."""
-        self._serving.hold(model)
-
-    def let_go(self, model: ReadyModel) -> None:
-        self._serving.let_go(model)
-
-    def keep(self, references: Sequence[str]) -> None:
-        """As ``ServingModels.keep``."""
-        self._serving.keep(references)
-        for reference in [r for r in self._refused if r not in references]:
-            del self._refused[reference]
-
-    def report(self) -> dict[str, Any]:
-        return {**self._serving.report(), "fault": self._fault}
-
-
-Place = Local | Remote
 
 
 class PlacedModels:
@@ -228,6 +74,10 @@ class PlacedModels:
         Raises EngineError when the next engine cannot serve it.
         """
         return model if isinstance(model, PlacedModel) and model.next_engine() else None
+
+    def settled(self, model: ReadyModel | PlacedModel) -> bool:
+        """As ``ServingModels.settled``, at the place that was chosen."""
+        return not isinstance(model, PlacedModel) or model.settled
 
     def prepare(self, references: Sequence[str]) -> None:
         """Verify all of these at every place now; what fails is reported."""
@@ -339,6 +189,10 @@ class PlacedModel:
         """Of the place that was chosen last."""
         return self._ready.session
 
+    @property
+    def settled(self) -> bool:
+        return self._place.settled(self._ready)
+
     def next_engine(self) -> bool:
         """Go on with this box's next engine, if it is this box's turn and there is one. Raises EngineError."""
         other = None if self._moved else self._place.other(self._ready)
@@ -424,7 +278,7 @@ def _no_place(
         if isinstance(error, EngineError):
             return error
     if not ready and errors and not any(isinstance(e, PeerAway) for e in errors.values()):
-        return next(iter(errors.values()))
+        return next((e for e in errors.values() if isinstance(e, NotBuilt)), None) or next(iter(errors.values()))
     return PeerAway("place job", f"no place can take it: {decision.refusal}", "It waits and is tried again")
 
 
@@ -440,39 +294,6 @@ def placed_models(settings: Settings, db: Database, local: ServingModels | None)
         engine = KServe(endpoint)
         places.append(Remote(engine, serving_at(engine, settings, db)))
     return PlacedModels(settings, db, places)
-
-
-def serving_at(engine: KServe, settings: Settings, db: Database) -> ServingModels:
-    """The models of an endpoint, which may be away when this is called."""
-    inference = settings.inference
-    return ServingModels(
-        db,
-        EngineChoice(engine.name, [_Unprobed(engine)], threads=inference.threads, limits=limits_of(settings)),
-        models_dir=inference.models_dir,
-        data_dir=settings.node.data_dir,
-        threads=inference.threads,
-    )
-
-
-class _Unprobed:
-    """An endpoint that is away now may be back for the next job: it is asked when a model is loaded."""
-
-    def __init__(self, engine: KServe) -> None:
-        self._engine = engine
-        self.name = engine.name
-
-    @property
-    def version(self) -> str:
-        return self._engine.version
-
-    def probe(self) -> Ok:
-        return Ok()
-
-    def for_model(self, name: str, version: str) -> Engine:
-        return self._engine.for_model(name, version)
-
-    def load(self, onnx: bytes, *, threads: int = 0) -> Session:
-        return self._engine.load(onnx, threads=threads)
 
 
 def verify_at_endpoints(endpoints: Sequence[Endpoint], path: Path) -> str:

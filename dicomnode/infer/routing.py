@@ -20,7 +20,6 @@ from dicomnode.index.life import Change, Life
 from dicomnode.index.model_states import ModelState
 from dicomnode.index.operation import Events, Models
 from dicomnode.index.runs import Origin, Runs
-from dicomnode.infer.choice import NotBuilt
 from dicomnode.infer.placing import PlacedModels, Record, Servable
 from dicomnode.infer.purpose import check_clinical_version
 from dicomnode.infer.serving import ServingModels, bundle_folders, serving_version, version_before
@@ -32,6 +31,8 @@ NODE = "node"
 """``who`` of what the node does by itself."""
 
 HOUR = 3600.0
+_PASSES = frozenset({"BUILDING", "OOM", "DEVICE_LOST"})
+"""Why a version cannot be opened without being to blame: its engine is on its way, the GPU is full or gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,7 @@ class Route:
     name: str
     role: Role
     run: int
+    settled: bool
 
 
 def limits_of(settings: RolloutSettings) -> Limits:
@@ -93,7 +95,7 @@ class Router:
         run = self._runs.begin(int(job["id"]), origin.study_id, name, version, role, instances)
         given: Any = model  # of the kind that these models gave
         self._models.hold(given)
-        self._open[int(job["id"])] = Route(model, name, role, run)
+        self._open[int(job["id"])] = Route(model, name, role, run, self._models.settled(given))
         return model
 
     def _on_trial(self, name: str, job_id: int, origin: Origin, instances: int, record: Record) -> Servable | None:
@@ -117,10 +119,10 @@ class Router:
         except PeerAway as error:  # no fault of this version: it is not counted, and the study need not wait for it
             self._log.warning("canary has no place now", model=name, version=version, error=str(error))
             return None
-        except NotBuilt as error:  # its engine is on its way
-            self._log.info("canary waits for its engine", model=name, version=version, cause=error.cause)
-            return None
         except (BundleError, EngineError) as error:
+            if isinstance(error, EngineError) and error.code in _PASSES:
+                self._log.info("canary waits for its engine", model=name, version=version, cause=error.cause)
+                return None
             self._log.error("canary cannot serve", model=name, version=version, error=str(error))
             run = self._runs.begin(job_id, origin.study_id, name, version, "canary", instances)
             self._runs.end(run, "error")
@@ -134,7 +136,14 @@ class Router:
             return
         given: Any = route.model
         self._models.let_go(given)
-        self._runs.end(route.run, state, seconds=seconds, outputs=outputs_of(analysis) if analysis else None)
+        self._runs.end(
+            route.run,
+            state,
+            seconds=seconds,
+            outputs=outputs_of(analysis) if analysis else None,
+            engine=analysis.engine.partition(" ")[0] if analysis else "",
+            settled=route.settled,
+        )
         self.recheck(route.name)
 
     def role(self, job_id: int) -> str:

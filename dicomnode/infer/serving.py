@@ -136,7 +136,11 @@ class ServingModels:
         known = self._ready.get(reference)
         if known is not None and known.identity.version == wanted.version:
             better = self._upgrades.take(wanted.path)
-            return known if better is None else self._swap(reference, better)
+            if better is not None:
+                return self._swap(reference, better)
+            if self._choice.may_improve(known):
+                self._upgrades.want(wanted.path, engine_text(known))
+            return known
         good = known is not None and known.identity.version not in self._life.unfit(wanted.name)
         if known is not None and good and time.monotonic() < self._not_before.get(reference, 0.0):
             return known
@@ -178,6 +182,10 @@ class ServingModels:
         if path not in self._spare:
             self._spare[path] = self._choice.open(path, below=engine_name(model)).model
         return self._spare[path]
+
+    def settled(self, model: ReadyModel) -> bool:
+        """Whether it runs on the engine that it will stay on: none before it is being built, or due to be tried."""
+        return self._choice.settled(model)
 
     def for_job(self, reference: str, record: Callable[[Mapping[str, Any]], None]) -> ReadyModel:
         """``get``; with one engine there is no decision to ``record``."""

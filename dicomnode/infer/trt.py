@@ -135,27 +135,36 @@ class TensorRt:
             seconds = round(time.monotonic() - begin, 1)
             logs.get().info("engine built", engine=self.name, precision=precision, seconds=seconds, size=size)
 
-    def load(self, onnx: bytes, *, threads: int = 0, precision: Precision = "fp32") -> Session:
-        """From the cache; what is not there or is refused is built first. Raises EngineError."""
+    def load(self, onnx: bytes, *, threads: int = 0, precision: Precision = "fp32", build: bool = True) -> Session:
+        """From the cache. What is not there, is damaged or is refused is built first, if ``build`` says so.
+
+        Raises EngineError: NOT_BUILT where it would have to be built.
+        """
         del threads
-        for attempt in range(2):
-            plan = self._store.load(self._key(onnx, precision))
-            if plan is None:
-                self.build(onnx, precision)
-                plan = self._store.load(self._key(onnx, precision))
-                if plan is None:
-                    raise EngineError("load model", "BUILD_FAILED", "the plan that was just built cannot be read")
-            try:
-                return self._open(plan, onnx, precision)
-            except EngineError as error:
-                if error.code != "PLAN_REFUSED":
-                    raise
-                metrics.plan_cache("rejected")
-                self._store.discard(self._key(onnx, precision))
-                logs.get().warning("cached plan refused, it is built again", engine=self.name, cause=error.cause)
-                if attempt:
-                    raise EngineError("load model", "BUILD_FAILED", error.cause) from error
-        raise AssertionError("unreachable")
+        session = self._cached(onnx, precision)
+        if session is None and build:
+            self.build(onnx, precision)
+            session = self._cached(onnx, precision)
+            if session is None:
+                raise EngineError("load model", "BUILD_FAILED", "the plan that was just built cannot be used")
+        if session is None:
+            raise EngineError("load model", "NOT_BUILT", "no plan that can be used lies in the cache")
+        return session
+
+    def _cached(self, onnx: bytes, precision: Precision) -> Session | None:
+        """A session on the plan in the cache; None when there is none, or none that is good: it is removed."""
+        plan = self._store.load(self._key(onnx, precision))
+        if plan is None:
+            return None
+        try:
+            return self._open(plan, onnx, precision)
+        except EngineError as error:
+            if error.code != "PLAN_REFUSED":
+                raise
+            metrics.plan_cache("rejected")
+            self._store.discard(self._key(onnx, precision))
+            logs.get().warning("cached plan refused, it has to be built again", engine=self.name, cause=error.cause)
+            return None
 
     def _open(self, plan: bytes, onnx: bytes, precision: Precision) -> Session:
         facts = self._known()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,6 +16,8 @@ from dicomnode import logs
 from dicomnode.errors import NodeError
 from dicomnode.infer.choice import EngineChoice
 from dicomnode.infer.golden import ReadyModel
+
+MAX_BROKEN = 3
 
 
 @dataclass(slots=True)
@@ -39,12 +42,16 @@ class Upgrades:
         self._wanted: queue.SimpleQueue[Path] = queue.SimpleQueue()
         self._builds: dict[Path, _Build] = {}
         self._done: dict[Path, ReadyModel] = {}
+        self._broken: Counter[Path] = Counter()
         self._thread: threading.Thread | None = None
 
     def want(self, path: Path, than: str) -> None:
-        """Have the bundle built for an engine before ``than`` (empty: for any); at most once at a time."""
+        """Have the bundle built for an engine before ``than`` (empty: for any); at most once at a time.
+
+        Not any more after MAX_BROKEN attempts that ended in an error which no engine accounts for.
+        """
         with self._lock:
-            if path in self._builds or path in self._done:
+            if path in self._builds or path in self._done or self._broken[path] >= MAX_BROKEN:
                 return
             self._builds[path] = _Build(than)
             self._wanted.put(path)
@@ -82,14 +89,17 @@ class Upgrades:
             build = self._builds[path]
             build.begun = time.monotonic()
             ready: ReadyModel | None = None
+            broken = 1
             try:
                 ready = self._choice.upgrade(path, build.than, partial(_note, build))
+                broken = 0
             except NodeError as error:
                 logs.get().error("engine not built", model=path.parent.name, version=path.name, error=str(error))
             except Exception as error:  # noqa: BLE001 what an engine does wrong must not end the builds of others
                 logs.get().error("engine not built", model=path.parent.name, exc_type=type(error).__name__)
             with self._lock:
                 del self._builds[path]
+                self._broken[path] += broken
                 if ready is not None:
                     self._done[path] = ready
             if ready is not None:

@@ -15,15 +15,17 @@ from dicomnode.errors import EngineError
 from dicomnode.index.database import Database
 from dicomnode.index.jobs import Jobs
 from dicomnode.index.operation import Events
+from dicomnode.infer import choice as choice_module
 from dicomnode.infer import verification
 from dicomnode.infer.bundle import load_bundle
-from dicomnode.infer.choice import EngineChoice, NotBuilt, candidates, engine_text
+from dicomnode.infer.choice import AGAIN_SECONDS, MAX_BUILDS, EngineChoice, NotBuilt, candidates, engine_text
 from dicomnode.infer.cuda import CudaError
 from dicomnode.infer.decode import InlineDecoder
 from dicomnode.infer.engine import Engine, Limits
 from dicomnode.infer.golden import gate
 from dicomnode.infer.ort import OnnxRuntimeCpu
 from dicomnode.infer.serving import ServingModels
+from dicomnode.infer.upgrades import MAX_BROKEN
 from dicomnode.infer.worker import Worker
 from dicomnode.settings import Settings
 from tests.index.rows import job
@@ -31,6 +33,7 @@ from tests.infer.fake_cuda import FakeCuda
 from tests.infer.fake_trt import FakeTrt
 from tests.infer.infer_case import copy_bundle, edit_manifest, replace_file
 from tests.infer.test_engines_contract import ONNX, fake_ort_gpu, fake_tensorrt
+from tests.peers import wait_for
 
 LIMITS = Limits(max_batch=8)
 FP16 = ONNX + b"\x32\x04fp16"
@@ -280,6 +283,122 @@ def test_a_named_engine_is_built_and_serves_then(db: Database, tmp_path: Path, b
     assert models.report()["failed"] == {}
 
 
+def test_a_named_engine_whose_build_fails_is_built_three_times_and_then_says_so(
+    db: Database, tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing else may serve; a build that fails or never ends must not fill the GPU for ever without a word."""
+    moment = [1000.0]
+    monkeypatch.setattr(choice_module.time, "monotonic", lambda: moment[0])
+    engines, trt, _ = box(tmp_path)
+    trt.faults.build = "Could not find any implementation for node conv1"
+    begun = []
+    build = engines[0].build
+    engines[0].build = lambda onnx, precision, report=None: (begun.append(precision), build(onnx, precision, report))
+    choice = EngineChoice("tensorrt", engines, limits=LIMITS)
+
+    def round_(expected: str) -> EngineError:
+        with pytest.raises(EngineError) as caught:
+            choice.open(bundle)
+        assert caught.value.code == expected
+        return caught.value
+
+    for count in range(1, MAX_BUILDS + 1):
+        round_("BUILDING")
+        assert choice.upgrade(bundle, "", lambda *_: None) is None
+        assert begun == ["fp16", "fp32"] * count
+        told = round_("BUILD_FAILED")
+        assert "Could not find any implementation" in told.cause and "tensorrt fp32" in told.cause
+        assert choice.upgrade(bundle, "", lambda *_: None) is None and len(begun) == 2 * count, "not at once"
+        moment[0] += AGAIN_SECONDS
+    assert "not again before the worker is restarted" in round_("BUILD_FAILED").hint
+    moment[0] += 1e6
+    round_("BUILD_FAILED")
+    assert len(begun) == 2 * MAX_BUILDS
+    models = serving(db, tmp_path, choice, lambda: None)
+    for _ in range(2):
+        models.prepare(["ct-lung"])
+        moment[0] += 100
+    [event] = Events(db).listing()
+    assert event["severity"] == "error" and "inference.engine = 'auto'" in event["text"]
+
+
+def damage(tmp_path: Path) -> None:
+    for plan in (tmp_path / "data" / "engines").glob("*.plan"):
+        plan.write_bytes(plan.read_bytes()[:-1] + b"?")
+
+
+@pytest.mark.parametrize("setting", ["auto", "tensorrt"])
+def test_a_damaged_plan_is_built_again_beside_serving(db: Database, tmp_path: Path, bundle: Path, setting: str) -> None:
+    """A disk that lost a block: the next engine serves at once, nothing is built in the path of a study."""
+    engines, trt, _ = box(tmp_path)
+    for precision, onnx in (("fp32", ONNX), ("fp16", FP16)):
+        engines[0].build(onnx, precision)
+    damage(tmp_path)
+    go, better, build, threads = threading.Event(), threading.Event(), engines[0].build, []
+
+    def slowly(onnx: bytes, precision: str, report=None) -> None:
+        threads.append(threading.current_thread())
+        assert go.wait(20)
+        build(onnx, precision, report)
+
+    engines[0].build = slowly
+    models = serving(db, tmp_path, EngineChoice(setting, engines, limits=LIMITS), better.set)
+    if setting == "auto":
+        served = models.get("ct-lung")
+        assert engine_text(served) == "onnxruntime-gpu fp32" and not models.settled(served)
+    else:
+        with pytest.raises(NotBuilt):
+            models.get("ct-lung")
+    go.set()
+    assert better.wait(20)
+    assert threading.main_thread() not in threads and len(trt.builds) == 3
+    served = models.get("ct-lung")
+    assert engine_text(served) == "tensorrt fp16" and models.settled(served)
+
+
+def test_memory_that_was_short_for_a_while_is_asked_for_again(
+    db: Database, tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model serves on the next engine meanwhile; it needs no restart to come back."""
+    engines, trt, _ = box(tmp_path)
+    for precision, onnx in (("fp32", ONNX), ("fp16", FP16)):
+        engines[0].build(onnx, precision)
+    trt.cuda.fail["allocate"] = CudaError("allocate device memory", 2, "out of memory")
+    moment, better = [1000.0], threading.Event()
+    monkeypatch.setattr(choice_module.time, "monotonic", lambda: moment[0])
+    models = serving(db, tmp_path, EngineChoice("auto", engines, limits=LIMITS), better.set)
+    served = models.get("ct-lung")
+    assert engine_text(served) == "onnxruntime-gpu fp32" and not models.settled(served)
+    assert models.get("ct-lung") is served and models.report()["building"] == {}
+    del trt.cuda.fail["allocate"]
+    moment[0] += AGAIN_SECONDS
+    models.get("ct-lung")
+    assert better.wait(20)
+    assert engine_text(models.get("ct-lung")) == "tensorrt fp16"
+
+
+def test_an_upgrade_that_breaks_is_not_begun_for_ever(
+    db: Database, tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines, _, _ = box(tmp_path)
+    choice, began = EngineChoice("auto", engines, limits=LIMITS), []
+
+    def broken(*_: object) -> None:
+        began.append(1)
+        raise RuntimeError("a bug")
+
+    choice.upgrade = broken
+    models = serving(db, tmp_path, choice, lambda: None)
+
+    def idle() -> bool:
+        models.get("ct-lung")
+        return models._upgrades._broken[bundle] == MAX_BROKEN and not models.report()["building"]
+
+    wait_for(idle, 20, "it was given up")
+    models.get("ct-lung")
+    assert models.report()["building"] == {} and len(began) == MAX_BROKEN
+
+
 def test_what_was_built_for_nobody_is_closed(db: Database, tmp_path: Path, bundle: Path) -> None:
     """An engine that came too late, and a spare one, of a model that no rule wants any more."""
     engines, _, cuda = box(tmp_path)
@@ -320,6 +439,9 @@ class Models:
 
     def other(self, model: FailingModel) -> FailingModel | None:
         return self.second
+
+    def settled(self, model: FailingModel) -> bool:
+        return True
 
     def hold(self, model: FailingModel) -> None:
         """Nothing takes its place here."""

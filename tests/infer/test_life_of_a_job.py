@@ -246,8 +246,16 @@ def test_a_canary_that_cannot_serve_delays_nobody_and_goes_back(folder: Path, db
     assert "model-rolled-back" in {e["kind"] for e in Events(db).listing()}
 
 
-def test_a_canary_whose_engine_is_being_built_is_not_to_blame(
-    folder: Path, db: Database, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "error",
+    [
+        NotBuilt("open ct-lung 1.1.0", "BUILDING", "tensorrt fp16 is being built for it"),
+        EngineError("open ct-lung 1.1.0", "OOM", "CUDA error 2: out of memory"),
+    ],
+    ids=["its engine is built", "the GPU is full"],
+)
+def test_a_canary_that_cannot_be_opened_for_now_is_not_to_blame(
+    folder: Path, db: Database, monkeypatch: pytest.MonkeyPatch, error: EngineError
 ) -> None:
     """The active version does its studies meanwhile, however many they are."""
     canary(db)
@@ -256,7 +264,7 @@ def test_a_canary_whose_engine_is_being_built_is_not_to_blame(
 
     def building(reference: str, record: Any) -> Any:
         if reference == "ct-lung@1.1.0":
-            raise NotBuilt("open ct-lung 1.1.0", "BUILDING", "tensorrt fp16 is being built for it")
+            raise error
         return for_job(reference, record)
 
     monkeypatch.setattr(worker._models, "for_job", building)
@@ -265,6 +273,19 @@ def test_a_canary_whose_engine_is_being_built_is_not_to_blame(
     assert versions_of(db, *jobs) == ["1.0.0"] * 4
     assert Life(db).state("ct-lung", "1.1.0") == "canary"
     assert Runs(db).recent("ct-lung", "1.1.0", 9) == []
+
+
+def test_a_run_names_its_engine_and_whether_it_stays_there(
+    folder: Path, db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = worker_on(settings_of(folder), db)
+    add_series(db)
+    assert worker.run_once()
+    monkeypatch.setattr(worker._models, "settled", lambda model: False)
+    add_series(db)
+    assert worker.run_once()
+    told = [(r.state, r.engine, r.settled) for r in Runs(db).recent("ct-lung", "1.0.0", 9)]
+    assert told == [("done", "onnxruntime-cpu", False), ("done", "onnxruntime-cpu", True)]
 
 
 def broken(worker: Worker, version: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,8 @@ from dicomnode.infer.golden import ReadyModel, open_model, verify_bundle
 from dicomnode.infer.kserve import KServe
 from dicomnode.infer.kserve_tensors import onnx_signature
 from dicomnode.infer.ort import OnnxRuntimeCpu
-from dicomnode.infer.placing import REST_SECONDS, Local, PlacedModels, Remote, serving_at
+from dicomnode.infer.places import REST_SECONDS, Local, Remote, serving_at
+from dicomnode.infer.placing import PlacedModels
 from dicomnode.infer.serving import ServingModels
 from dicomnode.infer.shadow import _engine
 from dicomnode.infer.verification import verify_apart

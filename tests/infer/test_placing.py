@@ -20,7 +20,8 @@ from dicomnode.infer.bundle import load_bundle
 from dicomnode.infer.decode import InlineDecoder
 from dicomnode.infer.kserve import KServe
 from dicomnode.infer.ort import OnnxRuntimeCpu
-from dicomnode.infer.placing import REST_SECONDS, Local, PlacedModels, Remote, serving_at, verify_at_endpoints
+from dicomnode.infer.places import REST_SECONDS, Local, Remote, serving_at
+from dicomnode.infer.placing import PlacedModels, verify_at_endpoints
 from dicomnode.infer.serving import ServingModels
 from dicomnode.infer.worker import Worker
 from dicomnode.settings import Settings

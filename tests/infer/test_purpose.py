@@ -15,7 +15,7 @@ from dicomnode.index.operation import Models
 from dicomnode.infer.bundle import load_bundle
 from dicomnode.infer.kserve import KServe
 from dicomnode.infer.ort import OnnxRuntimeCpu
-from dicomnode.infer.placing import serving_at
+from dicomnode.infer.places import serving_at
 from dicomnode.infer.purpose import rule_findings
 from dicomnode.infer.serving import ServingModels
 from dicomnode.model_desk import Action, ModelDesk

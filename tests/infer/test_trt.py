@@ -258,6 +258,9 @@ def test_a_plan_that_cannot_be_trusted_is_counted_and_built_again(tmp_path: Path
     (plan,) = (tmp_path / "engines").glob("*.plan")
     attack(plan)
     before = cache_counts()
+    with pytest.raises(EngineError, match="no plan that can be used") as caught:
+        engine.load(ONNX, build=False)
+    assert caught.value.code == "NOT_BUILT" and not engine.built(ONNX, "fp32")
     session = engine.load(ONNX)
     assert cache_counts()["rejected"] - before["rejected"] == 1
     assert len(trt.builds) == 2
