@@ -155,6 +155,14 @@ def status(config: Config = None, as_json: Json = False) -> None:
             console.print(f"model {reference}: {model['version']} on {model['engine']}")
         for name, build in data["models"]["building"].items():
             console.print(f"engine for {name}: {build['step']}, {build['share']:.0%}, {build['seconds']} s")
+        if trust := data["models"]["repository"]:
+            ends = f", valid until {trust['expires_time']}" if trust.get("expires_time") else ""
+            console.print(f"model repository: {trust['state']}{ends} {trust['reason']}".rstrip())
+        for one in data["models"]["waiting"]:
+            console.print(f"model {one['name']} {one['version']} is {one['state']} and waits: {one['waits_for']}")
+        for pull in data["models"]["pulls"]:
+            if pull["last_error"]:
+                console.print(f"model {pull['name']} {pull['version']} is {pull['state']}: {pull['last_error']}")
         console.print(f"TLS: {_tls_line(data['tls'])}")
         disk = data["disk"]
         console.print(f"disk: {disk['free_mb']} MiB free, {disk['reserve_mb']} MiB reserved")

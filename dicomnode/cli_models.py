@@ -21,7 +21,8 @@ Name = Annotated[str, typer.Argument(help="NAME")]
 Why = Annotated[str, typer.Option("--why", help="reason, for the history")]
 
 _LISTED = {
-    "name": "model", "version": "version", "state": "state", "serves": "serves", "share": "canary of", "path": "folder"
+    "name": "model", "version": "version", "state": "state", "serves": "serves", "share": "canary of",
+    "waits_for": "waits for", "path": "folder",
 }  # fmt: skip
 
 
@@ -33,6 +34,7 @@ def register(app: typer.Typer) -> None:
         ("shadow", models_shadow),
         ("canary", models_canary),
         ("activate", models_activate),
+        ("approve", models_approve),
         ("rollback", models_rollback),
         ("retire", models_retire),
         ("history", models_history),
@@ -117,6 +119,16 @@ def models_canary(
 def models_activate(reference: Reference, config: Config = None, as_json: Json = False, why: Why = "") -> None:
     """Verify a version and make it the one that serves, without a restart."""
     _change(settings_of(config), "activate", reference, as_json, why=why)
+
+
+def models_approve(reference: Reference, config: Config = None, as_json: Json = False, why: Why = "") -> None:
+    """Let a pulled version go on by its policy, up to serving; also one whose state was set by hand."""
+    name, _, version = reference.partition("@")
+    if not version:
+        raise OperatorError("approve model", "no version given", "Use NAME@VERSION, see 'dicomnode models list'")
+    with _desk(settings_of(config)) as desk:
+        done = desk.approve(name, version, who=_who(), why=why)
+    output(done, as_json, lambda _: console.print(f"{name} {version} is approved; it goes on by its policy"))
 
 
 def models_rollback(name: Name, config: Config = None, as_json: Json = False, why: Why = "") -> None:

@@ -26,9 +26,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from dicomnode import durable
-from dicomnode.errors import BundleError, NodeError
+from dicomnode.errors import BundleError, NodeError, OperatorError
 from dicomnode.findings import Finding, Level
-from dicomnode.settings import EngineName, Peer, Settings
+from dicomnode.settings import EngineName, Peer, Repository, Settings
 from dicomnode.tls import Transport
 from dicomnode.tls_check import tls_findings
 
@@ -426,8 +426,23 @@ def _cloud(settings: Settings) -> Iterable[Finding]:
         yield _reach("cloud", cloud.stow_url, cloud.ca_file)
     else:
         yield Finding(Level.note, "cloud", "not configured: nothing leaves the building")
-    for host in dict.fromkeys(urlsplit(pull.url)._replace(path="", query="", fragment="") for pull in cloud.models):
+    urls = [pull.url for pull in cloud.models if pull.url]
+    if cloud.repository.metadata_url:
+        yield _root_file(cloud.repository)
+        urls += [u for u in (cloud.repository.metadata_url, cloud.repository.archives_url) if not u.startswith("s3:")]
+    for host in dict.fromkeys(urlsplit(url)._replace(path="", query="", fragment="") for url in urls):
         yield _reach("model pull", host.geturl(), cloud.ca_file)
+
+
+def _root_file(repository: Repository) -> Finding:
+    from dicomnode.sync.trust import read_root
+
+    assert repository.root_file is not None  # the settings see to it
+    try:
+        read_root(repository.root_file)
+    except OperatorError as error:
+        return Finding(Level.fault, "models", f"{error.operation}: {error.cause}", error.hint)
+    return Finding(Level.ok, "models", "cloud.repository.root_file holds a signed root")
 
 
 def _file(key: str, path: Path, *, secret: bool) -> Finding:

@@ -151,6 +151,12 @@ SYNC_TOTAL = Counter(
 )
 SYNC_BYTES = Counter("dicomnode_sync_bytes", "Bytes of objects that the cloud stored", registry=REGISTRY)
 MODEL_PULLS_TOTAL = Counter("dicomnode_model_pulls", "Attempts to pull a model bundle", ["outcome"], registry=REGISTRY)
+MODEL_REPOSITORY_FAILURES = Counter(
+    "dicomnode_model_repository_failures",
+    "Looks at the signed repository of models that failed: away, refused or expired",
+    ["state"],
+    registry=REGISTRY,
+)
 SCHEDULED_TOTAL = Counter(
     "dicomnode_scheduled_runs", "Runs of the sidecar's periodic jobs", ["task", "outcome"], registry=REGISTRY
 )

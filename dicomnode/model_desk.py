@@ -70,6 +70,9 @@ class ModelDesk:
                     "previous": bool(row.get("previous")),
                     "faulty": bool(row.get("faulty")),
                     "since_time": row.get("since_time"),
+                    "waits": row.get("waits"),
+                    "waits_for": row.get("waits_for"),
+                    "approved_by": row.get("approved_by"),
                     "path": str(folder.path) if folder else None,
                 }
             )
@@ -130,6 +133,12 @@ class ModelDesk:
         self._life.roll_back(name, active, target, Change(who, why))
         self._told(name, target, "serves again", who)
         return {"name": name, "version": target, "rolled_back": active}
+
+    def approve(self, name: str, version: str, *, who: str, why: str = "") -> dict[str, Any]:
+        """Let a version that was pulled go on by its policy, up to serving."""
+        self._life.approve(name, version, who=who, why=why)
+        doorbell.ring(self._settings.node.data_dir, "sidecar")
+        return self._told(name, version, "was approved", who)
 
     def delete(self, name: str, version: str) -> None:
         """Remove the folder of a retired version that was pulled. The version before the active one stays."""

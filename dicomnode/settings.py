@@ -18,6 +18,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSetti
 
 from dicomnode.endpoint_settings import Endpoint, check_endpoints
 from dicomnode.errors import SettingsError
+from dicomnode.model_settings import ModelPull, Repository
 from dicomnode.peer_settings import (
     AETitle,
     AETitles,
@@ -31,7 +32,19 @@ from dicomnode.peer_settings import (
 )
 from dicomnode.rule_settings import Priority, Range, Rule, RuleStep
 
-__all__ = ["Peer", "Priority", "Range", "Rule", "RuleStep", "Section", "Service", "Tls", "caller_matches"]
+__all__ = [
+    "ModelPull",
+    "Peer",
+    "Priority",
+    "Range",
+    "Repository",
+    "Rule",
+    "RuleStep",
+    "Section",
+    "Service",
+    "Tls",
+    "caller_matches",
+]
 
 
 class EngineName(StrEnum):
@@ -185,16 +198,6 @@ class Delivery(Section):
     )
 
 
-class ModelPull(Section):
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$", description="bundle name")
-    version: str = Field(pattern=r"^\d+\.\d+\.\d+$", description="bundle version")
-    url: str = Field(pattern=r"^https?://", description="address of the bundle as .tar.gz or .zip")
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the archive, lower-case hex")
-    begin_as: Literal["staged", "shadow", "active"] = Field(
-        "active", description="what it becomes once it has passed: active at once, or first shadow or staged"
-    )
-
-
 class Cloud(Section):
     stow_url: str = Field("", description="STOW-RS address (…/studies); empty: nothing leaves the building")
     token_file: Path | None = Field(None, description="file with a bearer token")
@@ -202,6 +205,17 @@ class Cloud(Section):
     timeout_seconds: float = Field(60.0, gt=0, description="time for one request")
     max_bundle_mb: int = Field(1024, ge=1, description="largest model archive, MiB")
     models: tuple[ModelPull, ...] = Field((), description="bundles to pull, verify and activate")
+    repository: Repository = Field(Repository(), description="signed repository of bundles (TUF)")
+
+    @model_validator(mode="after")
+    def _offered(self) -> Self:
+        for entry in self.models:
+            if not entry.url and not self.repository.metadata_url:
+                raise ValueError(f"models: '{entry.name}' has no url, and there is no [cloud.repository]")
+        names = [entry.name for entry in self.models if not entry.url]
+        if len(set(names)) != len(names):
+            raise ValueError("models: the same model is followed twice; give each name once")
+        return self
 
     @field_validator("stow_url")
     @classmethod

@@ -18,7 +18,9 @@ from dicomnode.index.operation import BEAT_SECONDS, Processes
 from dicomnode.model_desk import ModelDesk
 from dicomnode.settings import Settings
 from dicomnode.sync.alerts import AlertSender
+from dicomnode.sync.promote import Promoter
 from dicomnode.sync.pull import ModelPuller
+from dicomnode.sync.repository import ModelRepository
 from dicomnode.sync.schedule import Schedule
 from dicomnode.sync.stow import StowSender
 
@@ -38,9 +40,10 @@ async def run_sidecar(settings: Settings, db: Database, *, verify: Callable[[Pat
     the heartbeat detail (``{"port": N, "scheduled": {...}}``).
     """
     metrics.prepare(NAME)
-    runner, port = await _serve(settings, db, ModelDesk(settings, db, verify))
+    desk = ModelDesk(settings, db, verify)
+    runner, port = await _serve(settings, db, desk)
     try:
-        await _work(settings, db, verify, stop, port)
+        await _work(settings, db, verify, desk, stop, port)
     finally:
         await runner.cleanup()
 
@@ -68,11 +71,17 @@ async def _serve(settings: Settings, db: Database, desk: ModelDesk) -> tuple[web
 
 
 async def _work(
-    settings: Settings, db: Database, verify: Callable[[Path], None], stop: asyncio.Event, port: int
+    settings: Settings,
+    db: Database,
+    verify: Callable[[Path], None],
+    desk: ModelDesk,
+    stop: asyncio.Event,
+    port: int,
 ) -> None:
     log, loop = logs.get(), asyncio.get_running_loop()
     processes, schedule = Processes(db), Schedule()
-    sender, puller = StowSender(settings, db, NAME), ModelPuller(settings, db, verify)
+    repository = ModelRepository(settings, db)
+    sender, puller = StowSender(settings, db, NAME), ModelPuller(settings, db, verify, repository.offered)
     alerts = AlertSender(settings, db)
     await asyncio.to_thread(sender.start)
     await asyncio.to_thread(puller.start)
@@ -94,8 +103,11 @@ async def _work(
         schedule.every("cloud-sync", SYNC_SECONDS, sender.flush)
     if settings.alerts.url:
         schedule.every("alerts", ALERT_SECONDS, alerts.flush)
+    if settings.cloud.repository.metadata_url:
+        schedule.every("model-repository", settings.cloud.repository.refresh_seconds, repository.run_once)
     if settings.cloud.models:
         schedule.every("model-pull", PULL_SECONDS, puller.run_once)
+        schedule.every("model-policy", PULL_SECONDS, Promoter(settings, db, desk, repository.vouched).run_once)
     bell = doorbell.Doorbell(settings.node.data_dir, NAME)
 
     def rung() -> None:
@@ -104,6 +116,8 @@ async def _work(
             schedule.soon("cloud-sync")
         if settings.alerts.url:
             schedule.soon("alerts")
+        if settings.cloud.models:
+            schedule.soon("model-policy")
 
     loop.add_reader(bell.fileno(), rung)
     schedule.start()

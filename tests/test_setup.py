@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LISTS = ROOT / "scripts" / "requirements"
-HASHED = [ROOT / "requirements.txt", *(LISTS / f"{name}.txt" for name in ("build", "cpu", "dev"))]
+HASHED = [ROOT / "requirements.txt", *(LISTS / f"{name}.txt" for name in ("build", "cpu", "dev", "s3"))]
 GPU = [LISTS / "t4.txt", LISTS / "v100.txt"]
 DEVELOPERS_ONLY = {"pytest", "ruff", "mypy", "hypothesis", "onnx", "build", "simpleitk", "pip-tools"}
 RUNTIMES = {"onnxruntime", "onnxruntime-gpu"}
@@ -57,6 +57,7 @@ def test_cpu_and_gpu_runtimes_never_meet() -> None:
         "requirements": set(),
         "build": set(),
         "dev": set(),
+        "s3": set(),
         "cpu": {"onnxruntime"},
         "t4": {"onnxruntime-gpu"},
         "v100": {"onnxruntime-gpu"},
@@ -76,7 +77,7 @@ def test_files_cover_the_project() -> None:
     wanted = {
         HASHED[0]: project["project"]["dependencies"],
         LISTS / "build.txt": project["build-system"]["requires"],
-        **{LISTS / f"{name}.txt": extras[name] for name in ("cpu", "dev", "kserve", "t4", "v100")},
+        **{LISTS / f"{name}.txt": extras[name] for name in ("cpu", "dev", "kserve", "s3", "t4", "v100")},
     }
     for path, lines in wanted.items():
         names = {re.match(r"[A-Za-z0-9._-]+", line)[0].lower().replace("_", "-") for line in lines}  # type: ignore[index]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
@@ -13,7 +15,7 @@ from prometheus_client.registry import Collector
 from dicomnode import __version__, durable, metrics
 from dicomnode.admin.model_figures import VersionFigures, version_figures
 from dicomnode.admin.model_figures import families as model_families
-from dicomnode.admin.status import MEBIBYTE, library_versions, serving_models
+from dicomnode.admin.status import MEBIBYTE, library_versions, serving_models, waiting_versions
 from dicomnode.admin.tls_state import own_certificate
 from dicomnode.errors import OperatorError
 from dicomnode.index.catalogue import Catalogue
@@ -23,6 +25,7 @@ from dicomnode.index.jobs import Jobs
 from dicomnode.index.operation import Figures, Models, Processes
 from dicomnode.index.outbox import Outbox
 from dicomnode.index.procedure import Steps
+from dicomnode.index.trust import trust_rows
 from dicomnode.settings import Settings
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -47,6 +50,8 @@ class Facts:
     open_associations: int = 0
     active: Mapping[str, str] = field(default_factory=dict)
     pulls: list[Row] = field(default_factory=list)
+    repository: Mapping[str, Any] = field(default_factory=dict)
+    waiting: list[Row] = field(default_factory=list)
     events: Mapping[str, int] = field(default_factory=dict)
     free_bytes: int = 0
     reserve_bytes: int = 0
@@ -71,6 +76,8 @@ def read_facts(db: Database, settings: Settings) -> Facts:
         open_associations=figures.open_associations(),
         active=models.active(),
         pulls=models.pulls(),
+        repository=trust_rows(db, settings.cloud.repository.metadata_url),
+        waiting=waiting_versions(db),
         events=figures.recent_events(),
         free_bytes=durable.free_bytes(settings.node.data_dir),
         reserve_bytes=settings.node.reserve_mb * MEBIBYTE,
@@ -227,8 +234,34 @@ def gauges(facts: Facts) -> list[Metric]:
             ("model", "version", "state"),
             [((r["name"], r["version"], r["state"]), 1.0) for r in facts.pulls],
         ),
+        *_repository(facts),
         _gauge("recent_events", "Events of the last hour by severity", ("severity",), _by_state(facts.events)),
         *model_families(facts.versions),
+    ]
+
+
+def _repository(facts: Facts) -> list[Metric]:
+    """The signed repository of models, and versions on their way up."""
+    ends = facts.repository.get("expires_time")
+    return [
+        _gauge(
+            "model_repository_info",
+            "1 for the standing of the signed repository of models: current, away, refused, expired or unknown",
+            ("state",),
+            [((str(facts.repository["state"]),), 1.0)] if facts.repository else [],
+        ),
+        _gauge(
+            "model_repository_expiry_timestamp_seconds",
+            "End of what is known of the repository, Unix time; nothing new is taken after it",
+            (),
+            [((), datetime.fromisoformat(ends).timestamp())] if ends else [],
+        ),
+        _gauge(
+            "model_waiting_info",
+            "1 for what a pulled version waits for before it goes on by its policy",
+            ("model", "version", "state", "reason"),
+            [((r["name"], r["version"], r["state"], r["waits"]), 1.0) for r in facts.waiting],
+        ),
     ]
 
 

@@ -41,6 +41,8 @@ class Desk(Protocol):
         peers: Sequence[str] = (),
     ) -> dict[str, Any]: ...
 
+    def approve(self, name: str, version: str, *, who: str, why: str = "") -> dict[str, Any]: ...
+
     def roll_back(self, name: str, *, who: str, why: str = "") -> dict[str, Any]: ...
 
 
@@ -62,7 +64,7 @@ class IndexOnly:
     def change(self, *_: object, **__: object) -> dict[str, Any]:
         raise OperatorError("change model", "this process only looks", "Use 'dicomnode models'", retryable=True)
 
-    roll_back = change
+    approve = roll_back = change
 
 
 class ModelsApi:
@@ -77,6 +79,7 @@ class ModelsApi:
         router.add_get(f"/api/v1/models/{NAME}/history", self.history)
         router.add_get(f"/api/v1/models/{NAME}/comparisons", self.comparisons)
         router.add_post(f"/api/v1/models/{NAME}/rollback", self.roll_back)
+        router.add_post(f"/api/v1/models/{NAME}/{VERSION}/approve", self.approve)
         router.add_post(f"/api/v1/models/{NAME}/{VERSION}/{{action:{'|'.join(ACTIONS)}}}", self.change)
 
     async def listing(self, _: web.Request) -> web.Response:
@@ -109,6 +112,22 @@ class ModelsApi:
                 who=_who(request),
                 why=body.get("why", ""),
                 **options,
+            )
+
+        async with self._one:
+            return _json(await asyncio.to_thread(run))
+
+    async def approve(self, request: web.Request) -> web.Response:
+        body = await _body(request)
+        if body.keys() - {"why"}:
+            raise OperatorError("read request", "percent and peers are for a canary only")
+
+        def run() -> dict[str, Any]:
+            return self._desk.approve(
+                request.match_info["name"],
+                request.match_info["version"],
+                who=_who(request),
+                why=body.get("why", ""),
             )
 
         async with self._one:

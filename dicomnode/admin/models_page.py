@@ -51,6 +51,7 @@ def versions_table(
                     pill(row["state"], w),
                     " " if row["previous"] else None,
                     element("small", w("previous_version")) if row["previous"] else None,
+                    _waits(row, w),
                 ),
                 ", ".join([*share, *row["peers"]]),
                 since,
@@ -70,6 +71,13 @@ def versions_table(
     return table([*heads, ""], rows, w)
 
 
+def _waits(row: Mapping[str, Any], w: Words) -> Markup | None:
+    """What keeps a pulled version from going on by its policy."""
+    if not row.get("waits"):
+        return None
+    return element("div", element("small", f"{w('waits_for')}: {w('waits_' + row['waits'])}", title=row["waits_for"]))
+
+
 def _buttons(row: Mapping[str, Any], w: Words) -> Markup | None:
     base = f"/api/v1/models/{row['name']}"
     found = [
@@ -77,6 +85,8 @@ def _buttons(row: Mapping[str, Any], w: Words) -> Markup | None:
         for action in _BUTTONS.get(row["state"], ())
         if row["path"] or action == "retire"
     ]
+    if row.get("waits") in ("approval", "by-hand"):
+        found.append(element("button", w("do_approve"), type="button", data_retry=f"{base}/{row['version']}/approve"))
     if row["state"] in ("active", "canary"):
         found.append(element("button", w("do_rollback"), type="button", data_retry=f"{base}/rollback"))
     return join(*found) if found else None

@@ -34,7 +34,7 @@ _GOOD = {
     "valid",
 }
 _BAD = {"failed", "rejected", "error", "silent_state", "problem", "expired"}
-_WARN = {"canary", "refused", "not-run", "warning", "starting", "stopping", "retried", "expiring"}
+_WARN = {"canary", "refused", "away", "unknown", "not-run", "warning", "starting", "stopping", "retried", "expiring"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,14 +284,25 @@ def _models(view: View, w: Words) -> Markup:
         for name in names
     ]
     table = _table(["model", "active", "serving", "wanted", "error"], rows, w)
+    trust = _repository(models["repository"], w)
     if not models["pulls"]:
-        return _section(w("models"), table)
+        return _section(w("models"), join(table, trust))
     pulls = [
         [p["name"], p["version"], _pill(p["state"], w), str(p["attempts"]), _error(p["last_error"])]
         for p in models["pulls"]
     ]
     heads = ["model", "version", "state", "attempts", "error"]
-    return _section(w("models"), join(table, element("h3", w("pulls")), _table(heads, pulls, w)))
+    return _section(w("models"), join(table, trust, element("h3", w("pulls")), _table(heads, pulls, w)))
+
+
+def _repository(trust: Mapping[str, Any], w: Words) -> Markup | None:
+    """One line: how the signed repository stands, until when, and why not."""
+    if not trust:
+        return None
+    ends = f" {w('valid_until')} {_time(trust['expires_time'])} " if trust.get("expires_time") else " "
+    return element(
+        "p", element("b", w("model_repository")), " ", _pill(trust["state"], w), ends, _error(trust["reason"] or None)
+    )
 
 
 def _model_versions(view: View, w: Words) -> Markup:

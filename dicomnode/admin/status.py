@@ -19,10 +19,12 @@ from dicomnode.index.catalogue import Catalogue
 from dicomnode.index.commitment import Commitments
 from dicomnode.index.database import Database, Row
 from dicomnode.index.jobs import Jobs
+from dicomnode.index.life import Life
 from dicomnode.index.notices import Notices
 from dicomnode.index.operation import Events, Figures, Models, Processes
 from dicomnode.index.outbox import Outbox
 from dicomnode.index.procedure import Steps
+from dicomnode.index.trust import trust_rows
 from dicomnode.index.urgency import Alerts
 from dicomnode.settings import Settings
 
@@ -63,6 +65,8 @@ def status_report(db: Database, settings: Settings) -> dict[str, Any]:
             "building": building_engines(processes),
             "engines_rejected": rejected_engines(processes),
             "pulls": models.pulls(),
+            "repository": trust_rows(db, settings.cloud.repository.metadata_url),
+            "waiting": waiting_versions(db),
         },
         "disk": disk(settings),
         "tls": tls_report(settings, processes),
@@ -70,6 +74,12 @@ def status_report(db: Database, settings: Settings) -> dict[str, Any]:
         "rejections": figures.rejections(RECENT_EVENTS),
         "events": Events(db).listing(RECENT_EVENTS),
     }
+
+
+def waiting_versions(db: Database) -> list[Row]:
+    """Versions on their way up by a policy, and what each waits for."""
+    kept = ("name", "version", "state", "waits", "waits_for", "approved_by")
+    return [{k: row[k] for k in kept} for row in Life(db).versions() if row["waits"]]
 
 
 def _process(row: Row) -> dict[str, Any]:

@@ -18,6 +18,9 @@ from dicomnode.errors import OperatorError
 from dicomnode.index.database import Database, Row
 from dicomnode.index.model_states import ModelEvent, ModelState, next_model_state
 
+APPROVE = "approve"
+"""Event of the history that changes no state."""
+
 TEXT_MOST = 200
 """Characters kept of ``who`` and ``why``."""
 
@@ -99,7 +102,46 @@ class Life:
             " WHERE automatic = 1 AND event = 'roll_back' GROUP BY name, version ORDER BY name, version"
         )
 
+    def by_hand(self, name: str, version: str, node: str) -> str:
+        """Who set the state of a version last, when not ``node`` and without an approval since; else empty."""
+        last = self.db.row(
+            "SELECT who, automatic, id FROM model_history WHERE name = ? AND version = ? ORDER BY id DESC LIMIT 1",
+            (name, version),
+        )
+        if last is None or last["automatic"] or last["who"] == node:
+            return ""
+        approved = self.db.value("SELECT count(*) FROM model_history WHERE id = ? AND event = ?", (last["id"], APPROVE))
+        return "" if approved else str(last["who"])
+
     # Changing
+
+    def approve(self, name: str, version: str, *, who: str, why: str = "") -> None:
+        """An operator lets a version go on by its policy, up to serving. Raises OperatorError where none waits."""
+        with self.db.transaction():
+            row = self._row(name, version)
+            if row is None or row["state"] not in (ModelState.staged, ModelState.shadow, ModelState.canary):
+                raise OperatorError(
+                    f"approve {name}@{version}",
+                    "no such version waits" if row is None else f"it is {row['state']}",
+                    "See 'dicomnode models list'; a retired one is staged first",
+                )
+            self.db.execute(
+                "UPDATE model_versions SET approved_by = ?, approved_time = ? WHERE name = ? AND version = ?",
+                (who[:TEXT_MOST], iso(self.db.clock.wall()), name, version),
+            )
+            self._record(name, version, APPROVE, row["state"], ModelState(row["state"]), Change(who, why))
+
+    def wait_for(self, name: str, version: str, code: str | None, text: str | None) -> bool:
+        """Note what a version waits for on its way up; True when the kind of it is new."""
+        row = self._row(name, version)
+        if row is None or (row["waits"], row["waits_for"]) == (code, text):
+            return False
+        with self.db.transaction(sync=False):
+            self.db.execute(
+                "UPDATE model_versions SET waits = ?, waits_for = ? WHERE name = ? AND version = ?",
+                (code, text, name, version),
+            )
+        return bool(row["waits"] != code)
 
     def stage(self, name: str, version: str, *, who: str, why: str = "") -> ModelState:
         """A new version, or one that is taken out of shadow or canary, or back from retirement."""
@@ -247,7 +289,7 @@ class Life:
         self,
         name: str,
         version: str,
-        event: ModelEvent,
+        event: str,
         former: str | None,
         state: ModelState,
         change: Change,

@@ -221,6 +221,26 @@ class Runs:
             )
         ]
 
+    def times_compared(self, name: str, version: str, since: float) -> int:
+        """Series on which a version in the shadow was compared since node time ``since``."""
+        return int(
+            self.db.value(
+                "SELECT count(*) FROM model_comparisons"
+                " WHERE name = ? AND version = ? AND role = 'shadow' AND state = 'done' AND at >= ?",
+                (name, version, since),
+            )
+        )
+
+    def studies(self, name: str, version: str, since: float) -> int:
+        """Studies that a version has served since node time ``since``."""
+        return int(
+            self.db.value(
+                "SELECT count(DISTINCT study_id) FROM model_runs"
+                " WHERE name = ? AND version = ? AND state = 'done' AND at >= ?",
+                (name, version, since),
+            )
+        )
+
     def comparisons(self, name: str | None = None, version: str | None = None, limit: int = 100) -> list[Row]:
         """Rows for people, newest first, JSON columns parsed."""
         rows = self.db.rows(

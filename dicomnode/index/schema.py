@@ -15,6 +15,7 @@ from dicomnode.index.keys import INSTANCE_KEYS, PATIENT_KEYS, REQUEST_KEYS, SERI
 from dicomnode.index.names import name_keys
 from dicomnode.index.schema_life import create_model_life
 from dicomnode.index.schema_priors import create_companions, create_priors
+from dicomnode.index.schema_trust import create_trust
 
 migrations: Any = Migrations("dicomnode")
 
@@ -481,3 +482,9 @@ def m0016_companions(db: Database) -> None:
 def m0018_settled_runs(db: Database) -> None:
     """Whether an attempt ran on the engine that its version stays on; see :class:`dicomnode.rollout.Run`."""
     db["model_runs"].add_column("settled", int, not_null_default=1)
+
+
+@migrations()
+def m0020_trust(db: Database) -> None:
+    """Models from a signed repository; see :mod:`dicomnode.index.trust`."""
+    create_trust(db)

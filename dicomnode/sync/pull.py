@@ -12,42 +12,62 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from http import HTTPStatus
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import aiohttp
 
 from dicomnode import doorbell, durable, logs, metrics
 from dicomnode.clock import iso
-from dicomnode.errors import BundleError, EngineError, NodeError, PeerAway, StorageError
+from dicomnode.errors import BundleError, EngineError, NodeError, StorageError
 from dicomnode.index.database import Database, Row
 from dicomnode.index.life import Life
 from dicomnode.index.operation import Events, Models
 from dicomnode.index.states import backoff_seconds
+from dicomnode.ladder import Plan
 from dicomnode.metrics import PullOutcome
 from dicomnode.settings import ModelPull, Settings
-from dicomnode.sync.archive import CHUNK_BYTES, MEBIBYTE, Caps, unpack
-from dicomnode.sync.http import confidential, open_session, origin, read_token
-from dicomnode.sync.reply import retry_after_seconds
+from dicomnode.sync import transfer
+from dicomnode.sync.archive import MEBIBYTE, Caps, unpack
+from dicomnode.sync.source import Again, source_for
 
 BACKOFF_SECONDS = 10.0
+SYNC = "sync"
+"""``who`` of what the sidecar does by itself."""
 Verify = Callable[[Path], None]
 T = TypeVar("T")
 
 
-class WrongDigest(BundleError):
-    """What came is not what the settings name."""
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """One archive. ``signed``: the repository vouches for it, so a wrong byte is the line's fault and passes."""
+
+    name: str
+    version: str
+    url: str
+    sha256: str
+    plan: Plan
+    length: int | None = None
+    signed: bool = False
 
 
-class Again(PeerAway):
-    """Passing, with the wait that the server asked for."""
+class Offered(Protocol):
+    """What the repository vouches for and the settings follow; with ``stale`` also what it does not any more."""
 
-    def __init__(self, cause: str, wait: float | None = None) -> None:
-        self.wait = wait
-        super().__init__("pull model", cause)
+    def __call__(self, *, stale: bool = False) -> Sequence[Wanted]: ...
+
+
+def nothing(*, stale: bool = False) -> Sequence[Wanted]:
+    """Without a repository."""
+    del stale
+    return ()
+
+
+def named(entry: ModelPull) -> Wanted:
+    """The archive of an entry that has a URL."""
+    return Wanted(entry.name, entry.version, entry.url, entry.sha256, entry.plan)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +79,7 @@ class Places:
     final: Path
 
 
-def places(data_dir: Path, wanted: ModelPull) -> Places:
+def places(data_dir: Path, wanted: Wanted) -> Places:
     staging = data_dir / "staging" / "models"
     return Places(
         archive=staging / f"{wanted.sha256}.part",
@@ -68,7 +88,7 @@ def places(data_dir: Path, wanted: ModelPull) -> Places:
     )
 
 
-def fingerprint(wanted: ModelPull, max_bundle_mb: int) -> str:
+def fingerprint(wanted: Wanted, max_bundle_mb: int) -> str:
     """Short mark of the settings of one pull; kept with a rejection to notice a change."""
     text = "\n".join([wanted.name, wanted.version, wanted.url, wanted.sha256, str(max_bundle_mb)])
     return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -88,7 +108,14 @@ def is_due(row: Row | None, mark: str, now: float) -> bool:
 class ModelPuller:
     """``verify(path)`` raises BundleError or EngineError; it runs in a thread of its own."""
 
-    def __init__(self, settings: Settings, db: Database, verify: Verify) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        db: Database,
+        verify: Verify,
+        offered: Offered = nothing,
+    ) -> None:
+        self.offered = offered
         self.cloud = settings.cloud
         self.data_dir = settings.node.data_dir
         self.reserve = settings.node.reserve_mb * MEBIBYTE
@@ -100,30 +127,40 @@ class ModelPuller:
 
     def start(self) -> None:
         """Drop what was staged for entries that the settings do not have any more."""
-        kept = {place for w in self.cloud.models for place in (f"{w.sha256}.part", w.sha256)}
+        kept = {f"{w.sha256}{end}" for w in self._wanted(stale=True) for end in ("", ".part", ".etag")}
         staging = self.data_dir / "staging" / "models"
         for entry in staging.iterdir() if staging.is_dir() else ():
             if entry.name not in kept:
                 durable.remove_tree(entry) if entry.is_dir() else durable.remove(entry)
 
-    def _mark(self, wanted: ModelPull) -> str:
+    def _wanted(self, *, stale: bool = False) -> list[Wanted]:
+        """Archives with a URL of their own, then what the repository offers."""
+        return [*(named(entry) for entry in self.cloud.models if entry.url), *self.offered(stale=stale)]
+
+    def _mark(self, wanted: Wanted) -> str:
         return fingerprint(wanted, self.cloud.max_bundle_mb)
 
     async def run_once(self) -> int:
         """Try every entry that is due; returns how many were activated."""
         activated = 0
-        for wanted in self.cloud.models:
+        for wanted in await asyncio.to_thread(self._wanted):
             row = await asyncio.to_thread(self.models.pull, wanted.sha256)
             if is_due(row, self._mark(wanted), self.db.clock.ticks()):
                 activated += await self._pull(wanted, int(row["attempts"] or 0) if row else 0)
         return activated
 
-    async def _pull(self, wanted: ModelPull, attempts: int) -> bool:
+    async def _pull(self, wanted: Wanted, attempts: int) -> bool:
         place = places(self.data_dir, wanted)
         attempts += 1
         try:
             await self._download(wanted, place)
             await in_daemon_thread(self._install, wanted, place)
+        except transfer.WrongDigest as error:
+            if wanted.signed:  # what is true is signed; the bytes may come right the next time
+                await asyncio.to_thread(self._again, wanted, attempts, error.cause, None)
+                return False
+            await asyncio.to_thread(self._rejected, wanted, place, attempts, str(error))
+            return False
         except (BundleError, EngineError) as error:
             if isinstance(error, EngineError) and error.code != "GOLDEN_MISMATCH":
                 await asyncio.to_thread(self._again, wanted, attempts, str(error), None)
@@ -142,69 +179,21 @@ class ModelPuller:
         await asyncio.to_thread(self._activated, wanted, place, attempts)
         return True
 
-    async def _download(self, wanted: ModelPull, place: Places) -> None:
-        """Bring the archive to ``place.archive``, going on where a former attempt ended."""
-        await asyncio.to_thread(durable.make_directory, place.archive.parent)
-        have = place.archive.stat().st_size if place.archive.exists() else 0
-        if have and await asyncio.to_thread(durable.sha256_file, place.archive) == wanted.sha256:
-            return  # complete from before a restart
-        headers = {"Range": f"bytes={have}-"} if have else {}
-        token = await asyncio.to_thread(read_token, self.cloud.token_file)
-        if token and confidential(wanted.url) and origin(wanted.url) == origin(self.cloud.stow_url):
-            headers["Authorization"] = f"Bearer {token}"  # never to another host than stow_url's
-        async with (
-            open_session(self.cloud, wanted.url) as session,
-            session.get(
-                wanted.url, headers=headers, max_redirects=5, timeout=_download_timeout(self.cloud.timeout_seconds)
-            ) as response,
-        ):
-            if response.status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-                durable.remove(place.archive)
-                raise Again("what was loaded before does not fit; it is loaded anew", 0.0)
-            if response.status not in {HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT}:
-                wait = retry_after_seconds(response.headers.get("Retry-After"), self.db.clock.wall())
-                raise Again(f"the server answered HTTP {response.status}", wait)
-            resumed = response.status == HTTPStatus.PARTIAL_CONTENT
-            if resumed and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-                durable.remove(place.archive)
-                raise Again("the server sent another range than asked; it is loaded anew", 0.0)
-            start = have if resumed else 0
-            self._check_size(wanted, start + (response.content_length or 0))
-            await self._receive(wanted, place, response, start)
-        digest = await asyncio.to_thread(durable.sha256_file, place.archive)
-        if digest != wanted.sha256:
-            durable.remove(place.archive)
-            if resumed:
-                raise Again("the archive changed between two attempts; it is loaded anew", 0.0)
-            raise WrongDigest(
-                "pull model",
-                f"the archive has the SHA-256 {digest[:16]}…, not {wanted.sha256[:16]}…",
-                "Check url and sha256 of this entry of cloud.models",
-            )
+    async def _download(self, wanted: Wanted, place: Places) -> None:
+        most = self.cloud.max_bundle_mb * MEBIBYTE
+        goal = transfer.Goal(wanted.sha256, wanted.length, most)
+        source = source_for(wanted.url, self.cloud, self.db.clock)
+        await transfer.fetch(
+            source, wanted.url, goal, place.archive, check_room=self._check_room, timeout=self.cloud.timeout_seconds
+        )
 
-    async def _receive(self, wanted: ModelPull, place: Places, response: aiohttp.ClientResponse, start: int) -> None:
-        size = start
-        with await asyncio.to_thread(place.archive.open, "r+b" if start else "wb") as file:
-            file.seek(start)
-            async for chunk in response.content.iter_chunked(CHUNK_BYTES):
-                size += len(chunk)
-                self._check_size(wanted, size)
-                await asyncio.to_thread(_append, file, chunk)
-
-    def _check_size(self, wanted: ModelPull, size: int) -> None:
-        """Raises BundleError above the cap, StorageError when the disk's reserve would be touched."""
-        if size > self.cloud.max_bundle_mb * MEBIBYTE:
-            raise BundleError(
-                f"pull model {wanted.name} {wanted.version}",
-                f"the archive is larger than {self.cloud.max_bundle_mb} MiB",
-                "Raise cloud.max_bundle_mb if that is meant",
-            )
+    def _check_room(self) -> None:
         if durable.free_bytes(self.data_dir) <= self.reserve:
             raise StorageError(
                 "pull model", "the disk is at its reserve", "Free space on the volume of data_dir", retryable=True
             )
 
-    def _install(self, wanted: ModelPull, place: Places) -> None:
+    def _install(self, wanted: Wanted, place: Places) -> None:
         """Unpack, verify in staging under the final names, then move into place. Blocking.
 
         The worker picks the newest version in data_dir/models, so nothing unverified may
@@ -225,14 +214,12 @@ class ModelPuller:
         finally:
             durable.remove_tree(place.work)
 
-    def _hold_back(self, wanted: ModelPull) -> None:
+    def _hold_back(self, wanted: Wanted) -> None:
         """Before the folder is there: the newest one serves where none was activated."""
         life = Life(self.db)
-        if wanted.begin_as == "active" or life.state(wanted.name, wanted.version) is not None:
+        if wanted.plan.at_once or life.state(wanted.name, wanted.version) is not None:
             return  # known: a former attempt was cut after this, or the operator has changed it since
-        life.stage(wanted.name, wanted.version, who="sync", why=_pulled(wanted))
-        if wanted.begin_as == "shadow":
-            life.shadow(wanted.name, wanted.version, who="sync", why=_pulled(wanted))
+        life.stage(wanted.name, wanted.version, who=SYNC, why=_pulled(wanted))
 
     def _place(self, candidate: Path, final: Path) -> None:
         durable.make_directory(final.parent)
@@ -249,25 +236,25 @@ class ModelPuller:
         durable.rename_into_place(candidate, final)
         durable.sync_directory(final.parent)
 
-    def _activated(self, wanted: ModelPull, place: Places, attempts: int) -> None:
-        outcome: PullOutcome = "activated" if wanted.begin_as == "active" else "placed"
-        if wanted.begin_as == "active":
-            self.models.activate(wanted.name, wanted.version, "sync", _pulled(wanted))
+    def _activated(self, wanted: Wanted, place: Places, attempts: int) -> None:
+        outcome: PullOutcome = "activated" if wanted.plan.at_once else "placed"
+        if wanted.plan.at_once:
+            self.models.activate(wanted.name, wanted.version, SYNC, _pulled(wanted))
         self._record(wanted, outcome, attempts, 0.0, None)
-        durable.remove(place.archive)
+        transfer.drop(place.archive)
         doorbell.ring(self.data_dir, "worker")
         Events(self.db).add("info", "model", f"{wanted.name}@{wanted.version}", f"pulled, verified and {outcome}")
         self._log.info(f"model {outcome}", model=wanted.name, version=wanted.version, digest=wanted.sha256[:16])
         metrics.model_pull(outcome)
 
-    def _rejected(self, wanted: ModelPull, place: Places, attempts: int, why: str) -> None:
-        durable.remove(place.archive)
+    def _rejected(self, wanted: Wanted, place: Places, attempts: int, why: str) -> None:
+        transfer.drop(place.archive)
         self._record(wanted, "rejected", attempts, 0.0, f"{why} [{self._mark(wanted)}]")
         Events(self.db).add("error", "model-rejected", f"{wanted.name}@{wanted.version}", why)
         self._log.error("model rejected", model=wanted.name, version=wanted.version, cause=why)
         metrics.model_pull("rejected")
 
-    def _again(self, wanted: ModelPull, attempts: int, why: str, wait: float | None) -> None:
+    def _again(self, wanted: Wanted, attempts: int, why: str, wait: float | None) -> None:
         pause = wait if wait is not None else backoff_seconds(attempts, BACKOFF_SECONDS, self.longest)
         self._record(wanted, "pending", attempts, self.db.clock.ticks() + pause, why)
         if attempts == 1:
@@ -275,7 +262,7 @@ class ModelPuller:
         self._log.warning("model not pulled", model=wanted.name, version=wanted.version, cause=why, retry_in=pause)
         metrics.model_pull("retried")
 
-    def _record(self, wanted: ModelPull, state: str, attempts: int, next_at: float, error: str | None) -> None:
+    def _record(self, wanted: Wanted, state: str, attempts: int, next_at: float, error: str | None) -> None:
         self.models.record_pull(
             {
                 "sha256": wanted.sha256,
@@ -285,24 +272,15 @@ class ModelPuller:
                 "attempts": attempts,
                 "next_at": next_at,
                 "last_error": error,
+                "source": "repository" if wanted.signed else "url",
+                "length": wanted.length,
                 "finished_time": None if state == "pending" else iso(self.db.clock.wall()),
             }
         )
 
 
-def _pulled(wanted: ModelPull) -> str:
+def _pulled(wanted: Wanted) -> str:
     return f"pulled, SHA-256 {wanted.sha256[:16]}…"
-
-
-def _append(file: IO[bytes], chunk: bytes) -> None:
-    """Out of our hands at once, so that a cut leaves what came before it."""
-    file.write(chunk)
-    file.flush()
-
-
-def _download_timeout(seconds: float) -> aiohttp.ClientTimeout:
-    """A large archive may take long; silence may not."""
-    return aiohttp.ClientTimeout(total=None, sock_connect=min(30.0, seconds), sock_read=seconds)
 
 
 def _digests(folder: Path) -> dict[str, str]:
