@@ -207,8 +207,8 @@ def verify_pulled(settings: Settings, path: Path) -> None:
     verify_model(settings, path)
 
 
-def verify_model(settings: Settings, path: Path, *, build: bool = False) -> None:
-    """Digests and golden cases of a bundle on the engine that serves, in a child that may die.
+def verify_model(settings: Settings, path: Path, *, build: bool = False) -> str:
+    """Digests and golden cases of a bundle on the engine that serves, in a child that may die; that engine's name.
 
     It is this box's, or with ``kserve`` an endpoint's. With ``build`` the best engine is built
     first where it is not yet; an engine that was asked for by name always is. Raises BundleError
@@ -218,7 +218,7 @@ def verify_model(settings: Settings, path: Path, *, build: bool = False) -> None
     from dicomnode.infer.verification import verify_apart
 
     inference = settings.inference
-    verify_apart(
+    return verify_apart(
         path,
         inference.engine.value,
         data_dir=settings.node.data_dir,

@@ -329,12 +329,19 @@ def jobs_retry(job: Annotated[int, typer.Argument()], config: Config = None, as_
 
 @models_app.command("verify")
 def models_verify(
-    reference: Annotated[str | None, typer.Argument(help="NAME or NAME@VERSION; all when left out")] = None,
+    reference: Annotated[
+        str | None, typer.Argument(help="NAME@VERSION, or NAME for its newest version; all when left out")
+    ] = None,
     build: Annotated[bool, typer.Option("--build", help="build TensorRT engines that are missing; minutes")] = False,
     config: Config = None,
     as_json: Json = False,
 ) -> None:
-    """Check digests and golden cases on this box's engine; exit 78 when one fails."""
+    """Check digests, model files and golden cases; exit 78 when one fails.
+
+    They run on what would serve now: with inference.engine = "auto" the first engine of this box that
+    passes and need not be built, with an engine's name that one alone (built where it has to be), with
+    "kserve" an endpoint.
+    """
     from dicomnode.app import verify_model
     from dicomnode.infer.serving import bundle_folders, resolve
 
@@ -343,12 +350,12 @@ def models_verify(
     chosen = [resolve(folders, reference, {})] if reference else folders
     rows = []
     for folder in chosen:
-        verify_model(settings, folder.path, build=build)
-        rows.append({"name": folder.name, "version": folder.version, "verified": True})
+        engine = verify_model(settings, folder.path, build=build)
+        rows.append({"name": folder.name, "version": folder.version, "verified": True, "engine": engine})
 
     def show(data: list[dict[str, Any]]) -> None:
         for row in data:
-            console.print(f"{row['name']} {row['version']}: digests and golden cases OK")
+            console.print(f"{row['name']} {row['version']}: digests and golden cases OK on {row['engine']}")
 
     _print(rows, as_json, show)
 

@@ -54,4 +54,5 @@ def _found(data: dict[str, Any]) -> Iterator[str]:
     for c in summary.get("changes", []):
         yield f"  {c['segment'] or 'series'}: {c['key']} {c['change']:+.4g} {c['unit']} since the earlier study"
     for f in summary.get("findings", []):
-        yield f"  {f['key']}: {f['answer'] or '-'}, probability {f['probability']:.3f}"
+        sure = "" if f["probability"] is None else f", probability {f['probability']:.3f}"
+        yield f"  {f['key']}: {f['answer'] or '-'}{sure}"

@@ -324,11 +324,11 @@ def _models(settings: Settings) -> Iterable[Finding]:
         level = Level.fault if settings.rules else Level.note
         yield Finding(level, "models", f"no bundles in {settings.inference.models_dir}", "Check inference.models_dir")
         return
-    active = _active_models(settings)
+    active, held = _serving(settings)
     wanted = list(dict.fromkeys(m for rule in settings.rules for m in rule.every_model))
     for reference in wanted:
         try:
-            folder = resolve(folders, reference, active)
+            folder = resolve(folders, reference, active, held)
         except BundleError as error:
             yield Finding(Level.fault, "models", error.cause, error.hint)
             continue
@@ -348,15 +348,17 @@ def _models(settings: Settings) -> Iterable[Finding]:
         yield Finding(Level.note, "models", f"present, but no rule names them: {', '.join(idle)}")
 
 
-def _active_models(settings: Settings) -> dict[str, str]:
+def _serving(settings: Settings) -> tuple[dict[str, str], dict[str, frozenset[str]]]:
+    """Active versions, and those that must not serve only because they are the newest."""
     from dicomnode.index.database import Database
+    from dicomnode.index.life import Life
     from dicomnode.index.operation import Models
 
     if not (settings.node.data_dir / "index.sqlite").exists():
-        return {}
+        return {}, {}
     db = Database(settings.node.data_dir)
     try:
-        return Models(db).active()
+        return Models(db).active(), Life(db).held_back()
     finally:
         db.close()
 

@@ -36,7 +36,7 @@ _WORDS = {
 class ModelDesk:
     """``verify(path)`` raises BundleError or EngineError. Thread-safe as the index is."""
 
-    def __init__(self, settings: Settings, db: Database, verify: Callable[[Path], None]) -> None:
+    def __init__(self, settings: Settings, db: Database, verify: Callable[[Path], object]) -> None:
         self._settings = settings
         self._db = db
         self._verify = verify

@@ -124,7 +124,11 @@ class Inference(Section):
         description="slices or patches in one batch of an engine; halved while GPU memory is too small",
     )
     gpu_memory_share: float = Field(
-        0.8, gt=0, le=1, description="share of the GPU's memory that one model on one engine may take, 0 to 1"
+        0.8,
+        gt=0,
+        le=1,
+        description="share of the GPU's memory that all TensorRT models together may take, 0 to 1; "
+        "with onnxruntime-gpu each model by itself",
     )
     lease_seconds: float = Field(60.0, gt=1, description="a job whose worker is silent this long is redone")
     job_seconds: float = Field(

@@ -13,7 +13,10 @@ import pytest
 
 from dicomnode import doctor, durable
 from dicomnode.doctor import Finding, Level, examine
+from dicomnode.index.database import Database
+from dicomnode.index.life import Life
 from dicomnode.settings import Settings
+from tests.infer.life_case import add_version
 
 ROOT = Path(__file__).resolve().parents[1]
 RULE = {"name": "chest", "match": {"Modality": "CT"}, "models": ["ct-lung"], "send_to": ["pacs"]}
@@ -111,6 +114,22 @@ def test_good_and_changed_bundle(make: Callable[..., Settings], tmp_path: Path) 
     found = one(examine(make(rules=[rule], inference={"models_dir": tmp_path / "models"})), "models", "ct-lung")
     assert found.level is Level.fault
     assert found.hint
+
+
+def test_the_version_that_serves_is_looked_at(make: Callable[..., Settings], tmp_path: Path) -> None:
+    """Not a newer one that is only staged."""
+    for version in ("1.0.0", "1.1.0"):
+        add_version(tmp_path, version)
+    settings = make(
+        node={"data_dir": tmp_path / "data"},
+        rules=[{**RULE, "send_to": []}],
+        inference={"models_dir": tmp_path / "models"},
+    )
+    db = Database(tmp_path / "data")
+    Life(db).stage("ct-lung", "1.1.0", who="me")
+    db.close()
+    (tmp_path / "models" / "ct-lung" / "1.1.0" / "model.onnx").write_bytes(b"damaged")
+    assert one(examine(settings), "models", "golden cases right").level is Level.ok
 
 
 def test_no_bundles_at_all(make: Callable[..., Settings], tmp_path: Path) -> None:

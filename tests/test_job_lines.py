@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +61,19 @@ def test_check_config_tells_the_steps_in_order(tmp_path: Path) -> None:
         "  step a: m, earlier study from index",
         "  step b: n, after a, when segment Nodule of step a was found, inputs lung (mask of a)",
     ]
+
+
+def test_a_finding_without_a_probability_is_told(db: Database) -> None:
+    Catalogue(db).commit([instance()])
+    [job_id] = select(db, "1.2.20")
+    Jobs(db).lease("w", 60)
+    answers = [
+        {"key": "rotated", "answer": "Present", "probability": None},
+        {"key": "nodule", "answer": None, "probability": 0.25},
+    ]
+    made = outcome()
+    Jobs(db).finish(job_id, "w", replace(made, summary={**made.summary, "findings": answers}))
+    job = Jobs(db).show(job_id)
+    assert job is not None
+    lines = [line.strip() for line in job_lines(job)]
+    assert "rotated: Present" in lines and "nodule: -, probability 0.250" in lines

@@ -9,6 +9,7 @@ from typing import Any
 from dicomnode.admin.markup import Child, Markup, document, element, join
 from dicomnode.admin.model_figures import VersionFigures
 from dicomnode.admin.models_page import comparisons_table, history_table, versions_table
+from dicomnode.admin.placement_cell import placement_cell
 from dicomnode.admin.ready import Check
 from dicomnode.admin.words import Language, word
 from dicomnode.index.jobs import PRIORITIES
@@ -165,6 +166,7 @@ def _jobs(view: View, w: Words) -> Markup:
             join(_pill(job["state"], w), " ", element("b", w("critical"), class_="pill bad"))
             if job["critical"]
             else _pill(job["state"], w),
+            placement_cell(job["engine"], job["placement"], w),
             job["reason"] or "",
             _error(job["last_error"]),
             _time(job["created_time"]),
@@ -172,8 +174,8 @@ def _jobs(view: View, w: Words) -> Markup:
         ]
         for job in view.jobs
     ]
-    heads = ["id", "study", "model", "revision", "instances", "priority", "state", "reason", "error", "created"]
-    return _section(w("jobs"), _table([*heads, ""], rows, w))
+    heads = ["id", "study", "model", "revision", "instances", "priority", "state", "ran_on", "reason", "error"]
+    return _section(w("jobs"), _table([*heads, "created", ""], rows, w))
 
 
 def _deliveries(view: View, w: Words) -> Markup:

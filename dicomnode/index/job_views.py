@@ -15,15 +15,19 @@ class JobViews:
 
     def listing(self, limit: int = 100, state: str | None = None) -> list[Row]:
         where, parameters = ("WHERE j.state = ?", [state]) if state else ("", [])
-        return self.db.rows(
+        rows = self.db.rows(
             "SELECT j.id, j.state, j.model, j.model_version, j.revision, j.priority, j.reason, j.attempts,"
-            " j.last_error, j.created_time, j.finished_time, j.rules, j.critical, j.step,"
+            " j.last_error, j.created_time, j.finished_time, j.rules, j.critical, j.step, j.placement,"
+            " json_extract(j.summary, '$.engine') AS engine,"
             " st.StudyInstanceUID, se.SeriesInstanceUID,"
             " (SELECT count(*) FROM job_inputs i WHERE i.job_id = j.id) AS instances"
             " FROM jobs j JOIN series se ON se.id = j.series_id JOIN studies st ON st.id = se.study_id"
             f" {where} ORDER BY j.id DESC LIMIT ?",
             (*parameters, limit),
         )
+        for row in rows:
+            row["placement"] = json.loads(row["placement"]) if row["placement"] else None
+        return rows
 
     def show(self, job_id: int) -> Row | None:
         """One job with its results and deliveries, JSON columns parsed."""

@@ -3,10 +3,12 @@
 Making a session folds constants: a file of a few hundred bytes can ask for terabytes at that
 moment. What a file states is added up here without computing anything: tensors that declare more
 values than they carry, dense forms of sparse tensors, constant shapes of ConstantOfShape, Expand
-and the random generators, constant repeats of Tile, constant scales and sizes of Resize, constant
-pads of Pad and constant bounds of Range. Factors multiply along the graph, so a chain of small
-ones counts in full. A shape that is computed while the graph runs cannot be judged without running
-it: that is for the process with limited memory (:mod:`dicomnode.infer.verification`).
+and the random generators, constant repeats of Tile, constant scales and sizes of Resize, strides of
+ConvTranspose, constant pads of Pad and constant bounds of Range. Factors multiply along each path
+through the graph, so a chain of small ones counts in full, and two decoders beside each other do
+not. What makes things smaller is not credited: a stride says nothing of an axis of one. A shape
+that is computed while the graph runs cannot be judged without running it: that is for the process
+with limited memory (:mod:`dicomnode.infer.verification`).
 
 Field numbers are onnx.proto's (IR version 10).
 """
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from dicomnode.errors import BundleError
@@ -27,7 +29,9 @@ MAX_ELEMENTS = 1 << 28
 MAX_TOTAL = 1 << 29
 """Values of all of them together."""
 MAX_FACTOR = 1 << 20
-"""All constant factors of Tile, Resize and Upsample of a graph multiplied; a U-Net of depth 5 in 3-D has 2**15."""
+"""Constant factors of Tile, Resize, Upsample and ConvTranspose along a path; a U-Net of depth 5 in 3-D has 2**15."""
+MAX_NESTED = 8
+"""Functions within functions."""
 MAX_DIMS = 64
 _PER_BYTE = 4
 """Values in a byte of the narrowest type (2 bits)."""
@@ -44,8 +48,8 @@ class _Sum:
 
     name: str
     total: int = 0
-    factor: float = 1.0
-    nodes: int = 0
+    functions: dict[str, float] = field(default_factory=dict)
+    """How much each function of the model enlarges what it gets."""
 
     def made(self, elements: int, what: str) -> None:
         self.total += elements
@@ -56,14 +60,26 @@ class _Sum:
                 "It would not fit the memory; export the model without it",
             )
 
-    def grown(self, factor: float, what: str) -> None:
-        self.factor *= _enlarging(factor)
-        if not self.factor <= MAX_FACTOR:
+    def grown(self, before: float, factor: float, what: str) -> float:
+        """``before`` times ``factor``, within the bound."""
+        if not (grown := before * _enlarging(factor)) <= MAX_FACTOR:
             raise BundleError(
                 "check model file",
-                f"{self.name}: its {what} nodes enlarge what they get by {self.factor:.3g} (at most {MAX_FACTOR})",
+                f"{self.name}: nodes up to a {what} enlarge what they get by {grown:.3g} (at most {MAX_FACTOR})",
                 "It would not fit the memory; export the model without it",
             )
+        return grown
+
+
+@dataclass(frozen=True)
+class _Scope:
+    """What is known of the values that nodes can see: short constants, and by how much others were enlarged."""
+
+    constants: dict[str, list[float]] = field(default_factory=dict)
+    factors: dict[str, float] = field(default_factory=dict)
+
+    def inner(self) -> _Scope:
+        return _Scope(dict(self.constants), dict(self.factors))
 
 
 @dataclass
@@ -85,6 +101,7 @@ class _Node:
     inputs: list[str] = field(default_factory=list)
     outputs: list[str] = field(default_factory=list)
     attributes: dict[str, _Attribute] = field(default_factory=dict)
+    inner: float = 1.0
 
 
 @dataclass
@@ -93,6 +110,7 @@ class _Attribute:
     ints: list[float] = field(default_factory=list)
     floats: list[float] = field(default_factory=list)
     tensor: _Tensor | None = None
+    inner: float = 1.0
 
 
 def check_expansion(data: bytes, name: str) -> None:
@@ -102,19 +120,33 @@ def check_expansion(data: bytes, name: str) -> None:
     """
     total = _Sum(name)
     try:
-        for number, value in fields(memoryview(data), name):
-            if number == 7 and isinstance(value, memoryview):
-                _graph(value, total, {})
-            elif number == 25 and isinstance(value, memoryview):  # FunctionProto: its nodes are in field 7
-                _nodes([v for n, v in fields(value, name) if n == 7 and isinstance(v, memoryview)], total, {})
+        parts = [(n, v) for n, v in fields(memoryview(data), name) if isinstance(v, memoryview)]
+        functions = [view for number, view in parts if number == 25]
+        for _ in range(min(len(functions), MAX_NESTED)):  # one may use another that comes later
+            before, total.total = dict(total.functions), 0
+            for view in functions:
+                _function(view, total)
+            if total.functions == before:
+                break
+        for number, view in parts:
+            if number == 7:
+                _graph(view, total, _Scope())
     except ValueError as cause:  # packed numbers that are none
         raise BundleError(
             "check model file", f"{name}: it is not an ONNX model ({cause})", "Export it again as one ONNX file"
         ) from cause
 
 
-def _graph(view: memoryview, total: _Sum, outer: dict[str, list[float]]) -> None:
-    constants, nodes = dict(outer), []
+def _function(view: memoryview, total: _Sum) -> None:
+    """FunctionProto: its name in field 1, its nodes in field 7."""
+    parts = [(n, v) for n, v in fields(view, total.name) if isinstance(v, memoryview)]
+    name = next((_text(v) for n, v in parts if n == 1), "")
+    total.functions[name] = _nodes([v for n, v in parts if n == 7], total, _Scope())
+
+
+def _graph(view: memoryview, total: _Sum, outer: _Scope) -> float:
+    """By how much any value within is enlarged at most."""
+    scope, nodes = outer.inner(), []
     for number, value in fields(view, total.name):
         if not isinstance(value, memoryview):
             continue
@@ -122,49 +154,68 @@ def _graph(view: memoryview, total: _Sum, outer: dict[str, list[float]]) -> None
             nodes.append(value)
         elif number == 5:
             tensor = _tensor(value, total)
-            constants[tensor.name] = tensor.values
+            scope.constants[tensor.name] = tensor.values
         elif number == 15:
             _sparse(value, total)
-    _nodes(nodes, total, constants)
+    return _nodes(nodes, total, scope)
 
 
-def _nodes(views: list[memoryview], total: _Sum, constants: dict[str, list[float]]) -> None:
+def _nodes(views: list[memoryview], total: _Sum, scope: _Scope) -> float:
+    """In the order of the file, in which every value comes before it is used (onnx.proto, GraphProto)."""
+    most = 1.0
     for view in views:
-        node = _node(view, total, constants)
+        node = _node(view, total, scope)
         if node.op == "Constant" and node.outputs:
             values = next((a.tensor.values if a.tensor else a.ints or a.floats for a in node.attributes.values()), [])
-            constants[node.outputs[0]] = values
+            scope.constants[node.outputs[0]] = values
             continue
-        _weigh(node, total, constants)
+        before = max([scope.factors.get(name, 1.0) for name in node.inputs] + [node.inner])
+        factor = total.grown(before, _weigh(node, total, scope), node.op)
+        scope.factors.update(dict.fromkeys(node.outputs, factor))
+        most = max(most, factor)
+    return most
 
 
-def _weigh(node: _Node, total: _Sum, constants: dict[str, list[float]]) -> None:
+def _weigh(node: _Node, total: _Sum, scope: _Scope) -> float:
+    """What the node says that it makes; the factor by which it enlarges what it gets."""
+
     def constant(index: int) -> list[float]:
-        return constants.get(node.inputs[index], []) if index < len(node.inputs) else []
+        return scope.constants.get(node.inputs[index], []) if index < len(node.inputs) else []
+
+    def attribute(name: str) -> list[float]:
+        found = node.attributes.get(name)
+        return (found.floats or found.ints) if found else []
 
     if node.op in _MADE:
-        shape = node.attributes.get("shape")
-        dims = shape.ints if shape else constant(_SHAPE_INPUT.get(node.op, 0))
-        total.made(_product(dims), node.op)
+        total.made(_product(attribute("shape") or constant(_SHAPE_INPUT.get(node.op, 0))), node.op)
     elif node.op == "Range" and all(bounds := [constant(i) for i in range(3)]):
         start, limit, delta = (b[0] for b in bounds)
         total.made(_whole((limit - start) / delta if delta else math.inf), node.op)
     elif node.op == "Tile":
-        total.grown(float(_product(constant(1))), node.op)
+        return float(_product(constant(1)))
     elif node.op in ("Resize", "Upsample"):
-        scales = next((c for i in (1, 2) if (c := constant(i))), [])
-        attribute = node.attributes.get("scales")
-        total.grown(math.prod(_enlarging(s) for s in scales or (attribute.floats if attribute else [])), node.op)
         total.made(_product(constant(3)), node.op)
+        # Input 1 is the region of interest from opset 11 on, and the scales before it.
+        return _most(math.prod(map(_enlarging, s)) for s in (constant(1), constant(2), attribute("scales")))
+    elif node.op == "ConvTranspose":
+        total.made(_product(attribute("output_shape")), node.op)
+        return math.prod(map(_enlarging, attribute("strides")))
     elif node.op == "Pad":
-        attribute = node.attributes.get("pads")
-        for pad in constant(1) or (attribute.ints if attribute else []):
-            total.made(_whole(pad), node.op)
+        pads = [_whole(pad) for pad in constant(1) or attribute("pads")]
+        axes = len(pads) // 2  # every begin, then every end; what is padded has at least one value on each axis
+        total.made(math.prod(1 + a + b for a, b in zip(pads[:axes], pads[axes:], strict=False)), node.op)
+    return total.functions.get(node.op, 1.0)
 
 
 def _product(dims: list[float]) -> int:
     """Number of values of a shape; 0 and -1 stand for what is not known here."""
     return math.prod(n for d in dims if (n := _whole(d))) if dims else 0
+
+
+def _most(factors: Iterable[float]) -> float:
+    """The greatest; what is no number wins."""
+    found = list(factors)
+    return next((f for f in found if math.isnan(f)), max(found, default=1.0))
 
 
 def _enlarging(factor: float) -> float:
@@ -177,7 +228,7 @@ def _whole(value: float) -> int:
     return max(0, math.ceil(value)) if math.isfinite(value) else MAX_TOTAL + 1
 
 
-def _node(view: memoryview, total: _Sum, constants: dict[str, list[float]]) -> _Node:
+def _node(view: memoryview, total: _Sum, scope: _Scope) -> _Node:
     node = _Node()
     for number, value in fields(view, total.name):
         if not isinstance(value, memoryview):
@@ -189,12 +240,13 @@ def _node(view: memoryview, total: _Sum, constants: dict[str, list[float]]) -> _
         elif number == 4:
             node.op = _text(value)
         elif number == 5:
-            attribute = _attribute(value, total, constants)
+            attribute = _attribute(value, total, scope)
+            node.inner = max(node.inner, attribute.inner)
             node.attributes[attribute.name] = attribute
     return node
 
 
-def _attribute(view: memoryview, total: _Sum, constants: dict[str, list[float]]) -> _Attribute:
+def _attribute(view: memoryview, total: _Sum, scope: _Scope) -> _Attribute:
     found = _Attribute()
     for number, value in fields(view, total.name):
         if (number == 8 and not isinstance(value, memoryview)) or (number == 3 and not isinstance(value, memoryview)):
@@ -214,7 +266,7 @@ def _attribute(view: memoryview, total: _Sum, constants: dict[str, list[float]])
         elif number in (22, 23):
             _sparse(value, total)
         elif number in _GRAPH_ATTRIBUTES:
-            _graph(value, total, constants)
+            found.inner = max(found.inner, _graph(value, total, scope))
     return found
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import html
 import json
 import re
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,16 @@ from dicomnode.admin.application import make_app
 from dicomnode.admin.ready import check_models
 from dicomnode.admin.status import status_report
 from dicomnode.commitment import Reference, Request
+from dicomnode.index.catalogue import Catalogue
 from dicomnode.index.database import Database
 from dicomnode.index.jobs import Jobs
 from dicomnode.index.notices import make_notices
 from dicomnode.index.operation import Events, Models, Processes
 from dicomnode.index.outbox import Outbox
 from dicomnode.index.promises import Promises
+from dicomnode.infer.placement import Candidate, Weights, decide
 from dicomnode.settings import Settings
+from tests.index.rows import instance, outcome, select
 from tests.sync.index_case import CANARY, FakeClock, add_job, add_results, make_settings, states
 
 PACS = {"name": "pacs", "ae_title": "PACS", "host": "127.0.0.1", "port": 11199, "allow": ["echo"]}
@@ -119,6 +124,47 @@ def test_stored_strings_are_text_on_the_dashboard(db: Database, tmp_path: Path, 
         assert re.findall(r"<script[^>]*>", text) == ['<script src="/static/app.js" defer>']
         assert not re.search(r"<img|\son\w+=|style=|<style|javascript:", text.replace("&lt;img src=x onerror=", ""))
         assert not any(uid in text for uid in uids), "studies appear by a hash"
+
+    drive(db, node(tmp_path), body)
+
+
+@pytest.mark.parametrize(
+    ("lang", "words"),
+    [
+        (
+            "en",
+            (
+                "Engine or place",
+                "locality 0.70",
+                ": chosen",
+                "out of the question, load 95% is above 90%",
+                ": failed, ",
+            ),
+        ),
+        ("zh", ("引擎或执行位置", "数据就近 0.70", ": 已选择", "不可用, load 95% is above 90%", ": 失败, ")),
+    ],
+)
+def test_the_dashboard_says_where_a_job_was_done_and_with_which_scores(
+    db: Database, tmp_path: Path, lang: str, words: tuple[str, ...]
+) -> None:
+    places = [Candidate("gpu0", 0.7, 1.0, 0.1, 0.2), Candidate("local", 1.0, 0.5, 0.95, 0.0)]
+    decision = {**decide(places, Weights(), 0.9).as_dict(), "tried": [{"name": "gpu1", "cause": "HTTP 503"}]}
+    Catalogue(db).commit([instance()])
+    [job_id] = select(db, "1.2.20")
+    jobs = Jobs(db)
+    assert jobs.lease("w", 60) is not None
+    jobs.place(job_id, "w", decision)
+    made = outcome()
+    jobs.finish(job_id, "w", replace(made, summary={**made.summary, "engine": "kserve gpu0"}))
+    [row] = jobs.listing()
+    assert (row["engine"], row["placement"]) == ("kserve gpu0", decision)
+
+    async def body(client: ClientSession) -> None:
+        async with client.get("/", params={"lang": lang}) as answer:
+            text = html.unescape(await answer.text())
+        assert "<summary>gpu0<small> kserve gpu0</small></summary>" in text and "0.840 (" in text and "HTTP 503" in text
+        for found in words:
+            assert found in text, found
 
     drive(db, node(tmp_path), body)
 

@@ -58,6 +58,15 @@ def declares(*dims: int) -> bytes:
     return model(initializers=(tensor,))
 
 
+def with_function() -> bytes:
+    """A tile of 1024 behind a name, used three times in a row; the function is written behind the graph."""
+    uses = [helper.make_node("Larger", [f"x{i}"], [f"x{i + 1}"]) for i in range(3)]
+    tile = [constant("r", 1 << 10), helper.make_node("Tile", ["a", "r"], ["b"])]
+    function = helper.make_function("", "Larger", ["a"], ["b"], tile, [helper.make_opsetid("", 17)])
+    made = helper.make_model(helper.make_graph(uses, "g", [], []), functions=[function])
+    return bytes(made.SerializeToString())
+
+
 BOMBS = {
     "constant-of-shape": model(
         helper.make_node("ConstantOfShape", ["s"], ["y"]), initializers=(ints("s", 1 << 20, 1 << 20),)
@@ -88,6 +97,38 @@ BOMBS = {
         initializers=(numpy_helper.from_array(np.array([np.nan], np.float32), "k"),),
     ),
     "pad": model(helper.make_node("Pad", ["x", "p"], ["y"]), initializers=(ints("p", 0, 1 << 40),)),
+    "pad on each axis": model(
+        helper.make_node("Pad", ["x", "p"], ["y"]), initializers=(ints("p", *[1 << 10] * 3, *[0] * 3),)
+    ),
+    "pad, its axes named": model(
+        helper.make_node("Pad", ["x", "p", "", "a"], ["y"]),
+        initializers=(ints("p", 1 << 15, 1 << 15, 0, 0), ints("a", 2, 3)),
+    ),
+    "pads of opset 2": model(helper.make_node("Pad", ["x"], ["y"], pads=[1 << 15, 1 << 15, 0, 0])),
+    "resize with a region of interest": model(
+        helper.make_node("Resize", ["x", "roi", "k"], ["y"]),
+        initializers=(
+            numpy_helper.from_array(np.array([0, 0, 1, 1], np.float32), "roi"),
+            numpy_helper.from_array(np.array([4096, 4096], np.float32), "k"),
+        ),
+    ),
+    "strides of transposed convolutions": model(
+        *(helper.make_node("ConvTranspose", [f"x{i}", "w"], [f"x{i + 1}"], strides=[20, 20]) for i in range(4))
+    ),
+    "transposed convolution to a shape": model(
+        helper.make_node("ConvTranspose", ["x", "w"], ["y"], output_shape=[1 << 15, 1 << 15])
+    ),
+    "in a branch and behind it": model(
+        helper.make_node(
+            "If",
+            ["c"],
+            ["y"],
+            then_branch=helper.make_graph([helper.make_node("Tile", ["x", "r"], ["z"])], "t", [], []),
+        ),
+        helper.make_node("Tile", ["y", "r"], ["end"]),
+        initializers=(ints("r", 1 << 12),),
+    ),
+    "function used again and again": with_function(),
     "range": model(
         helper.make_node("Range", ["a", "b", "c"], ["y"]),
         initializers=(ints("a", 0), ints("b", 1 << 40), ints("c", 1)),
@@ -123,6 +164,15 @@ def test_what_models_do_is_allowed() -> None:
     check_expansion((MODEL / "model.onnx").read_bytes(), "model.onnx")
     scale = numpy_helper.from_array(np.array([1, 1, 2, 2, 2], np.float32), "k")
     ups = [helper.make_node("Resize", [f"x{i}", "", "k"], [f"x{i + 1}"]) for i in range(5)]
+    beside = [  # two decoders, nested as in a U-Net++
+        helper.make_node("ConvTranspose", [f"{k}{i}" if i else "x0", "w"], [f"{k}{i + 1}"], strides=[2, 2, 2])
+        for k in "ab"
+        for i in range(5)
+    ]
+    check_expansion(model(*beside, helper.make_node("Concat", ["a5", "b5"], ["y"], axis=1)), "two.onnx")
+    check_expansion(
+        model(helper.make_node("Pad", ["x", "p"], ["y"]), initializers=(ints("p", 0, 0, 8, 8, 0, 0, 8, 8),)), "pad.onnx"
+    )
     weights = numpy_helper.from_array(np.zeros((64, 64, 3, 3, 3), np.float32), "w")
     check_expansion(model(*ups, initializers=(scale, weights)), "unet.onnx")
     computed = model(helper.make_node("Shape", ["x"], ["s"]), helper.make_node("Expand", ["x", "s"], ["y"]))
