@@ -12,6 +12,7 @@ from dicomnode.errors import OperatorError
 
 MAX_RECORDS = 500
 MAX_DATA_BYTES = 256 * 1024
+MAX_SETTLED = 100
 MAX_VERSION = 2**53 - 1
 _TYPE = re.compile(r"[a-z][a-z0-9-]{0,31}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}")
@@ -41,6 +42,10 @@ def _data(v: Any) -> bool:
     return isinstance(v, dict) and len(json.dumps(v, ensure_ascii=False).encode("utf-8", "replace")) <= MAX_DATA_BYTES
 
 
+def _keys(v: Any) -> bool:
+    return isinstance(v, list) and len(v) <= MAX_SETTLED and all(_text(_KEY)(k) for k in v)
+
+
 _RECORD: Mapping[str, tuple[bool, Check, str]] = {
     "idempotency_key": (True, _text(_KEY), "a UUID in lower case"),
     "type": (True, _text(_TYPE), "a word such as ai-result"),
@@ -48,6 +53,8 @@ _RECORD: Mapping[str, tuple[bool, Check, str]] = {
     "version": (True, lambda v: _whole(v) and v >= 1, "a whole number from 1"),
     "base_version": (True, _whole, "a whole number from 0"),
     "changed_time": (True, _moment, "ISO 8601 with a time zone"),
+    "base_key": (False, lambda v: v is None or _text(_KEY)(v), "a UUID in lower case, or null"),
+    "settles": (False, _keys, f"a list of at most {MAX_SETTLED} UUIDs in lower case"),
     "study": (False, lambda v: v is None or _text(_UID)(v), "a UID, or null"),
     "data": (True, _data, f"an object of at most {MAX_DATA_BYTES} bytes"),
 }

@@ -30,19 +30,27 @@ CREATE INDEX IF NOT EXISTS objects_study ON objects(StudyInstanceUID);
 CREATE TABLE IF NOT EXISTS records (
     type TEXT NOT NULL, id TEXT NOT NULL, version INTEGER NOT NULL, node TEXT NOT NULL, study TEXT,
     data TEXT NOT NULL, changed_time TEXT NOT NULL, received_time TEXT NOT NULL, seq INTEGER NOT NULL,
-    PRIMARY KEY (type, id)) WITHOUT ROWID;
+    key TEXT NOT NULL DEFAULT '', PRIMARY KEY (type, id)) WITHOUT ROWID;
 CREATE UNIQUE INDEX IF NOT EXISTS records_seq ON records(seq);
 CREATE TABLE IF NOT EXISTS keys (
     key TEXT PRIMARY KEY, digest TEXT NOT NULL, outcome TEXT NOT NULL, version INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS conflicts (
     id INTEGER PRIMARY KEY, type TEXT NOT NULL, record_id TEXT NOT NULL, node TEXT NOT NULL, cloud_version INTEGER,
-    cloud_data TEXT, edge_version INTEGER, edge_base INTEGER, edge_data TEXT, state TEXT NOT NULL, time TEXT NOT NULL);
+    cloud_data TEXT, edge_version INTEGER, edge_base INTEGER, edge_data TEXT, state TEXT NOT NULL, time TEXT NOT NULL,
+    key TEXT NOT NULL DEFAULT '');
 CREATE TABLE IF NOT EXISTS nodes (
     name TEXT PRIMARY KEY, heartbeat TEXT, heartbeat_time TEXT,
     generation INTEGER NOT NULL DEFAULT 0, desired TEXT, report TEXT, report_time TEXT) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS arrivals (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, kind TEXT NOT NULL, name TEXT NOT NULL, study TEXT, time TEXT NOT NULL);
 """
+
+
+_LATER = (("records", "key"), ("conflicts", "key"))
+"""Columns that files of earlier versions lack."""
+
+_INDEXES = "CREATE INDEX IF NOT EXISTS conflicts_record ON conflicts(type, record_id)"
+SETTLED_SHOWN = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +86,10 @@ class Storage:
         self._connection.execute("PRAGMA journal_mode=WAL")
         self._connection.execute("PRAGMA synchronous=FULL")
         self._connection.execute(_SCHEMA)
+        for table, column in _LATER:
+            if not self._rows(f"SELECT 1 AS one FROM pragma_table_info('{table}') WHERE name = ?", (column,)):  # noqa: S608 constants
+                self._connection.execute(f"ALTER TABLE {table} ADD COLUMN {column} TEXT NOT NULL DEFAULT ''")
+        self._connection.execute(_INDEXES)
         for folder in self.objects.folders():  # a request that was cut by the end of the process
             for part in folder.glob(f"*{durable.TEMPORARY_SUFFIX}"):
                 durable.remove(part)
@@ -197,33 +209,69 @@ class Storage:
                 return _outcome(record, "rejected", None, reason="the key was used for another record")
             held = self._rows("SELECT * FROM records WHERE type = ? AND id = ?", (record["type"], record["id"]))
             version = int(held[0]["version"]) if held else 0
-            if version > record["base_version"]:
+            if self._contradicts(record, held[0] if held else None):
                 outcome = "conflict"
                 db.execute(
                     "INSERT INTO conflicts (type, record_id, node, cloud_version, cloud_data, edge_version, edge_base,"
-                    " edge_data, state, time) VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'open', ?)",
-                    (record["type"], record["id"], node, version, held[0]["data"], record["version"],
-                     record["base_version"], data, now()),
+                    " edge_data, state, time, key) VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'open', ?, ?)",
+                    (record["type"], record["id"], node, version, held[0]["data"] if held else "{}",
+                     record["version"], record["base_version"], data, now(), record["idempotency_key"]),
                 )  # fmt: skip
             else:
+                self._settle(db, record, data)
                 outcome, version = "stored", int(record["version"])
                 self._write(db, record["type"], record["id"], version, node, data, record)
             db.execute("INSERT INTO keys VALUES (?, ?, ?, ?)", (record["idempotency_key"], digest, outcome, version))
             return _outcome(record, outcome, version)
+
+    def _contradicts(self, record: Row, held: Row | None) -> bool:
+        """Whether it was made from something else than what serves here.
+
+        Versions of two branches may have the same numbers; ``base_key`` names the very change that it
+        builds on. What builds on a change that was in conflict is in conflict itself.
+        """
+        version, base = int(held["version"]) if held else 0, record.get("base_key")
+        if version > record["base_version"]:
+            return True
+        if not base:
+            return False
+        if held is not None and version == record["base_version"] and held["key"] not in ("", base):
+            return True
+        where = (record["type"], record["id"], base)
+        return bool(self._rows("SELECT 1 AS one FROM conflicts WHERE type = ? AND record_id = ? AND key = ?", where))
+
+    def _settle(self, db: Any, record: Row, data: str) -> None:
+        """A node has decided: its conflicts that the change names are closed."""
+        for key in record.get("settles") or ():
+            db.execute(
+                "UPDATE conflicts SET state = CASE WHEN edge_data = ?1 THEN 'edge' WHEN cloud_data = ?1 THEN 'cloud'"
+                " ELSE 'merged' END WHERE type = ?2 AND record_id = ?3 AND key = ?4 AND state = 'open'",
+                (data, record["type"], record["id"], key),
+            )
 
     @staticmethod
     def _write(db: Any, kind: str, name: str, version: int, node: str, data: str, record: Row) -> None:
         moment = now()
         seq = _arrival(db, "record", f"{kind}/{name}/{version}", record.get("study"), moment)
         db.execute(
-            "INSERT OR REPLACE INTO records (type, id, version, node, study, data, changed_time, received_time, seq)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (kind, name, version, node, record.get("study"), data, record["changed_time"], moment, seq),
-        )
+            "INSERT OR REPLACE INTO records (type, id, version, node, study, data, changed_time, received_time, seq,"
+            " key) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (kind, name, version, node, record.get("study"), data, record["changed_time"], moment, seq,
+             record.get("idempotency_key") or str(uuid.uuid4())),
+        )  # fmt: skip
 
     def record(self, kind: str, name: str) -> Row | None:
         found = self.rows("SELECT * FROM records WHERE type = ? AND id = ?", (kind, name))
-        return _shown(found[0]) if found else None
+        return self._shown(found[0]) if found else None
+
+    def _shown(self, row: Row) -> Row:
+        """With its data, and the keys of its conflicts that are closed, the newest last."""
+        settled = self.rows(
+            "SELECT key FROM conflicts WHERE type = ? AND record_id = ? AND state != 'open' AND key != ''"
+            " ORDER BY id DESC LIMIT ?",
+            (row["type"], row["id"], SETTLED_SHOWN),
+        )
+        return {**row, "data": json.loads(row["data"]), "settled": [r["key"] for r in reversed(settled)]}
 
     def change_record(self, kind: str, name: str, expected: int, data: Mapping[str, Any]) -> Row | None:
         """A change made at the cloud: None when its version is not ``expected`` (0: there is none)."""
@@ -243,7 +291,7 @@ class Storage:
             "SELECT * FROM records WHERE seq > ? AND (? IS NULL OR type = ?) ORDER BY seq LIMIT ?",
             (after, kind, kind, limit),
         )
-        return [_shown(row) for row in rows]
+        return [self._shown(row) for row in rows]
 
     def conflicts(self, state: str | None, limit: int) -> list[Row]:
         rows = self.rows(
@@ -255,20 +303,24 @@ class Storage:
         return rows
 
     def decide(self, conflict: int, take: str, data: Mapping[str, Any] | None) -> Row | None:
-        """Close a conflict with the cloud's value, the node's, or ``data``; None when it is not open."""
+        """Close a conflict with the cloud's value, the node's, or ``data``; None when it is not open.
+
+        Also the cloud's value becomes a new version, so that the nodes see that it was decided.
+        """
         with self._transaction() as db:
             found = self._rows("SELECT * FROM conflicts WHERE id = ? AND state = 'open'", (conflict,))
             if not found:
                 return None
             row = found[0]
             db.execute("UPDATE conflicts SET state = ? WHERE id = ?", (take, conflict))
-            if take != "cloud":
-                held = self._rows("SELECT version, study FROM records WHERE type = ? AND id = ?",
-                                  (row["type"], row["record_id"]))  # fmt: skip
-                text = row["edge_data"] if take == "edge" else json.dumps(data, sort_keys=True, ensure_ascii=False)
-                record = {"changed_time": now(), "study": held[0]["study"] if held else None}
-                version = max(int(held[0]["version"]) if held else 0, int(row["edge_version"])) + 1
-                self._write(db, row["type"], row["record_id"], version, "", text, record)
+            held = self._rows("SELECT version, study, data FROM records WHERE type = ? AND id = ?",
+                              (row["type"], row["record_id"]))  # fmt: skip
+            merged = json.dumps(data, sort_keys=True, ensure_ascii=False)
+            served = held[0]["data"] if held else row["cloud_data"]
+            text = {"edge": row["edge_data"], "merged": merged, "cloud": served}[take]
+            record = {"changed_time": now(), "study": held[0]["study"] if held else None}
+            version = max(int(held[0]["version"]) if held else 0, int(row["edge_version"])) + 1
+            self._write(db, row["type"], row["record_id"], version, "", text, record)
         return self.record(row["type"], row["record_id"])
 
     # Nodes
@@ -329,10 +381,6 @@ def _arrival(db: Any, kind: str, name: str, study: str | None, moment: str) -> i
 
 def _outcome(record: Row, outcome: str, version: int | None, **more: Any) -> Row:
     return {"idempotency_key": record["idempotency_key"], "outcome": outcome, "version": version, **more}
-
-
-def _shown(row: Row) -> Row:
-    return {**row, "data": json.loads(row["data"])}
 
 
 def _node(row: Row) -> Row:

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import apsw
 import pytest
 from aiohttp import ClientSession
 
@@ -182,6 +183,61 @@ def test_a_change_of_both_sides_is_a_conflict_that_is_decided(tmp_path: Path) ->
     drive(tmp_path, body)
 
 
+def test_two_branches_with_the_same_numbers_are_told_apart(tmp_path: Path) -> None:
+    """Versions alone would let the second change of a node through, on a version that another end made."""
+
+    async def body(client: ClientSession, storage: Storage) -> None:
+        first = record(1)
+        assert await send(client, first) == ["stored"]
+        async with client.put(
+            "/v1/records/ai-result/r1", json={"data": {"at": "cloud"}}, headers={"If-Match": '"1"'}
+        ) as answer:
+            theirs = await answer.json()
+        assert theirs["version"] == 2 and theirs["key"] != first["idempotency_key"]
+        second = record(2, version=2, base_version=1, base_key=first["idempotency_key"], data={"at": "edge"})
+        third = record(3, version=3, base_version=2, base_key=second["idempotency_key"], data={"at": "edge 2"})
+        fourth = record(4, version=4, base_version=3, base_key=third["idempotency_key"], data={"at": "edge 3"})
+        assert await send(client, second, third, fourth) == ["conflict"] * 3
+        assert storage.record("ai-result", "r1")["data"] == {"at": "cloud"}  # type: ignore[index]
+        assert storage.counts()["conflicts"] == 3
+        keys = [r["idempotency_key"] for r in (second, third, fourth)]
+        decided = record(5, version=5, base_version=2, base_key=theirs["key"], settles=keys, data={"at": "edge 3"})
+        assert await send(client, decided, decided) == ["stored", "duplicate"]
+        row = storage.record("ai-result", "r1")
+        assert row is not None and (row["version"], row["key"]) == (5, decided["idempotency_key"])
+        assert row["settled"] == keys
+        assert [c["state"] for c in storage.conflicts(None, 10)] == ["edge", "merged", "merged"]
+
+    drive(tmp_path, body)
+
+
+def test_a_decision_at_the_cloud_is_seen_by_nodes_whatever_it_was(tmp_path: Path) -> None:
+    async def body(client: ClientSession, storage: Storage) -> None:
+        await send(client, record(1))
+        await client.put("/v1/records/ai-result/r1", json={"data": {"at": "cloud"}}, headers={"If-Match": '"1"'})
+        edge = record(2, version=2, base_version=1, data={"at": "edge"})
+        assert await send(client, edge) == ["conflict"]
+        async with client.post("/v1/conflicts/1/decide", json={"take": "cloud"}) as answer:
+            decided = await answer.json()
+        assert (decided["version"], decided["data"]) == (3, {"at": "cloud"})
+        assert decided["settled"] == [edge["idempotency_key"]]
+        assert [r["seq"] for r in storage.feed(2, None, 10)] == [decided["seq"]]
+
+    drive(tmp_path, body)
+
+
+def test_the_storage_of_an_earlier_version_gets_its_columns(tmp_path: Path) -> None:
+    Storage(tmp_path, reserve_mb=1).close()
+    connection = apsw.Connection(str(tmp_path / "cloud.sqlite"))
+    connection.execute("DROP INDEX conflicts_record")
+    for table in ("records", "conflicts"):
+        connection.execute(f"ALTER TABLE {table} DROP COLUMN key")
+    connection.close()
+    storage = Storage(tmp_path, reserve_mb=1)
+    assert storage.add_record("n1", record())["outcome"] == "stored"
+    storage.close()
+
+
 WRONG: tuple[dict[str, Any], ...] = (
     {"version": 0},
     {"version": True},
@@ -192,6 +248,8 @@ WRONG: tuple[dict[str, Any], ...] = (
     {"data": []},
     {"data": {"x": "y" * shapes.MAX_DATA_BYTES}},
     {"study": "patient"},
+    {"base_key": "x"},
+    {"settles": ["x"]},
     {"colour": "red"},
 )
 
