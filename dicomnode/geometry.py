@@ -23,6 +23,10 @@ SPACING_FLOOR_MM = 0.02
 """Steps that differ by less than this are equal: positions are rounded to 0.01 mm by some."""
 
 
+DIRECTION_LETTERS = (("L", "R"), ("P", "A"), ("H", "F"))
+"""Of Patient Orientation: towards growing and falling x, y, z (LPS)."""
+
+
 @dataclass(frozen=True, slots=True)
 class SlicePlane:
     """Where one image lies: its UID, position (3 mm values) and orientation (6 cosines)."""
@@ -117,3 +121,18 @@ def analyse_stack(planes: Sequence[SlicePlane]) -> StackReport:
                 f"by more than {SPACING_TOLERANCE:.0%}"
             )
     return StackReport(order, normal, spacing, problems)
+
+
+def orientation_of(letters: Sequence[str] | None) -> list[float] | None:
+    """Direction cosines from Patient Orientation (PS3.3 C.7.6.1.1.1), by its main letters; None without."""
+    if not letters or len(letters) != 2:
+        return None
+    out: list[float] = []
+    for text in letters:
+        axis = next((i for i, pair in enumerate(DIRECTION_LETTERS) if str(text)[:1] in pair and str(text)), None)
+        if axis is None:
+            return None
+        vector = [0.0, 0.0, 0.0]
+        vector[axis] = 1.0 if str(text)[:1] == DIRECTION_LETTERS[axis][0] else -1.0
+        out += vector
+    return out if np.any(np.cross(out[:3], out[3:])) else None

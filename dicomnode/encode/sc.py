@@ -21,7 +21,8 @@ from dicomnode.encode.common import (
 )
 from dicomnode.encode.picture import MARK, Caption, render
 from dicomnode.encode.pixels import Pixels, display_of, read_display_header, spacing_of
-from dicomnode.encode.upright import letters_of, orientation_of, turn_for
+from dicomnode.encode.upright import letters_of, turn_for
+from dicomnode.geometry import orientation_of
 from dicomnode.identity import derived_uid
 from dicomnode.records import Analysis, EncodedObject, Finding, SegmentDefinition
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import highdicom as hd
@@ -30,7 +30,7 @@ from dicomnode.encode.common import (
     long_string,
     refuse_what_the_library_refuses,
 )
-from dicomnode.encode.comparison import add_changes, image_library
+from dicomnode.encode.comparison import SCHEME, add_changes, image_library
 from dicomnode.encode.comparison import remarks as prior_remarks
 from dicomnode.encode.headers import with_empty_patient
 from dicomnode.encode.procedures import procedure_reported
@@ -112,7 +112,7 @@ def encode_sr(
     for image in dict.fromkeys(m.image for m in analysis.measurements if m.segment is None):
         of_it = [m for m in analysis.measurements if m.segment is None and m.image == image]
         group = _whole_group(of_it, image, context)
-        if image is None:
+        if image is None or len(analysis.source_uids) == 1:
             add_changes(group, analysis.prior, None)
         groups += group
     unknown = {m.segment for m in analysis.measurements} - {None, *(s.number for s in analysis.segments)}
@@ -160,7 +160,30 @@ def build_report(
             specific_character_set=None,
         )
     _without_false_values(sr)
+    private = sorted({s for s in schemes_of(sr) if s.startswith("99")})
+    if private:
+        sr.CodingSchemeIdentificationSequence = [_scheme(name) for name in private]
     return finish(sr, LABELMAP_SR if labelmap else "SR", context)
+
+
+def schemes_of(item: Dataset) -> Iterator[str]:
+    """Coding Scheme Designator of every code in ``item``."""
+    for element in item:
+        if element.VR == "SQ":
+            for child in element.value:
+                yield from schemes_of(child)
+        elif element.keyword == "CodingSchemeDesignator":
+            yield str(element.value)
+
+
+def _scheme(designator: str) -> Dataset:
+    """Who is behind a private coding scheme (PS3.3 C.12.1, SOP Common); those of others have their name alone."""
+    item = Dataset()
+    item.CodingSchemeDesignator = designator
+    if designator == SCHEME:
+        item.CodingSchemeName = "Codes of the dicomnode project for which no standard scheme has one"
+        item.CodingSchemeResponsibleOrganization = "dicomnode project"
+    return item
 
 
 def report_head(context: Context) -> list[Dataset]:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-_LETTERS = (("L", "R"), ("P", "A"), ("H", "F"))
+from dicomnode.geometry import DIRECTION_LETTERS
+
 _OBLIQUE = 0.25
 """Share of a direction below which a letter is not named."""
 
@@ -64,27 +65,12 @@ def turn_for(orientation: Sequence[float] | None) -> Turn:
     )
 
 
-def orientation_of(letters: Sequence[str] | None) -> list[float] | None:
-    """Direction cosines from Patient Orientation (PS3.3 C.7.6.1.1.1), by its main letters; None without."""
-    if not letters or len(letters) != 2:
-        return None
-    out: list[float] = []
-    for text in letters:
-        axis = next((i for i, pair in enumerate(_LETTERS) if str(text)[:1] in pair and str(text)), None)
-        if axis is None:
-            return None
-        vector = [0.0, 0.0, 0.0]
-        vector[axis] = 1.0 if str(text)[:1] == _LETTERS[axis][0] else -1.0
-        out += vector
-    return out if np.any(np.cross(out[:3], out[3:])) else None
-
-
 def letters_of(direction: Sequence[float] | None) -> str:
     """Patient Orientation of one direction, the main letter first; "" where it is not known."""
     if direction is None:
         return ""
     order = sorted(range(3), key=lambda axis: -abs(direction[axis]))
-    return "".join(_LETTERS[axis][direction[axis] < 0] for axis in order if abs(direction[axis]) >= _OBLIQUE)
+    return "".join(DIRECTION_LETTERS[axis][direction[axis] < 0] for axis in order if abs(direction[axis]) >= _OBLIQUE)
 
 
 def opposite(letters: str) -> str:

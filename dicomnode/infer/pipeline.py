@@ -15,11 +15,14 @@ import numpy.typing as npt
 from dicomnode.errors import EngineError, NodeError, UnsuitableSeries
 from dicomnode.infer.batching import stream
 from dicomnode.infer.bundle import Bundle
+from dicomnode.infer.contract import ProjectionContract
 from dicomnode.infer.decode import Decoder
 from dicomnode.infer.engine import Session
 from dicomnode.infer.manifest import Manifest
 from dicomnode.infer.measure import VolumeSpec, measure
 from dicomnode.infer.prefetch import prefetched
+from dicomnode.infer.projections import Images, read_projections
+from dicomnode.infer.several import merge
 from dicomnode.infer.stages.inputs import SegMask, mask_volume
 from dicomnode.infer.stages.manifest import StagedManifest
 from dicomnode.infer.stages.run import NONE_MORE, run_staged
@@ -151,7 +154,28 @@ def analyse_series(
     began = time.perf_counter()
     if progress:
         progress("read", 0.0)
-    volume = read_volume(instances, bundle.manifest.input, decoder=decoder, read_bytes=read_bytes, ahead=ahead)
+    contract = bundle.manifest.input
+    if isinstance(contract, ProjectionContract):
+        _check_names(bundle, more)
+        images = read_projections(instances, contract, decoder=decoder, read_bytes=read_bytes, ahead=ahead)
+        return _analyse_images(bundle, session, images, time.perf_counter() - began, progress)
+    volume = read_volume(instances, contract, decoder=decoder, read_bytes=read_bytes, ahead=ahead)
+    specs = bundle.manifest.more_inputs if isinstance(bundle.manifest, StagedManifest) else ()
+    _check_names(bundle, more)
+    further = {
+        s.name: mask_volume(given, volume)
+        if isinstance(given := more[s.name], SegMask)
+        else read_volume(given, s.input or contract, decoder=decoder)
+        for s in specs
+        if s.name in more
+    }
+    seconds = time.perf_counter() - began
+    analysis = run_bundle(bundle, session, volume, progress, further)
+    return replace(analysis, seconds={"read": seconds, **analysis.seconds})
+
+
+def _check_names(bundle: Bundle, more: Mapping[str, Sequence[SourceInstance] | SegMask]) -> None:
+    """Raises UnsuitableSeries for a further input that the model does not have."""
     specs = bundle.manifest.more_inputs if isinstance(bundle.manifest, StagedManifest) else ()
     kinds = {spec.name: spec.input is None for spec in specs}
     unknown = {name for name, given in more.items() if kinds.get(name) is not isinstance(given, SegMask)}
@@ -162,13 +186,17 @@ def analyse_series(
             f"the model has no input {', '.join(sorted(unknown))} of this kind",
             "Correct inputs and masks in the rule's step",
         )
-    further = {
-        s.name: mask_volume(given, volume)
-        if isinstance(given := more[s.name], SegMask)
-        else read_volume(given, s.input or bundle.manifest.input, decoder=decoder)
-        for s in specs
-        if s.name in more
-    }
-    seconds = time.perf_counter() - began
-    analysis = run_bundle(bundle, session, volume, progress, further)
-    return replace(analysis, seconds={"read": seconds, **analysis.seconds})
+
+
+def _analyse_images(
+    bundle: Bundle, session: Session, images: Images, read_seconds: float, progress: Progress | None
+) -> Analysis:
+    """Each image by itself, one after another."""
+    count = len(images.images)
+
+    def share_of(index: int) -> Progress:
+        return lambda step, share: progress(step, (index + share) / count) if progress else None
+
+    analyses = [run_bundle(bundle, session, image, share_of(i)) for i, image in enumerate(images.images)]
+    merged = merge(analyses, images)
+    return replace(merged, seconds={"read": read_seconds, **merged.seconds})

@@ -23,6 +23,7 @@ from dicomnode.index.runs import Origin, Runs
 from dicomnode.infer.placing import PlacedModels, Record, Servable
 from dicomnode.infer.purpose import check_clinical_version
 from dicomnode.infer.serving import ServingModels, bundle_folders, serving_version, version_before
+from dicomnode.infer.summary import part_of
 from dicomnode.records import Analysis
 from dicomnode.rollout import Canary, Limits, Role, RunState, Verdict
 from dicomnode.settings import RolloutSettings, Settings
@@ -216,9 +217,6 @@ class Router:
 
 
 def outputs_of(analysis: Analysis) -> dict[str, float]:
-    """Measurements by ``segment label.key``, or ``key`` for those of the whole series."""
-    labels = {s.number: s.label for s in analysis.segments}
-    return {
-        f"{labels[m.segment]}.{m.key}" if m.segment is not None else m.key: float(m.value)
-        for m in analysis.measurements
-    }
+    """Measurements by ``segment label.key`` or ``image 2.key``, or ``key`` for those of the whole series."""
+    parts = [(part_of(m, analysis), m) for m in analysis.measurements]
+    return {f"{part}.{m.key}" if part is not None else m.key: float(m.value) for part, m in parts}

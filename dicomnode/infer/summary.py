@@ -8,9 +8,15 @@ from dicomnode.critical import is_positive
 from dicomnode.records import Analysis, Finding, Measurement
 
 
+def part_of(one: Measurement, analysis: Analysis) -> str | None:
+    """Label of what was measured: a segment, or one of several images; None for the whole series, or its only image."""
+    if one.segment is not None:
+        return next((s.label for s in analysis.segments if s.number == one.segment), None)
+    return f"image {one.image + 1}" if one.image is not None and len(analysis.source_uids) > 1 else None
+
+
 def measurement(one: Measurement, analysis: Analysis) -> dict[str, Any]:
-    label = next((s.label for s in analysis.segments if s.number == one.segment), None)
-    return {"key": one.key, "segment": label, "value": one.value, "unit": one.unit.value}
+    return {"key": one.key, "segment": part_of(one, analysis), "value": one.value, "unit": one.unit.value}
 
 
 def finding(one: Finding) -> dict[str, Any]:

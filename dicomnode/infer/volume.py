@@ -29,8 +29,24 @@ _SHEAR_TOLERANCE_MM = 0.5
 
 
 @dataclass(frozen=True, slots=True)
+class Projection:
+    """What makes a volume of one slice a single image (CR, DX).
+
+    ``white``: its grey values run from 0, black, to this. ``facts``: numbers that its header states, by
+    keyword. ``field``: first and last + 1 row and column of a collimator that it states. ``valid``: bool
+    (rows, columns), False where it has padding; None without any. ``sized``: whether the size of a pixel is known.
+    """
+
+    white: float
+    facts: Mapping[str, float]
+    field: tuple[int, int, int, int] | None = None
+    valid: npt.NDArray[np.bool_] | None = None
+    sized: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class Volume:
-    """A regular stack of slices.
+    """A regular stack of slices, or a single image.
 
     ``values``: int16 or float32 array (slices, rows, columns), C order, Hounsfield units for
     CT; int16 when every rescaled value is an integer. ``affine``: float64 (4, 4) from
@@ -46,6 +62,7 @@ class Volume:
     notes: tuple[str, ...] = ()
     source_frames: tuple[int, ...] = ()
     """Frame number, from 1, of each slice within its instance; empty for single-frame images."""
+    projection: Projection | None = None
 
     @property
     def voxel_ml(self) -> float:

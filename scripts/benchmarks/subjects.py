@@ -12,6 +12,7 @@ from benchmarks import graphs
 from benchmarks.tools import ROOT, SHARED_DATA, Bench, say
 from dicomnode.demo.phantom import thorax
 from dicomnode.infer.bundle import Bundle, load_bundle
+from dicomnode.infer.contract import InputContract
 from dicomnode.infer.decode import PoolDecoder
 from dicomnode.infer.golden import model_file
 from dicomnode.infer.volume import Volume, read_volume
@@ -45,8 +46,10 @@ def chest(bench: Bench) -> tuple[Volume, str]:
     bundle = load_bundle(ROOT / "models" / "ct-lung" / "1.0.0")
     files = sorted(REAL_CT.glob("*.dcm"))
     if files and not bench.quick:
+        contract = bundle.manifest.input
+        assert isinstance(contract, InputContract)
         with PoolDecoder(cores()) as decoder:
-            return read_volume(files, bundle.manifest.input, decoder=decoder), f"real chest CT, {len(files)} slices"
+            return read_volume(files, contract, decoder=decoder), f"real chest CT, {len(files)} slices"
     slices, matrix = bench.amount(248, 40), bench.amount(512, 128)
     say.print(f"making a phantom of {slices} slices …")
     made = thorax(

@@ -12,7 +12,8 @@ from hypothesis.extra import numpy as arrays
 
 from dicomnode.encode.contours import outlines
 from dicomnode.encode.picture import Caption, Display, grey, render, size_for, window_for
-from dicomnode.encode.upright import letters_of, opposite, orientation_of, turn_for
+from dicomnode.encode.upright import letters_of, opposite, turn_for
+from dicomnode.geometry import orientation_of
 
 masks = arrays.arrays(bool, st.tuples(st.integers(1, 9), st.integers(1, 9)))
 

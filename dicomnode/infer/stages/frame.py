@@ -15,7 +15,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
 from dicomnode.errors import UnsuitableSeries
-from dicomnode.infer.volume import Volume
+from dicomnode.infer.volume import Projection, Volume
 
 Array = npt.NDArray[Any]
 Affine = npt.NDArray[np.float64]
@@ -52,6 +52,8 @@ class Frame:
     owned: bool = False
     undo: tuple[Undo, ...] = ()
     notes: tuple[str, ...] = ()
+    about: Projection | None = None
+    """Of a single image, before a step has changed its grid."""
 
     @property
     def spacing(self) -> tuple[float, float, float]:
@@ -72,12 +74,12 @@ class Frame:
 
     def moved(self, values: Array, affine: Affine, undo: Undo, *, owned: bool) -> Frame:
         """The frame after a step that changed the grid."""
-        return replace(self, values=values, affine=affine, owned=owned, undo=(*self.undo, undo))
+        return replace(self, values=values, affine=affine, owned=owned, undo=(*self.undo, undo), about=None)
 
 
 def frame_of(volume: Volume) -> Frame:
     """The frame before the first step: a view on the volume."""
-    return Frame(volume.values, volume.affine)
+    return Frame(volume.values, volume.affine, about=volume.projection)
 
 
 def restore(undo: tuple[Undo, ...], values: Array, kind: Kind) -> Array:

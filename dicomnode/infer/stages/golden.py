@@ -17,7 +17,7 @@ from dicomnode.infer.stages.intensity import mean_and_std
 from dicomnode.infer.stages.manifest import GoldenCase, GoldenInput, StagedManifest
 from dicomnode.infer.stages.network import Answers
 from dicomnode.infer.stages.run import run_staged
-from dicomnode.infer.volume import Volume, spacing_of
+from dicomnode.infer.volume import Projection, Volume, spacing_of
 from dicomnode.records import Analysis
 
 Read = Callable[[str], bytes]
@@ -64,6 +64,7 @@ def run_case(manifest: StagedManifest, read: Read, session: Session, case: Golde
             problems.append(f"{disagreement:.2%} of the voxels have another label")
         if dice < case.min_dice:
             problems.append(f"Dice {dice:.4f}")
+    if expected is not None or manifest.outputs.image_measurements:
         problems += _measurement_problems(case, measured(manifest, analysis))
     problems += finding_problems(case, {f.key: f.probability or 0.0 for f in analysis.findings})
     for found in analysis.probability_maps:
@@ -80,7 +81,15 @@ def case_volume(case: GoldenCase | GoldenInput, read: Read) -> Volume:
     """The input of a golden case; spacing follows from the columns of its affine."""
     values = _load(read, case.input, ("<i2",))
     affine = np.array(case.affine, np.float64)
-    return Volume(values, affine, spacing_of(affine), tuple(f"2.25.{i + 1}" for i in range(values.shape[0])))
+    about = None
+    if isinstance(case, GoldenCase) and case.white is not None:
+        if len(values) != 1:
+            raise BundleError(
+                "verify bundle", f"{case.input} holds {len(values)} images", "Give each a case of its own"
+            )
+        values, about = values.astype(np.float32), Projection(case.white, case.facts)
+    uids = tuple(f"2.25.{i + 1}" for i in range(values.shape[0]))
+    return Volume(values, affine, spacing_of(affine), uids, projection=about)
 
 
 def answer_problems(case: GoldenCase, answers: Answers) -> list[str]:
@@ -123,10 +132,11 @@ def finding_problems(case: GoldenCase, got: Mapping[str, float]) -> list[str]:
 
 
 def measured(manifest: StagedManifest, analysis: Analysis) -> dict[str, float]:
-    """Measurements by ``segment key.measurement key``, of the segments that occur."""
+    """Measurements by ``segment key.measurement key``, of the segments that occur; of an image by the key alone."""
     found = analysis.numbers_found()
     keys = {s.number: s.key for s in manifest.outputs.segments if s.number in found}
-    return {f"{keys[m.segment]}.{m.key}": m.value for m in analysis.measurements if m.segment in keys}
+    whole = {m.key: m.value for m in analysis.measurements if m.segment is None}
+    return whole | {f"{keys[m.segment]}.{m.key}": m.value for m in analysis.measurements if m.segment in keys}
 
 
 def _measurement_problems(case: GoldenCase, got: Mapping[str, float]) -> list[str]:

@@ -12,16 +12,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from dicomnode.infer.contract import InputContract, Purpose, Strict
+from dicomnode.infer.contract import AnyContract, ProjectionContract, Purpose, Strict
 from dicomnode.infer.manifest import CodeEntry, CriticalEntry, FileName, Identity, SegmentEntry, Sha256, check_proposals
 from dicomnode.infer.stages.classify import ActivationName, Calibration
 from dicomnode.infer.stages.decide import Activation, Argmax, Decision, FillHoles, KeepLargest, MaskFrom, Threshold
 from dicomnode.infer.stages.extent import CropForeground, CropToBody, Pad
+from dicomnode.infer.stages.image_measures import ImageSpec
 from dicomnode.infer.stages.inputs import MoreInput
 from dicomnode.infer.stages.intensity import ClipValues, MeanStd, MinMax, Percentiles, ScaleRange, Window, ZScore
+from dicomnode.infer.stages.lung_fields import LungFields
 from dicomnode.infer.stages.measures import MeasureSpec
 from dicomnode.infer.stages.network import Network
 from dicomnode.infer.stages.orient import Orient, Straighten
+from dicomnode.infer.stages.picture_field import CropToField
 from dicomnode.infer.stages.resample import Resample, Resize
 from dicomnode.infer.steps import CloseAndFill, InsideBody, NameSides, NoteCoverage, RemoveAirways, RemoveGas, TwoLungs
 
@@ -39,6 +42,7 @@ PreStep = Annotated[
     | Percentiles
     | CropToBody
     | CropForeground
+    | CropToField
     | Pad,
     Field(discriminator="step"),
 ]
@@ -49,12 +53,14 @@ PostStep = Annotated[
     | RemoveAirways
     | RemoveGas
     | TwoLungs
+    | LungFields
     | CloseAndFill
     | NameSides
     | NoteCoverage,
     Field(discriminator="step"),
 ]
-_MASK_STEPS = frozenset({"inside_body", "remove_airways", "remove_gas", "two_lungs"})
+_MASK_STEPS = frozenset({"inside_body", "remove_airways", "remove_gas", "two_lungs", "lung_fields"})
+_LABELLING = frozenset({"two_lungs", "lung_fields"})
 _NORMALISING = frozenset({"window", "scale_range", "mean_std", "zscore", "min_max", "percentiles"})
 
 Key = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
@@ -66,6 +72,16 @@ class MeasurementEntry(Strict):
 
     key: Key
     compute: MeasureSpec
+    name: CodeEntry
+    unit: CodeEntry
+    derivation: CodeEntry | None = None
+
+
+class ImageMeasurementEntry(Strict):
+    """One measurement of each single image as a whole, made where the image has what it takes."""
+
+    key: Key
+    compute: ImageSpec
     name: CodeEntry
     unit: CodeEntry
     derivation: CodeEntry | None = None
@@ -102,18 +118,19 @@ class ProbabilityMapEntry(Strict):
 
 
 class Outputs(Strict):
-    """What the result holds; at least one segment, finding or map."""
+    """What the result holds; at least one segment, finding, map or measurement of an image."""
 
     segments: tuple[SegmentEntry, ...] = ()
     measurements: tuple[MeasurementEntry, ...] = ()
+    image_measurements: tuple[ImageMeasurementEntry, ...] = ()
     findings: tuple[FindingEntry, ...] = ()
     probability_maps: tuple[ProbabilityMapEntry, ...] = ()
     critical: dict[str, CriticalEntry] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _consistent(self) -> Outputs:
-        if not (self.segments or self.findings or self.probability_maps):
-            raise ValueError("name at least one segment, finding or probability map")
+        if not (self.segments or self.findings or self.probability_maps or self.image_measurements):
+            raise ValueError("name at least one segment, finding, probability map or measurement of an image")
         if [s.number for s in self.segments] != list(range(1, len(self.segments) + 1)):
             raise ValueError("segment numbers must run from 1 without holes")
         if self.measurements and not self.segments:
@@ -121,13 +138,14 @@ class Outputs(Strict):
         for names in (
             [s.key for s in self.segments],
             [s.label for s in self.segments],
-            [m.key for m in self.measurements],
+            [*(m.key for m in self.measurements), *(m.key for m in self.image_measurements)],
             [f.key for f in self.findings],
             [p.key for p in self.probability_maps],
         ):
             if len(set(names)) != len(names):
                 raise ValueError("keys and labels must differ from each other")
-        check_proposals(self.critical, [m.key for m in self.measurements], [f.key for f in self.findings])
+        measured = [*(m.key for m in self.measurements), *(m.key for m in self.image_measurements)]
+        check_proposals(self.critical, measured, [f.key for f in self.findings])
         return self
 
 
@@ -143,7 +161,8 @@ class GoldenCase(Strict):
 
     ``input``: .npy, int16 (slices, rows, columns). ``labels``: .npy, uint8, where there are
     segments. ``affine``: (slice, row, column, 1) to LPS mm. ``more``: the further inputs by
-    name. ``measurements``: by ``segment key.measurement key``. ``findings``: probability by key;
+    name. ``measurements``: by ``segment key.measurement key``, of an image by the key alone. ``white`` and
+    ``facts``: of a single image, its grey values run from 0 to ``white``. ``findings``: probability by key;
     within ``probability_tolerance`` and in the same ranking. ``probability_maps``: .npy, float16 or
     float32, by key; the share of voxels that differ by more than 0.01 is at most
     ``max_disagreement``. ``statistics``: mean and standard deviation of each channel of a dense
@@ -154,6 +173,8 @@ class GoldenCase(Strict):
     input: FileName
     affine: tuple[tuple[float, float, float, float], ...] = Field(min_length=4, max_length=4)
     more: dict[str, GoldenInput] = Field(default_factory=dict)
+    white: float | None = Field(default=None, gt=0)
+    facts: dict[str, float] = Field(default_factory=dict)
     labels: FileName | None = None
     measurements: dict[str, float] = Field(default_factory=dict)
     findings: dict[str, Share] = Field(default_factory=dict)
@@ -186,7 +207,7 @@ class StagedManifest(Strict):
     licence: str = Field(min_length=1)
     intended_use: str = Field(min_length=1)
     purpose: Purpose = "clinical"
-    input: InputContract
+    input: AnyContract
     preprocess: tuple[PreStep, ...] = ()
     more_inputs: tuple[MoreInput, ...] = ()
     engine: Network | None = None
@@ -207,6 +228,7 @@ class StagedManifest(Strict):
         else:
             problems = _pipeline_alone(self)
         problems += _golden_problems(self)
+        problems += _projection_problems(self) if isinstance(self.input, ProjectionContract) else _volume_problems(self)
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -230,7 +252,7 @@ def _order(m: StagedManifest) -> list[str]:
         if names.count(name) > 1:
             problems.append(f"preprocess: {name} occurs twice")
     if "straighten" in names:
-        before = {"orient", "resample", "resize", "crop_to_body", "crop_foreground", "pad"} & set(
+        before = {"orient", "resample", "resize", "crop_to_body", "crop_foreground", "crop_to_field", "pad"} & set(
             names[: names.index("straighten")]
         )
         if before:
@@ -260,10 +282,12 @@ def _decisions(m: StagedManifest) -> list[str]:
         if step.step in _MASK_STEPS and not mask:
             problems.append(f"postprocess: {step.step} works on the mask of a from_output decision")
         if step.step not in _MASK_STEPS and not labelled:
-            problems.append(f"postprocess: {step.step} needs labels; put two_lungs before it")
-        labelled = labelled or step.step == "two_lungs"
+            problems.append(f"postprocess: {step.step} needs labels; put two_lungs or lung_fields before it")
+        labelled = labelled or step.step in _LABELLING
     if mask and not labelled:
-        problems.append("postprocess: no step makes labels of the mask; add two_lungs, or decide by threshold")
+        problems.append(
+            "postprocess: no step makes labels of the mask; add two_lungs or lung_fields, or decide by threshold"
+        )
     if isinstance(m.decision, Threshold) and m.decision.labels is not None and 0 in m.decision.labels:
         problems.append("decision: threshold gives each channel a segment number of 1 or more")
     return problems + _outside(m)
@@ -271,7 +295,7 @@ def _decisions(m: StagedManifest) -> list[str]:
 
 def _outside(m: StagedManifest) -> list[str]:
     """Outside a crop every channel is 0 on the source grid: that must not make a segment."""
-    if not any(step.step in ("crop_to_body", "crop_foreground") for step in m.preprocess):
+    if not any(step.step in ("crop_to_body", "crop_foreground", "crop_to_field") for step in m.preprocess):
         return []
     if isinstance(m.decision, MaskFrom) and m.decision.threshold <= 0:
         return ["decision: from_output needs a threshold above 0, which is what the outside of a crop has"]
@@ -348,4 +372,45 @@ def _golden_problems(m: StagedManifest) -> list[str]:
             problems.append(f"golden {case.name}: findings must have a probability for each of {sorted(findings)}")
         if case.probability_maps.keys() != maps:
             problems.append(f"golden {case.name}: probability_maps must have a file for each of {sorted(maps)}")
+    return problems
+
+
+def _volume_problems(m: StagedManifest) -> list[str]:
+    problems = []
+    if m.outputs.image_measurements:
+        problems.append("outputs.image_measurements: they are of single images; input.kind must be projection")
+    for step in {s.step for s in (*m.preprocess, *m.postprocess)} & {"crop_to_field", "lung_fields"}:
+        problems.append(f"{step}: it is for single images; input.kind must be projection")
+    if any(case.white is not None or case.facts for case in m.golden):
+        problems.append("golden: white and facts are of single images")
+    return problems
+
+
+def _projection_problems(m: StagedManifest) -> list[str]:
+    """What makes no sense for images without Hounsfield units, depth or, mostly, a size of their pixels."""
+    assert isinstance(m.input, ProjectionContract)
+    steps = {step.step for step in (*m.preprocess, *m.postprocess)}
+    hounsfield = steps & {"straighten", "crop_to_body", "inside_body", "remove_airways", "remove_gas", "two_lungs",
+                          "note_coverage"}  # fmt: skip
+    problems = [f"{name}: it needs a CT volume, the input is single images" for name in sorted(hounsfield)]
+    names = [step.step for step in m.preprocess]
+    if "crop_to_field" in names[1:]:
+        problems.append("preprocess: crop_to_field looks at the image as it is; put it first")
+    if m.more_inputs:
+        problems.append("more_inputs: single images lie in no common space with another series")
+    if m.outputs.probability_maps:
+        problems.append("outputs.probability_maps: they are made of volumes alone")
+    for entry in m.outputs.measurements:
+        if entry.compute.kind == "volume_ml":
+            problems.append(f"outputs.measurements: {entry.key}: a single image has no volumes")
+        if entry.compute.kind in ("diameter_in_plane_mm", "feret_mm") and not m.input.needs_spacing:
+            problems.append(f"outputs.measurements: {entry.key}: mm need input.needs_spacing")
+    segments = {s.number for s in m.outputs.segments}
+    for image in m.outputs.image_measurements:
+        spec = image.compute.model_dump()
+        named = {*spec.get("segments", ()), *(spec[side] for side in ("right", "left") if side in spec)}
+        if named - segments or (image.compute.kind == "margin_percent" and not segments):
+            problems.append(f"outputs.image_measurements: {image.key}: it is of a segment that there is not")
+    if any(case.white is None for case in m.golden):
+        problems.append("golden: a single image needs white, the upper end of its grey values")
     return problems

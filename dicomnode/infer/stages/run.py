@@ -12,11 +12,13 @@ import numpy as np
 import numpy.typing as npt
 
 from dicomnode.errors import EngineError
+from dicomnode.infer.contract import InputContract
 from dicomnode.infer.engine import Loads, Session
 from dicomnode.infer.measure import VolumeSpec
 from dicomnode.infer.stages.classify import probability
 from dicomnode.infer.stages.decide import Argmax, MaskFrom, Threshold
 from dicomnode.infer.stages.frame import Frame, Undo, frame_of, restore
+from dicomnode.infer.stages.image_measures import measure_image, view_of
 from dicomnode.infer.stages.inputs import further_channels
 from dicomnode.infer.stages.manifest import Outputs, StagedManifest
 from dicomnode.infer.stages.measures import measure_segment
@@ -79,6 +81,7 @@ def run_staged(
             inspect(answers)
         found, engine = _by_steps(manifest, volume, frame, answers, report), session.engine
     segments, measurements, labels = _measured(manifest.outputs, volume, found)
+    measurements += _of_image(manifest.outputs, volume, labels)
     findings = tuple(_finding(manifest.outputs, key, found.probabilities) for key in _keys(manifest.outputs.findings))
     maps = tuple(_map(manifest.outputs, key, found.maps, volume) for key in _keys(manifest.outputs.probability_maps))
     report("postprocess", 1.0)
@@ -106,8 +109,10 @@ def prepare(manifest: StagedManifest, volume: Volume) -> Frame:
     manifest says so or not: it was never shown a slanted patient.
     """
     frame = frame_of(volume)
-    if _looks_across_slices(manifest) and not any(step.step == "straighten" for step in manifest.preprocess):
-        fill = Straighten.model_fields["fill"].default if manifest.input.hounsfield else float(volume.values.min())
+    contract = manifest.input
+    straightened = any(step.step == "straighten" for step in manifest.preprocess)
+    if isinstance(contract, InputContract) and not straightened and _looks_across_slices(manifest):
+        fill = Straighten.model_fields["fill"].default if contract.hounsfield else float(volume.values.min())
         straight = Straighten(step="straighten", fill=fill).apply(frame)
         if straight is not frame:
             note = (
@@ -251,6 +256,24 @@ def _measured(
     labels = np.zeros(volume.values.shape, np.uint8)
     labels[found.box] = found.labels
     return tuple(s.definition() for s in outputs.segments), tuple(measurements), labels
+
+
+def _of_image(outputs: Outputs, volume: Volume, labels: npt.NDArray[np.uint8] | None) -> tuple[Measurement, ...]:
+    """Measurements of a single image as a whole; those that it does not have what it takes for are not made."""
+    if not outputs.image_measurements or volume.projection is None:
+        return ()
+    values = measure_image([entry.compute for entry in outputs.image_measurements], view_of(volume, labels))
+    return tuple(
+        Measurement(
+            key=entry.key,
+            name=entry.name.code(),
+            value=value,
+            unit=entry.unit.code(),
+            derivation=entry.derivation.code() if entry.derivation else None,
+        )
+        for entry, value in zip(outputs.image_measurements, values, strict=True)
+        if value is not None
+    )
 
 
 def _finding(outputs: Outputs, key: str, probabilities: Mapping[str, float]) -> Finding:

@@ -1,0 +1,68 @@
+"""Single images for tests: small pictures whose every value is known, and procedural radiographs as files."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydicom.dataset import Dataset
+
+from dicomnode.demo.radiograph import Radiograph, radiograph, to_dataset
+from dicomnode.identity import derived_uid
+from dicomnode.infer.contract import ProjectionContract
+from dicomnode.infer.golden import ReadyModel, open_model
+from dicomnode.infer.ort import OnnxRuntimeCpu
+from tests.encode.source_case import dx, with_pixels
+from tests.infer.infer_case import ROOT
+
+BUNDLE = ROOT / "models" / "cxr-quality" / "1.0.0"
+CLASSES = ("1.2.840.10008.5.1.4.1.1.1", "1.2.840.10008.5.1.4.1.1.1.1", "1.2.840.10008.5.1.4.1.1.1.1.1")
+
+
+def contract(**changes: Any) -> ProjectionContract:
+    return ProjectionContract(**{"kind": "projection", "modalities": ("CR", "DX"), "sop_classes": CLASSES, **changes})
+
+
+def image(plane: np.ndarray, bits: int = 12, **attributes: Any) -> Dataset:
+    """A DX For Presentation that stores ``plane``; attributes of None are taken away."""
+    (ds,) = dx()
+    ds.Rows, ds.Columns = plane.shape
+    with_pixels(ds, plane, signed=False, bits=bits)
+    for keyword in ("WindowCenter", "WindowWidth"):
+        delattr(ds, keyword)
+    ds.PresentationLUTShape, ds.PatientOrientation, ds.BodyPartExamined = "IDENTITY", ["L", "F"], "CHEST"
+    for keyword, value in attributes.items():
+        if value is None:
+            if keyword in ds:
+                delattr(ds, keyword)
+        else:
+            setattr(ds, keyword, value)
+    return ds
+
+
+def numbered(ds: Dataset, number: int) -> Dataset:
+    """The same as another instance of its series."""
+    ds.InstanceNumber = number
+    ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = derived_uid("test", "image", str(number))
+    return ds
+
+
+def saved(ds: Dataset, folder: Path, name: str = "image.dcm") -> Path:
+    path = folder / name
+    ds.save_as(path, enforce_file_format=True)
+    return path
+
+
+@cache
+def picture(**options: Any) -> Radiograph:
+    return radiograph(**options)
+
+
+def radiograph_file(folder: Path, kind: Any = "DX", **options: Any) -> Path:
+    return saved(to_dataset(picture(**options), kind), folder, f"{kind}-{len(list(folder.iterdir()))}.dcm")
+
+
+def quality_model() -> ReadyModel:
+    return open_model(BUNDLE, OnnxRuntimeCpu(), threads=1)
