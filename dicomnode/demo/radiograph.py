@@ -82,15 +82,20 @@ def radiograph(
 
 
 @cache
+def _body() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Attenuation per mm, and 1 where lung is: (slices from the feet, rows to the back, columns to the left)."""
+    body = thorax(slices=_SLICES, rows=_MATRIX, columns=_MATRIX, pixel_spacing=_PIXEL_MM, slice_spacing=_SLICE_MM)
+    attenuation = np.maximum(body.hu.astype(np.float32) + 1000, 0) * np.float32(WATER_PER_MM / 1000)
+    return attenuation, (body.labels > 0).astype(np.float32)
+
+
+@cache
 def _line_integrals(turned: float) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Attenuation along the beam, and mm of lung, both (slices from the head, columns)."""
-    phantom = thorax(slices=_SLICES, rows=_MATRIX, columns=_MATRIX, pixel_spacing=_PIXEL_MM, slice_spacing=_SLICE_MM)
     parts = []
-    for part in (np.maximum(phantom.hu.astype(np.float32) + 1000, 0) * (WATER_PER_MM / 1000), phantom.labels > 0):
-        volume = part.astype(np.float32)
-        if turned:
-            volume = ndimage.rotate(volume, turned, axes=(1, 2), reshape=False, order=1)
-        parts.append(np.ascontiguousarray(volume.sum(axis=1)[::-1]) * np.float32(_PIXEL_MM))
+    for volume in _body():
+        seen = ndimage.rotate(volume, turned, axes=(1, 2), reshape=False, order=1) if turned else volume
+        parts.append(np.ascontiguousarray(seen.sum(axis=1)[::-1]) * np.float32(_PIXEL_MM))
     return parts[0], parts[1]
 
 
