@@ -98,7 +98,7 @@ def test_example_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [n for n in os.environ if n.startswith("DICOMNODE")]:
         monkeypatch.delenv(name)
     settings = load_settings(EXAMPLE)
-    head, chain = TEXT.split("# [[rules]]")
+    head, chain = TEXT.split("# [[rules]]", 1)
     assert settings.cloud.stow_url == ""
     # The commented entries are right, too.
     uncommented = re.sub(
@@ -120,6 +120,7 @@ def test_example_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [e.name for e in full.inference.places] == ["gpu1"]
     assert (full.tls.port, full.peers[1].tls, full.peers[1].bound) == (2762, True, True)
     assert [(s.name, s.needs.steps) for s in full.rules[1].ordered_steps] == [("lungs", ()), ("detail", ("lungs",))]
+    assert (full.rules[2].models, full.rules[2].match["Modality"]) == (("cxr-quality",), ("CR", "DX"))
     assert Range.model_fields.keys() == {"min", "max"}
 
 
