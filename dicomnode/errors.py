@@ -80,6 +80,12 @@ class DeviceLost(OperatorError):
     retryable = True
 
 
+class DeviceFull(OperatorError):
+    """The accelerator has too little memory for this work, and no other engine does it; that may pass."""
+
+    retryable = True
+
+
 class InputError(NodeError):
     """The data set itself is the reason; the same input fails the same way each time."""
 

@@ -13,6 +13,7 @@ from dicomnode.clock import iso
 from dicomnode.critical import Hit, critical_hits, unknown_keys
 from dicomnode.durable import SyncFailed
 from dicomnode.errors import (
+    DeviceFull,
     DeviceLost,
     EngineError,
     InputError,
@@ -41,12 +42,16 @@ from dicomnode.infer.summary import summary_of
 from dicomnode.infer.volume import ReadSlice
 from dicomnode.orders import LABELMAP_SR, Order, load, with_proposed
 from dicomnode.records import Analysis, EncodedObject, ModelIdentity, ResultIdentity, SourceInstance
+from dicomnode.rollout import RunState
 from dicomnode.settings import Settings
 
 Encode = Callable[[Analysis, ResultIdentity, ModelIdentity, Sequence[SourceInstance], Order], Sequence[EncodedObject]]
 
 EXIT_LOST = EXIT_HUNG
 """The accelerator is spoilt for this process; the next one gets a fresh context."""
+
+MEMORY_WAITS = 100
+"""Waits of one job for memory of the GPU, some eight hours in all: from then on it counts as too large for it."""
 
 
 class Worker:
@@ -186,6 +191,12 @@ class Worker:
             self._retry(job, str(error), self._settings.inference.max_attempts)
             self._events.add("error", "device-lost", f"job {job_id}", f"{error.cause}; the worker is restarted")
             self._lost = True
+        except DeviceFull as error:
+            # The version counts it as an error: one that needs more than there is goes back.
+            if int(job["waits"]) < MEMORY_WAITS:
+                self._wait(job, str(error), ended="error")
+            else:
+                self._retry(job, str(error), self._settings.inference.max_attempts)
         except (OperatorError, PeerAway) as error:
             # A missing model, a full disk, an endpoint that is away: it passes, if only once the operator has acted.
             self._wait(job, str(error))
@@ -206,10 +217,10 @@ class Worker:
         if state == "failed" or job["attempts"] == 1:
             self._events.add("error", "job-failed", f"job {job_id}", text)
 
-    def _wait(self, job: Row, text: str) -> None:
+    def _wait(self, job: Row, text: str, *, ended: RunState = "stopped") -> None:
         """Without limit, and it is no attempt: ten such waits must not let the first crash park the job."""
         job_id = int(job["id"])
-        self._router.end(job_id, "stopped")
+        self._router.end(job_id, ended)
         waits: list[int] = []
         self._settle(lambda: waits.append(self._jobs.wait(job_id, self._owner, text)))
         metrics.job("retried")
@@ -325,6 +336,8 @@ class Worker:
                 error, step = second, remedy(second.code, can_shrink=False, has_other=False)
         if step is Remedy.end_process:
             raise DeviceLost(error.operation, error.cause, "See 'nvidia-smi' and the kernel's log for Xid") from error
+        if fault_of(error.code) is Fault.oom:
+            raise DeviceFull(error.operation, error.cause, error.hint) from error
         # The model has passed its golden cases here, so it is this series: not tried without limit.
         raise NodeError(error.operation, error.cause, error.hint, retryable=True) from error
 

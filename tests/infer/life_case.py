@@ -28,6 +28,7 @@ from dicomnode.index.catalogue import Catalogue, NewInstance
 from dicomnode.index.database import Database
 from dicomnode.index.jobs import Jobs, Request
 from dicomnode.index.keys import HEADER_KEYS
+from dicomnode.infer.choice import EngineChoice
 from dicomnode.infer.decode import InlineDecoder
 from dicomnode.infer.golden import ReadyModel
 from dicomnode.infer.job_files import data_set_of
@@ -39,7 +40,10 @@ from dicomnode.settings import Settings
 from tests.e2e.harness import Series, make_series
 from tests.infer.infer_case import MODEL
 
-PHASES = ("lease", "pick", "inference", "identity", "files", "commit", "committed")
+PHASES = (
+    "lease", "pick", "decoding", "batch", "inference", "identity", "encoding", "files", "commit", "committed"
+)  # fmt: skip
+"""In the order of a job. Decoding and batch are of an analysis that is done for real: see :func:`boxes`."""
 
 
 def settings_of(folder: Path, **sections: Any) -> Settings:
@@ -126,10 +130,10 @@ def add_series(
     return Jobs(db).select(row["id"], row["generation"], "because", requests or [request])[0]
 
 
-def worker_on(settings: Settings, db: Database) -> Worker:
+def worker_on(settings: Settings, db: Database, engine: EngineChoice | None = None) -> Worker:
     models = ServingModels(
         db,
-        OnnxRuntimeCpu(),
+        engine or OnnxRuntimeCpu(),
         models_dir=settings.inference.models_dir,
         data_dir=settings.node.data_dir,
         threads=1,
@@ -160,6 +164,21 @@ def die_in(phase: str, worker: Worker) -> None:
         jobs.lease = killing(after=jobs.lease)  # type: ignore[method-assign]
     elif phase == "pick":
         worker._router.pick = killing(after=worker._router.pick)  # type: ignore[method-assign]
+    elif phase == "decoding":
+        worker._decoder.frames = killing(before=True)  # type: ignore[method-assign]
+    elif phase == "batch":  # the network has answered once, for this job
+        pick = worker._router.pick
+
+        def picked(*arguments: Any) -> Any:
+            model = pick(*arguments)
+            model.session._session.run = killing(after=model.session._session.run)
+            return model
+
+        worker._router.pick = picked  # type: ignore[method-assign]
+    elif phase == "encoding":  # the segmentation is made, its report is not
+        from dicomnode.encode import results
+
+        results.encode_sr = killing(before=True)  # type: ignore[assignment]
     elif phase == "inference":
         worker._identity = killing(before=True)  # type: ignore[method-assign]
     elif phase == "identity":
@@ -173,7 +192,8 @@ def die_in(phase: str, worker: Worker) -> None:
 
 
 def _child(folder: Path, phase: str) -> None:
-    ReadyModel.analyse = boxes  # type: ignore[method-assign,assignment]
+    if phase not in ("decoding", "batch"):
+        ReadyModel.analyse = boxes  # type: ignore[method-assign,assignment]
     settings = settings_of(folder)
     db = Database(settings.node.data_dir)
     worker = worker_on(settings, db)

@@ -152,7 +152,7 @@ def test_killed_in_a_phase_and_swapped_before_the_retry(
     former = Jobs(db).show(job_id)
     assert former is not None
     assert former["state"] == ("done" if phase == "committed" else "running")
-    assert bool(former["identity"]) == (phase in ("identity", "files", "commit", "committed"))
+    assert bool(former["identity"]) == (phase in ("identity", "encoding", "files", "commit", "committed"))
     assert db.value("SELECT count(*) FROM deliveries") == (2 if phase == "committed" else 0)
     Models(db).activate("ct-lung", "1.1.0")
     worker = worker_on(settings_of(folder), db)
