@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -44,11 +45,30 @@ def program(name: str) -> str:
     pytest.skip(f"{name} is not installed")
 
 
+FIRST_PORT, SHARES = 10240, 8
+_chance = random.SystemRandom()  # the other one is seeded anew for each test, alike in all workers
+_given: set[int] = set()
+
+
 def free_port(host: str = "127.0.0.1") -> int:
-    with socket.socket() as sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind((host, 0))
-        return int(sock.getsockname()[1])
+    """A port that is free and likely stays so until it is wanted, however many tests run beside this one.
+
+    It lies below those that the system gives to callers, and each worker of pytest-xdist has a share of its own.
+    """
+    limits = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    last = int(limits.read_text().split()[0]) if limits.exists() else 32768
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    share = int(worker.removeprefix("gw")) % SHARES if worker else _chance.randrange(SHARES)
+    wide = max(last - FIRST_PORT, 8000) // SHARES
+    while True:
+        port = FIRST_PORT + share * wide + _chance.randrange(wide)
+        if port in _given:
+            continue
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind((host, port))
+            _given.add(port)
+            return port
 
 
 def wait_for(condition: Callable[[], Any], seconds: float, what: str, explain: Callable[[], str] = str) -> Any:

@@ -16,6 +16,7 @@ from dicomnode.doctor import Finding, Level, examine
 from dicomnode.index.database import Database
 from dicomnode.index.life import Life
 from dicomnode.settings import Settings
+from tests import peers
 from tests.infer.life_case import add_version
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,9 +26,7 @@ MODALITY = {"name": "ct1", "ae_title": "CT1", "host": "127.0.0.1", "allow": ["ec
 
 @pytest.fixture
 def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    return peers.free_port()
 
 
 @pytest.fixture
