@@ -22,6 +22,7 @@ from dicomnode.cli_common import table as _table
 from dicomnode.cli_conformance import conformance
 from dicomnode.cli_delivery import alerts_app, commitments_app, deliveries_app, notifications_app
 from dicomnode.cli_models_import import models_import
+from dicomnode.cli_sync import sync_app
 from dicomnode.errors import NodeError, OperatorError
 from dicomnode.settings import Settings
 
@@ -39,6 +40,7 @@ app.add_typer(deliveries_app, name="deliveries")
 app.add_typer(commitments_app, name="commitments")
 app.add_typer(notifications_app, name="notifications")
 app.add_typer(alerts_app, name="alerts")
+app.add_typer(sync_app, name="sync")
 app.command()(cloud)
 cli_models.register(models_app)
 app.add_typer(models_app, name="models")
@@ -147,7 +149,7 @@ def status(config: Config = None, as_json: Json = False) -> None:
             ("commitments asked by peers", data["commitments"]["scp"]),
             ("commitments asked of peers", data["commitments"]["scu"]),
             ("notifications", data["notifications"]),
-            ("cloud", data["sync_items"]),
+            ("cloud items", data["sync_items"]),
         ):
             text = ", ".join(f"{n} {name}" for name, n in counts.items() if n) or "none"
             console.print(f"{title}: {text}")
@@ -163,6 +165,7 @@ def status(config: Config = None, as_json: Json = False) -> None:
         for pull in data["models"]["pulls"]:
             if pull["last_error"]:
                 console.print(f"model {pull['name']} {pull['version']} is {pull['state']}: {pull['last_error']}")
+        console.print(f"cloud: {_cloud_line(data['cloud'])}")
         console.print(f"TLS: {_tls_line(data['tls'])}")
         disk = data["disk"]
         console.print(f"disk: {disk['free_mb']} MiB free, {disk['reserve_mb']} MiB reserved")
@@ -176,6 +179,16 @@ def status(config: Config = None, as_json: Json = False) -> None:
 
     with _index(settings) as db:
         _print(status_report(db, settings), as_json, show)
+
+
+def _cloud_line(cloud: dict[str, Any]) -> str:
+    if not cloud["endpoints"]:
+        return "off, nothing leaves" if not cloud["configured"] else "not known, the sidecar does not run"
+    parts = [cloud["state"] + ("" if cloud["mode"] == "auto" else f" (offline_mode = {cloud['mode']})")]
+    for endpoint in cloud["endpoints"]:
+        how = "in use" if endpoint["in_use"] else "well" if endpoint["well"] else endpoint["error"] or "not tried"
+        parts.append(f"{endpoint['name']} {how}")
+    return ", ".join(parts)
 
 
 def _tls_line(tls: dict[str, Any]) -> str:

@@ -244,5 +244,8 @@ def web(settings: Settings) -> Section:
         (
             f"As user agent (PS3.18 10.5): results are stored at an endpoint (cloud.stow_url), which {state}. An"
             " instance counts as stored when the reply names it in Referenced SOP Sequence.",
+            "Unless every rule of an analysis keeps identity (cloud_identity), what leaves is de-identified: attributes"
+            " of an allow-list, other UIDs, a pseudonym for Patient's Name and ID, shifted dates, Patient Identity"
+            " Removed YES and Longitudinal Temporal Information Modified MODIFIED.",
         ),
     )

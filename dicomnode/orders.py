@@ -48,6 +48,8 @@ class Order:
     seg: Mapping[str, str] = field(default_factory=dict)
     report_to: tuple[str, ...] = ()
     critical: tuple[Condition, ...] = ()
+    identified: bool = False
+    """Whether all its rules let what goes to the cloud keep the patient's identity."""
 
     def kinds_for(self, destination: str) -> tuple[str, ...]:
         return self.kinds.get(destination, DEFAULT_KINDS)
@@ -81,6 +83,7 @@ def join(one: Order, other: Order) -> Order:
         seg,
         tuple(dict.fromkeys((*one.report_to, *other.report_to))),
         tuple(dict.fromkeys((*one.critical, *other.critical))),
+        one.identified and other.identified,
     )
 
 
@@ -128,6 +131,7 @@ def load(text: str | None) -> Order:
         seg=dict(data["seg"]),
         report_to=tuple(data["report_to"]),
         critical=tuple(Condition(**c) for c in data["critical"]),
+        identified=data.get("identified", False),
     )
 
 
@@ -138,6 +142,7 @@ def order_for(
     *,
     report_failures: bool = False,
     critical: Sequence[Condition] = (),
+    identified: bool = False,
 ) -> Order:
     """The order of one rule; "" stands for this node where the rule sends to nobody."""
     places = tuple(dict.fromkeys(destinations)) or ("",)
@@ -146,6 +151,7 @@ def order_for(
         seg=dict.fromkeys(places, seg) if "SEG" in kinds else {},
         report_to=places if report_failures else (),
         critical=tuple(critical),
+        identified=identified,
     )
 
 

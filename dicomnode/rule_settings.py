@@ -178,6 +178,9 @@ class Rule(Section):
         default_factory=dict,
         description="key of a measurement or finding -> {min, max}, true, or a coded value; '*' -> true: the bundle's",
     )
+    cloud_identity: Literal["removed", "kept"] = Field(
+        "removed", description="whether results and records leave for the cloud with the patient's identity"
+    )
 
     @property
     def every_model(self) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
+from dicomnode.cloud_settings import Cloud, CloudEndpoint, CloudPlan, Sync, plan_of
 from dicomnode.endpoint_settings import Endpoint, check_endpoints
 from dicomnode.errors import SettingsError
 from dicomnode.model_settings import ModelPull, Repository
@@ -33,6 +34,8 @@ from dicomnode.peer_settings import (
 from dicomnode.rule_settings import Priority, Range, Rule, RuleStep
 
 __all__ = [
+    "Cloud",
+    "CloudEndpoint",
     "ModelPull",
     "Peer",
     "Priority",
@@ -42,6 +45,7 @@ __all__ = [
     "RuleStep",
     "Section",
     "Service",
+    "Sync",
     "Tls",
     "caller_matches",
 ]
@@ -202,33 +206,6 @@ class Delivery(Section):
     )
 
 
-class Cloud(Section):
-    stow_url: str = Field("", description="STOW-RS address (…/studies); empty: nothing leaves the building")
-    token_file: Path | None = Field(None, description="file with a bearer token")
-    ca_file: Path | None = Field(None, description="PEM file with the authorities to trust")
-    timeout_seconds: float = Field(60.0, gt=0, description="time for one request")
-    max_bundle_mb: int = Field(1024, ge=1, description="largest model archive, MiB")
-    models: tuple[ModelPull, ...] = Field((), description="bundles to pull, verify and activate")
-    repository: Repository = Field(Repository(), description="signed repository of bundles (TUF)")
-
-    @model_validator(mode="after")
-    def _offered(self) -> Self:
-        for entry in self.models:
-            if not entry.url and not self.repository.metadata_url:
-                raise ValueError(f"models: '{entry.name}' has no url, and there is no [cloud.repository]")
-        names = [entry.name for entry in self.models if not entry.url]
-        if len(set(names)) != len(names):
-            raise ValueError("models: the same model is followed twice; give each name once")
-        return self
-
-    @field_validator("stow_url")
-    @classmethod
-    def _http(cls, value: str) -> str:
-        if value and not re.match(r"^https?://", value):
-            raise ValueError("must begin with https:// (or http:// on loopback)")
-        return value.rstrip("/")
-
-
 class Logging(Section):
     level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe level logged")
     format: Literal["auto", "json", "console"] = Field("auto", description="auto: console on a terminal, else JSON")
@@ -283,6 +260,7 @@ class Settings(BaseSettings):
     rollout: RolloutSettings = RolloutSettings()
     delivery: Delivery = Delivery()
     cloud: Cloud = Cloud()
+    sync: Sync = Sync()
     alerts: Alerts = Alerts()
     logging: Logging = Logging()
     rules: tuple[Rule, ...] = ()
@@ -351,6 +329,10 @@ class Settings(BaseSettings):
         return next((p for p in self.peers if p.name == name), None)
 
     @property
+    def cloud_plan(self) -> CloudPlan:
+        return plan_of(self.cloud, self.sync)
+
+    @property
     def rule_keywords(self) -> frozenset[str]:
         """DICOM keywords that rules look at; the header reader collects them."""
         return frozenset(k for r in self.rules for k in r.keywords)
@@ -413,6 +395,16 @@ def _unknown_environment() -> tuple[str, str] | None:
     return None
 
 
+_LISTED: dict[str, Any] = {
+    "peers": Peer,
+    "rules": Rule,
+    "models": ModelPull,
+    "backups": CloudEndpoint,
+    "endpoints": Endpoint,
+    "steps": RuleStep,
+}
+
+
 def _near(loc: tuple[int | str, ...]) -> str:
     """Name the keys that exist where the unknown one stands."""
     import difflib
@@ -421,9 +413,8 @@ def _near(loc: tuple[int | str, ...]) -> str:
     for part in loc[:-1]:
         if isinstance(part, int):
             continue
-        model = {"peers": Peer, "rules": Rule, "models": ModelPull, "endpoints": Endpoint, "steps": RuleStep}.get(
-            str(part)
-        ) or (model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else None)
+        fields = getattr(model, "model_fields", {})
+        model = _LISTED.get(str(part)) or (fields[part].annotation if part in fields else None)
         if model is None:
             return "remove it"
     known = sorted(getattr(model, "model_fields", {}))
@@ -449,8 +440,28 @@ def _anchored(settings: Settings, base: Path) -> Settings:
         for e in settings.inference.endpoints
     )
     inference = settings.inference.model_copy(update={"models_dir": absolute(models_dir), "endpoints": endpoints})
+    backups = tuple(
+        b.model_copy(update={k: absolute(v) for k in ("token_file", "ca_file") if (v := getattr(b, k)) is not None})
+        for b in settings.cloud.backups
+    )
+    source = settings.cloud.repository
+    repository = source.model_copy(
+        update={
+            k: absolute(v)
+            for k in ("root_file", "token_file", "s3_access_key_file", "s3_secret_key_file")
+            if (v := getattr(source, k)) is not None
+        }
+    )
     cloud = settings.cloud.model_copy(
-        update={k: absolute(v) for k in ("token_file", "ca_file") if (v := getattr(settings.cloud, k)) is not None}
+        update={
+            "backups": backups,
+            "repository": repository,
+            **{
+                k: absolute(v)
+                for k in ("token_file", "ca_file", "pseudonym_key_file")
+                if (v := getattr(settings.cloud, k)) is not None
+            },
+        }
     )
     alerts = settings.alerts.model_copy(
         update={k: absolute(v) for k in ("secret_file", "ca_file") if (v := getattr(settings.alerts, k)) is not None}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +13,24 @@ from aiohttp import web, web_response
 from dicomnode import doorbell, lifeline, logs, metrics
 from dicomnode.admin.application import make_app
 from dicomnode.admin.connection import Runner
+from dicomnode.cloud_settings import LANES
 from dicomnode.errors import OperatorError
 from dicomnode.index.database import Database
 from dicomnode.index.operation import BEAT_SECONDS, Processes
 from dicomnode.model_desk import ModelDesk
 from dicomnode.settings import Settings
 from dicomnode.sync.alerts import AlertSender
+from dicomnode.sync.departure import Departures
+from dicomnode.sync.endpoints import PROBE_SECONDS, Endpoints
+from dicomnode.sync.node_record import describe_node
 from dicomnode.sync.promote import Promoter
 from dicomnode.sync.pull import ModelPuller
 from dicomnode.sync.repository import ModelRepository
 from dicomnode.sync.schedule import Schedule
-from dicomnode.sync.stow import StowSender
+from dicomnode.sync.sender import CloudSender
 
 NAME = "sidecar"
 ALERT_SECONDS = 2.0
-SYNC_SECONDS = 5.0
 PULL_SECONDS = 30.0
 REMEMBER_SECONDS = 60.0
 SHUTDOWN_SECONDS = 2.0
@@ -81,13 +85,16 @@ async def _work(
     log, loop = logs.get(), asyncio.get_running_loop()
     processes, schedule = Processes(db), Schedule()
     repository = ModelRepository(settings, db)
-    sender, puller = StowSender(settings, db, NAME), ModelPuller(settings, db, verify, repository.offered)
+    endpoints, puller = Endpoints(settings, db), ModelPuller(settings, db, verify, repository.offered)
+    sender = CloudSender(settings, db, endpoints, Departures(settings, db), NAME)
     alerts = AlertSender(settings, db)
     await asyncio.to_thread(sender.start)
     await asyncio.to_thread(puller.start)
 
     def beat(state: str) -> None:
         detail: dict[str, Any] = {"host": settings.http.host, "port": port, "scheduled": schedule.report()}
+        if endpoints.all:
+            detail["cloud"] = endpoints.report()
         processes.beat(NAME, state, detail, metrics.snapshot())
 
     async def heartbeat() -> None:
@@ -99,8 +106,9 @@ async def _work(
 
     schedule.every("heartbeat", BEAT_SECONDS, heartbeat)
     schedule.every("remember-time", REMEMBER_SECONDS, remember)
-    if settings.cloud.stow_url:
-        schedule.every("cloud-sync", SYNC_SECONDS, sender.flush)
+    if endpoints.all:
+        await asyncio.to_thread(describe_node, settings, db)
+        _send_to_cloud(settings, schedule, endpoints, sender)
     if settings.alerts.url:
         schedule.every("alerts", ALERT_SECONDS, alerts.flush)
     if settings.cloud.repository.metadata_url:
@@ -110,14 +118,14 @@ async def _work(
         schedule.every("model-policy", PULL_SECONDS, Promoter(settings, db, desk, repository.vouched).run_once)
     bell = doorbell.Doorbell(settings.node.data_dir, NAME)
 
+    rung_for = [  # the other classes of the cloud gather what comes within their interval
+        name for name in ("cloud-urgent", "alerts", "model-policy") if name in schedule.report()
+    ]
+
     def rung() -> None:
         bell.wait(0.0)
-        if settings.cloud.stow_url:
-            schedule.soon("cloud-sync")
-        if settings.alerts.url:
-            schedule.soon("alerts")
-        if settings.cloud.models:
-            schedule.soon("model-policy")
+        for name in rung_for:
+            schedule.soon(name)
 
     loop.add_reader(bell.fileno(), rung)
     schedule.start()
@@ -132,3 +140,10 @@ async def _work(
         bell.close()
         await schedule.stop()
         await asyncio.to_thread(beat, "stopping")
+
+
+def _send_to_cloud(settings: Settings, schedule: Schedule, endpoints: Endpoints, sender: CloudSender) -> None:
+    """The classes beside each other: what is urgent does not wait for a large batch."""
+    schedule.every("cloud-health", PROBE_SECONDS, endpoints.probe)
+    for lane in LANES:
+        schedule.every(f"cloud-{lane}", settings.sync.lane(lane).seconds, partial(sender.flush, lane))

@@ -17,7 +17,18 @@ from pydantic_core import PydanticUndefined
 
 from dicomnode.admin.exposition import metric_names
 from dicomnode.endpoint_settings import Endpoint
-from dicomnode.settings import ModelPull, Peer, Range, Repository, Rule, RuleStep, Section, Settings, load_settings
+from dicomnode.settings import (
+    CloudEndpoint,
+    ModelPull,
+    Peer,
+    Range,
+    Repository,
+    Rule,
+    RuleStep,
+    Section,
+    Settings,
+    load_settings,
+)
 
 CONFIG = Path(__file__).parent.parent / "config"
 EXAMPLE = CONFIG / "dicomnode.toml"
@@ -26,6 +37,7 @@ LISTS: dict[str, type[BaseModel]] = {
     "rules": Rule,
     "cloud.models": ModelPull,
     "cloud.repository": Repository,
+    "cloud.backups": CloudEndpoint,
     "inference.endpoints": Endpoint,
     "rules.steps": RuleStep,
 }
@@ -86,7 +98,7 @@ def test_no_key_stands_without_a_comment() -> None:
             section, comment = match[1], False
         elif match := re.match(r"(?:# )?([a-z_0-9]+) = ", line):
             key = f"{section}.{match[1]}"
-            told = comment or key in seen or section == "cloud.models"
+            told = comment or key in seen or section in ("cloud.models", "cloud.backups")
             assert told, f"{key} has no comment"
             seen.add(key)
             comment = False
@@ -101,6 +113,10 @@ def test_example_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     head, chain = TEXT.split("# [[rules]]", 1)
     assert settings.cloud.stow_url == ""
     # The commented entries are right, too.
+    before, rest = head.split("# [[cloud.backups]]")
+    entry, rest = rest.split("\n\n", 1)
+    before = before.replace('stow_url = ""', 'stow_url = "https://cloud.example.org/studies"')
+    head = f"{before}[[cloud.backups]]{re.sub(r'^# ?', '', entry, flags=re.M)}\n\n{rest}"
     uncommented = re.sub(
         r"^# (\[\[cloud\.models\]\]|(?:name|version|url|sha256|token_file|ca_file|port|certificate_file|key_file"
         r"|crl_file|tls|certificate_name|certificate_sha256) = )",
@@ -116,6 +132,7 @@ def test_example_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     full = load_settings(path)
     assert [m.name for m in full.cloud.models] == ["ct-lung"]
     assert full.cloud.token_file is not None
+    assert [e.name for e in full.cloud.endpoints] == ["primary", "second"]
     assert full.inference.endpoints[0].remote("ct-lung", "1.0.0") == ("ct_lung", "1")
     assert [e.name for e in full.inference.places] == ["gpu1"]
     assert (full.tls.port, full.peers[1].tls, full.peers[1].bound) == (2762, True, True)

@@ -23,6 +23,7 @@ from dicomnode.admin.ready import Check, check_port, local_checks
 from dicomnode.admin.status import status_report
 from dicomnode.admin.words import choose_language
 from dicomnode.errors import IllegalTransition, NodeError, OperatorError, StorageError
+from dicomnode.index.cloud_outbox import CloudOutbox
 from dicomnode.index.commitment import AskState, Commitments, PromiseState
 from dicomnode.index.database import Database, Row
 from dicomnode.index.jobs import Jobs
@@ -97,7 +98,7 @@ class Admin:
                 checks=checks,
                 jobs=Jobs(self.db).listing(25),
                 deliveries=Outbox(self.db, "deliveries").listing(25),
-                sync=Outbox(self.db, "sync_items").listing(25),
+                sync=CloudOutbox(self.db).listing(25),
                 notifications=Notices(self.db).listing(25),
                 commitments=Commitments(self.db).listing(25),
                 model_versions=self.desk.listing(),
@@ -145,7 +146,8 @@ class Admin:
     def outbox(self, table: Table, key: str) -> Handler:
         async def listing(request: web.Request) -> web.Response:
             limit, state = _listing_query(request, SendState)
-            rows = await self.blocking(Outbox(self.db, table).listing, limit, state)
+            box = CloudOutbox(self.db) if table == "sync_items" else Outbox(self.db, table)
+            rows = await self.blocking(box.listing, limit, state)
             return json_response({key: [_shown(row) for row in rows]})
 
         return listing

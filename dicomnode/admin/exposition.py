@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -12,7 +12,8 @@ from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from dicomnode import __version__, durable, metrics
+from dicomnode import __version__, durable, metrics, metrics_cloud
+from dicomnode.admin.cloud_state import lanes
 from dicomnode.admin.model_figures import VersionFigures, version_figures
 from dicomnode.admin.model_figures import families as model_families
 from dicomnode.admin.status import MEBIBYTE, library_versions, serving_models, waiting_versions
@@ -43,6 +44,8 @@ class Facts:
     deliveries: list[Row] = field(default_factory=list)
     sync: Mapping[str, int] = field(default_factory=dict)
     sync_rows: list[Row] = field(default_factory=list)
+    lanes: Sequence[Row] = ()
+    spool_bytes: int = 0
     notifications: list[Row] = field(default_factory=list)
     commitments: list[Row] = field(default_factory=list)
     procedure_steps: Mapping[str, int] = field(default_factory=dict)
@@ -69,6 +72,8 @@ def read_facts(db: Database, settings: Settings) -> Facts:
         deliveries=figures.waiting("deliveries"),
         sync=Outbox(db, "sync_items").counts(),
         sync_rows=figures.waiting("sync_items"),
+        lanes=lanes(db),
+        spool_bytes=settings.sync.spool_bytes,
         notifications=figures.waiting("notifications"),
         commitments=Commitments(db).waiting(),
         procedure_steps=Steps(db).counts(),
@@ -105,7 +110,7 @@ def exposition(db: Database, settings: Settings, own_process: str = "sidecar") -
     }
     snapshots[own_process] = metrics.snapshot()
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Fixed([*gauges(facts), *metrics.families(snapshots)]))
+    registry.register(_Fixed([*gauges(facts), *metrics.families(snapshots, metrics_cloud.REGISTRY)]))
     return generate_latest(registry)
 
 
@@ -201,6 +206,30 @@ def gauges(facts: Facts) -> list[Metric]:
         _gauge(
             "queue_oldest_sync_seconds", "Age of the oldest cloud item that waits, seconds", (), [((), oldest_sync)]
         ),
+        _gauge(
+            "sync_waiting_items",
+            "Items that wait for the cloud, by class",
+            ("class",),
+            [((r["class"],), r["count"]) for r in facts.lanes],
+        ),
+        _gauge(
+            "sync_waiting_bytes",
+            "Bytes of results and records that wait for the cloud, by class",
+            ("class",),
+            [((r["class"],), r["bytes"]) for r in facts.lanes],
+        ),
+        _gauge(
+            "sync_oldest_seconds",
+            "Age of the oldest item that waits for the cloud, by class, seconds",
+            ("class",),
+            [((r["class"],), r["oldest_seconds"]) for r in facts.lanes],
+        ),
+        _gauge(
+            "sync_spool_limit_bytes",
+            "Bytes that may wait before jobs of priority batch do; 0: no cap",
+            (),
+            [((), facts.spool_bytes)],
+        ),
         *(
             _gauge(f"stored_{level}", f"Number of {level} in the index", (), [((), facts.stored.get(level, 0))])
             for level in ("studies", "series", "instances")
@@ -268,7 +297,7 @@ def _repository(facts: Facts) -> list[Metric]:
 def metric_names() -> frozenset[str]:
     """Every sample name that /metrics can show; dashboards and alert rules are tested against it."""
     names: set[str] = set()
-    for family in [*gauges(Facts()), *metrics.REGISTRY.collect()]:
+    for family in [*gauges(Facts()), *metrics_cloud.REGISTRY.collect()]:
         suffixes: dict[str, tuple[str, ...]] = {
             "counter": ("_total",),
             "histogram": ("_bucket", "_count", "_sum"),

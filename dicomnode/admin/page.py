@@ -33,9 +33,23 @@ _GOOD = {
     "superseded",
     "skipped",
     "valid",
+    "online",
+    "well",
 }
-_BAD = {"failed", "rejected", "error", "silent_state", "problem", "expired"}
-_WARN = {"canary", "refused", "away", "unknown", "not-run", "warning", "starting", "stopping", "retried", "expiring"}
+_BAD = {"failed", "rejected", "error", "silent_state", "problem", "expired", "offline"}
+_WARN = {
+    "canary",
+    "refused",
+    "away",
+    "unknown",
+    "not-run",
+    "warning",
+    "starting",
+    "stopping",
+    "retried",
+    "expiring",
+    "degraded",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +229,37 @@ def _notifications(view: View, w: Words) -> Markup | None:
 def _sync(view: View, w: Words) -> Markup:
     if not view.settings.cloud.stow_url and not view.sync:
         return _section(w("sync"), element("p", w("sync_off"), class_="empty"))
-    return _section(w("sync"), _outbox(view, w, "sync", view.sync))
+    return _section(w("sync"), join(*_cloud(view.report["cloud"], w), _outbox(view, w, "sync", view.sync)))
+
+
+def _cloud(cloud: Mapping[str, Any], w: Words) -> list[Markup]:
+    """State of the line, its endpoints, and what waits in each class."""
+    endpoints = [
+        [
+            e["name"],
+            _pill("well" if e["well"] else "away" if e["error"] else "untried", w),
+            w("yes" if e["in_use"] else "no"),
+            "" if e["latency_seconds"] is None else f"{e['latency_seconds'] * 1000:.0f} ms",
+            _error(e["error"]),
+        ]
+        for e in cloud["endpoints"]
+    ]
+    waiting = [
+        [
+            w(f"class_{one['class']}"),
+            str(one["count"]),
+            _size(int(one["bytes"]) >> 20),
+            w("ago").format(f"{one['oldest_seconds']:.0f}"),
+        ]
+        for one in cloud["waiting"]
+        if one["count"]
+    ]
+    parts = [element("p", _pill(cloud["state"], w), f" {w('offline_mode')}: {cloud['mode']}")]
+    if endpoints:
+        parts.append(_table(["name", "state", "in_use", "latency", "error"], endpoints, w))
+    if waiting:
+        parts.append(_table(["class", "waiting", "size", "oldest"], waiting, w))
+    return parts
 
 
 def _outbox(view: View, w: Words, collection: str, items: Sequence[Mapping[str, Any]]) -> Markup:

@@ -13,6 +13,7 @@ from importlib import metadata
 from typing import Any, Literal
 
 from dicomnode import __version__, durable
+from dicomnode.admin.cloud_state import cloud_report
 from dicomnode.admin.tls_state import tls_report
 from dicomnode.clock import iso
 from dicomnode.index.catalogue import Catalogue
@@ -52,6 +53,7 @@ def status_report(db: Database, settings: Settings) -> dict[str, Any]:
         "oldest_job_seconds": round(figures.oldest_job_seconds(), 1),
         "deliveries": Outbox(db, "deliveries").counts(),
         "sync_items": Outbox(db, "sync_items").counts(),
+        "cloud": cloud_report(db, settings, processes),
         "commitments": Commitments(db).counts(),
         "notifications": Notices(db).counts(),
         "alerts": Alerts(db).counts(),

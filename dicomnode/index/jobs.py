@@ -13,10 +13,12 @@ from typing import Any
 
 from dicomnode.chains import Needs
 from dicomnode.clock import iso
+from dicomnode.cloud_settings import OFF, CloudPlan
 from dicomnode.errors import LeaseLost, OperatorError
 from dicomnode.identity import input_digest
 from dicomnode.index import chain, companions, prior
 from dicomnode.index.catalogue import Catalogue, NewInstance
+from dicomnode.index.cloud_rows import hand_to_cloud
 from dicomnode.index.database import Row
 from dicomnode.index.job_views import JobViews
 from dicomnode.index.notices import make_notices
@@ -217,15 +219,15 @@ class Jobs(JobViews):
             self._owned(job_id, owner)
             self.db.execute("UPDATE jobs SET placement = ? WHERE id = ?", (json.dumps(dict(decision)), job_id))
 
-    def finish(self, job_id: int, owner: str, outcome: Outcome, *, sync_destination: str = "") -> None:
+    def finish(self, job_id: int, owner: str, outcome: Outcome, *, cloud: CloudPlan = OFF) -> None:
         """Commit results, deliveries, cloud items and notices together with the end of the job."""
         db = self.db
         with db.transaction():
             job = self._owned(job_id, owner)
             now, moment = db.clock.ticks(), iso(db.clock.wall())
             if job["step"] == prior.STEP:  # only for comparison here
-                sync_destination = ""
-            self._hand_over(job, outcome, load(job["wishes"]), json.loads(job["destinations"]), sync_destination)
+                cloud = OFF
+            self._hand_over(job, outcome, load(job["wishes"]), json.loads(job["destinations"]), cloud)
             self._leave(job, JobEvent.finish)
             db.execute(
                 "UPDATE jobs SET critical = ?, notes = ?, summary = ?, seconds = ?, last_error = NULL, finished_at = ?,"
@@ -243,7 +245,7 @@ class Jobs(JobViews):
             chain.ended(db, job)
 
     def _hand_over(
-        self, job: Row, outcome: Outcome, order: Order, destinations: Sequence[str], sync_destination: str
+        self, job: Row, outcome: Outcome, order: Order, destinations: Sequence[str], cloud: CloudPlan
     ) -> None:
         """Inside a transaction: rows of the results, and of everything that carries or tells of them."""
         db = self.db
@@ -256,12 +258,8 @@ class Jobs(JobViews):
             result_id = self._result(job_id, result, moment)
             uids[result_id] = result.instance.attributes["SOPInstanceUID"]
             made.append((result_id, result.kind))
-        wanted = [("deliveries", d, shares(made, order, d)) for d in destinations]
-        if sync_destination:
-            everything = Order(kinds={"": order.made})
-            wanted.append(("sync_items", sync_destination, shares(made, everything, "")))
-        for table, destination, items in wanted:
-            for result_id, fallback in items:
+        for destination in destinations:
+            for result_id, fallback in shares(made, order, destination):
                 row = {
                     "result_id": result_id,
                     "job_id": job_id,
@@ -271,7 +269,17 @@ class Jobs(JobViews):
                     "created_at": now,
                     "created_time": moment,
                 }
-                db.insert(table, row | ({"fallback_result_id": fallback} if fallback else {}), conflict="OR IGNORE")
+                conflict = "OR IGNORE"
+                db.insert("deliveries", row | ({"fallback_result_id": fallback} if fallback else {}), conflict=conflict)
+        hand_to_cloud(
+            db,
+            cloud,
+            job=job,
+            study_id=study_id,
+            results=[result_id for result_id, _ in shares(made, Order(kinds={"": order.made}), "")],
+            outcome=outcome,
+            identified=order.identified,
+        )
         if outcome.critical:
             hurry(db, study_id)
             if outcome.alert:
@@ -381,7 +389,7 @@ class Jobs(JobViews):
             else:
                 self._wait(job, 10.0, again)
 
-    def reported(self, job_id: int, outcome: Outcome, *, sync_destination: str = "") -> bool:
+    def reported(self, job_id: int, outcome: Outcome, *, cloud: CloudPlan = OFF) -> bool:
         """Commit the report of a failure with its deliveries; False when the job has changed meanwhile."""
         with self.db.transaction():
             job = self.db.row("SELECT * FROM jobs WHERE id = ? AND state IN ('refused', 'failed')", (job_id,))
@@ -390,7 +398,7 @@ class Jobs(JobViews):
             order = load(job["wishes"])
             destinations = [d for d in order.report_to if d]
             report = Order(kinds=dict.fromkeys((*destinations, ""), ("SR",)))
-            self._hand_over({**job, "notify": "[]"}, outcome, report, destinations, sync_destination)
+            self._hand_over({**job, "notify": "[]"}, outcome, report, destinations, cloud)
             self.db.execute("UPDATE jobs SET report_owed = 0 WHERE id = ?", (job_id,))
         return True
 

@@ -20,7 +20,8 @@ _OF_COMMITMENT = (SendState.committing, SendState.committed)
 
 _JOINED = (
     "SELECT d.*, r.kind, r.SOPClassUID, r.SOPInstanceUID, r.SeriesInstanceUID, r.TransferSyntaxUID, r.file, r.sha256,"
-    " st.StudyInstanceUID FROM {table} d JOIN results r ON r.id = d.result_id JOIN studies st ON st.id = d.study_id"
+    " st.StudyInstanceUID FROM {table} d {join} JOIN results r ON r.id = d.result_id"
+    " {join} JOIN studies st ON st.id = d.study_id"
 )
 
 
@@ -30,7 +31,7 @@ class Outbox:
     def __init__(self, db: Database, table: Table) -> None:
         self.db = db
         self.table = table
-        self._joined = _JOINED.format(table=table)
+        self._joined = _JOINED.format(table=table, join="" if table == _COMMITTED else "LEFT")  # records have no result
 
     def due_destinations(self) -> list[str]:
         """Destinations whose oldest unfinished item may be tried now."""
@@ -164,7 +165,9 @@ class Outbox:
             item = db.row(f"SELECT id, state FROM {self.table} WHERE id = ?", (item_id,))
             if item is None:
                 raise OperatorError(
-                    "retry delivery", f"there is no delivery {item_id}", "See 'dicomnode deliveries list'"
+                    "retry delivery",
+                    f"there is no {'delivery' if self.table == _COMMITTED else 'cloud item'} {item_id}",
+                    f"See 'dicomnode {'deliveries' if self.table == _COMMITTED else 'sync'} list'",
                 )
             if item["state"] != SendState.pending:
                 state = next_send_state(item["state"], SendEvent.requeue)

@@ -13,6 +13,7 @@ from sqlite_utils import Database, Migrations
 
 from dicomnode.index.keys import INSTANCE_KEYS, PATIENT_KEYS, REQUEST_KEYS, SERIES_KEYS, STUDY_KEYS
 from dicomnode.index.names import name_keys
+from dicomnode.index.schema_cloud import create_cloud_outbox
 from dicomnode.index.schema_life import create_model_life
 from dicomnode.index.schema_priors import create_companions, create_priors
 from dicomnode.index.schema_trust import create_trust
@@ -476,6 +477,12 @@ def m0015_priors(db: Database) -> None:
 def m0016_companions(db: Database) -> None:
     """Further series as inputs of one job; see :mod:`dicomnode.index.companions`."""
     create_companions(db)
+
+
+@migrations()
+def m0017_cloud_outbox(db: Database) -> None:
+    """Records beside objects, classes and streams; see :mod:`dicomnode.index.cloud_rows`."""
+    create_cloud_outbox(db)
 
 
 @migrations()

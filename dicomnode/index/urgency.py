@@ -23,12 +23,11 @@ def hurry(db: Database, study_id: int) -> None:
     """Inside a transaction: what waits for this study goes before all else.
 
     The whole study, so that its order is kept: a revision must not overtake what it replaces.
+    The cloud outbox has classes of its own (:mod:`dicomnode.index.cloud_rows`).
     """
-    for table in ("deliveries", "sync_items"):
-        db.execute(
-            f"UPDATE {table} SET priority = ? WHERE study_id = ? AND state IN ('pending', 'sending')",
-            (URGENT, study_id),
-        )
+    db.execute(
+        "UPDATE deliveries SET priority = ? WHERE study_id = ? AND state IN ('pending', 'sending')", (URGENT, study_id)
+    )
 
 
 def raise_alert(db: Database, *, job_id: int, study_id: int, keys: Sequence[str]) -> None:

@@ -74,15 +74,10 @@ class FailureReports:
 
     def _commit(self, job: Row, results: Sequence[Result]) -> bool:
         self._in_hand = None  # a stop from here on must not make it owed again
-        return self._jobs.reported(int(job["id"]), Outcome(results), sync_destination=cloud_of(self._settings))
+        return self._jobs.reported(int(job["id"]), Outcome(results), cloud=self._settings.cloud_plan)
 
     def hand_back(self) -> None:
         """The worker is told to stop: what is being reported is due again, and this was no try."""
         job_id, self._in_hand = self._in_hand, None
         if job_id is not None:
             self._jobs.report_waits(job_id, at_once=True)
-
-
-def cloud_of(settings: Settings) -> str:
-    """Destination of what goes to the cloud; empty where none is configured."""
-    return "cloud" if settings.cloud.stow_url else ""

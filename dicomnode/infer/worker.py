@@ -25,13 +25,14 @@ from dicomnode.errors import (
 )
 from dicomnode.identity import parameters_digest, result_identity, tracking_uids
 from dicomnode.index.database import Database, Row
-from dicomnode.index.jobs import Jobs, Outcome
+from dicomnode.index.jobs import PRIORITIES, Jobs, Outcome
 from dicomnode.index.operation import Events
+from dicomnode.index.spool import Spool
 from dicomnode.infer.ahead import ReadAhead
 from dicomnode.infer.choice import engine_name
 from dicomnode.infer.comparing import changes_summary, inputs_digest, with_companions, with_prior
 from dicomnode.infer.decode import Decoder
-from dicomnode.infer.failure_reports import FailureReports, ReportFailure, cloud_of
+from dicomnode.infer.failure_reports import FailureReports, ReportFailure
 from dicomnode.infer.faults import Fault, Remedy, fault_of, leave_engine, remedy
 from dicomnode.infer.heart import EXIT_HUNG, Heart
 from dicomnode.infer.job_files import JobFiles, intact
@@ -74,6 +75,7 @@ class Worker:
         self._settings = settings
         self._db = db
         self._jobs = Jobs(db)
+        self._spool = Spool(db, settings.sync.spool_bytes if settings.cloud.stow_url else 0)
         self._events = Events(db)
         self._models = models
         self._router = Router(settings, db, models)
@@ -111,7 +113,8 @@ class Worker:
         self._expire(())
         if self._reports is not None and self._reports.run_once(self._on_results):
             return True
-        job = self._jobs.lease(self._owner, self._settings.inference.lease_seconds)
+        before = PRIORITIES["batch"] if self._spool.full() else None
+        job = self._jobs.lease(self._owner, self._settings.inference.lease_seconds, before=before)
         if job is None:
             return False
         self._do(job)
@@ -416,7 +419,7 @@ class Worker:
                     critical=[hit.key for hit in hits],
                     alert=bool(self._settings.alerts.url),
                 ),
-                sync_destination=cloud_of(self._settings),
+                cloud=self._settings.cloud_plan,
             ),
         )
 

@@ -82,6 +82,7 @@ def order_of(rule: Rule) -> Order:
         rule.seg,
         report_failures=rule.report_failures,
         critical=[_condition(key, wanted) for key, wanted in rule.critical.items()],
+        identified=rule.cloud_identity == "kept",
     )
 
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import ipaddress
 import ssl
+import time
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -13,6 +18,7 @@ from dicomnode import __version__
 from dicomnode.errors import OperatorError, PeerError
 from dicomnode.settings import Cloud
 
+T = TypeVar("T")
 MAX_TOKEN_BYTES = 64 * 1024
 
 
@@ -70,12 +76,53 @@ def open_session(cloud: Cloud, url: str) -> aiohttp.ClientSession:
     )
 
 
-async def read_bounded(response: aiohttp.ClientResponse, limit: int) -> bytes:
+REPLY_SECONDS = 25.0
+"""Time for the first byte of a reply once all was sent; with the look of the schedule below 30 seconds."""
+
+
+class Progress:
+    """When something last moved in a request; for :func:`watched`."""
+
+    def __init__(self) -> None:
+        self.at = time.monotonic()
+        self.replying = False
+
+    def touch(self) -> None:
+        self.at = time.monotonic()
+
+    def waiting_for_reply(self) -> None:
+        self.touch()
+        self.replying = True
+
+    def stalled(self, stall_seconds: float) -> bool:
+        limit = max(stall_seconds, REPLY_SECONDS) if self.replying else stall_seconds
+        return time.monotonic() - self.at > limit
+
+
+async def watched(request: Coroutine[Any, Any, T], progress: Progress, stall_seconds: float) -> T:
+    """The result of ``request``; a half-open line, which takes bytes or waits for ever, raises TimeoutError."""
+    task = asyncio.ensure_future(request)
+    try:
+        while not task.done():
+            await asyncio.wait([task], timeout=min(1.0, stall_seconds / 4))
+            if not task.done() and progress.stalled(stall_seconds):
+                raise TimeoutError
+        return task.result()
+    finally:
+        if not task.done():
+            task.cancel()
+            with contextlib.suppress(BaseException):
+                await task
+
+
+async def read_bounded(response: aiohttp.ClientResponse, limit: int, progress: Progress | None = None) -> bytes:
     """The whole body. Raises PeerError when it is longer than ``limit`` bytes."""
     parts: list[bytes] = []
     size = 0
     async for chunk in response.content.iter_chunked(64 * 1024):
         size += len(chunk)
+        if progress is not None:
+            progress.touch()
         if size > limit:
             raise PeerError("read reply", f"it is longer than {limit} bytes", "", retryable=True)
         parts.append(chunk)

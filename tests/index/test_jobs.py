@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from dicomnode.cloud_settings import CloudPlan
 from dicomnode.errors import IllegalTransition, LeaseLost, OperatorError
 from dicomnode.index.catalogue import Catalogue
 from dicomnode.index.database import Database
@@ -202,11 +203,11 @@ def test_finish_is_all_or_nothing(db: Database, monkeypatch: pytest.MonkeyPatch)
         inserts = 0
         failing(after)
         with pytest.raises(RuntimeError):
-            jobs.finish(job_id, "w", results, sync_destination="cloud")
+            jobs.finish(job_id, "w", results, cloud=CloudPlan("cloud"))
         assert {t: db.value(f"SELECT count(*) FROM {t}") for t in tables} == before
         assert state(db, job_id) == "running"
     monkeypatch.undo()
-    jobs.finish(job_id, "w", results, sync_destination="cloud")
+    jobs.finish(job_id, "w", results, cloud=CloudPlan("cloud"))
     assert {t: db.value(f"SELECT count(*) FROM {t}") for t in tables[1:]} == {
         "results": 2,
         "deliveries": 4,

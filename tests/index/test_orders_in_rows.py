@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from dicomnode.cloud_settings import CloudPlan
 from dicomnode.index.catalogue import Catalogue
 from dicomnode.index.database import Database
 from dicomnode.index.jobs import REPORT_TRIES, Jobs, Outcome, Result
@@ -54,7 +55,7 @@ def test_a_refused_label_map_takes_its_report_along_and_the_notice_too(db: Datab
 
 def test_each_destination_gets_its_kinds_and_the_cloud_the_binary(db: Database) -> None:
     job_id = ordered_job(db, ("pacs",), seg="labelmap", kinds=("SEG",))
-    Jobs(db).finish(job_id, "w", outcome(kinds=LABELMAP_KINDS), sync_destination="cloud")
+    Jobs(db).finish(job_id, "w", outcome(kinds=LABELMAP_KINDS), cloud=CloudPlan("cloud"))
     assert [i["kind"] for i in Outbox(db, "deliveries").listing()] == ["LABELMAP"]
     assert [i["kind"] for i in Outbox(db, "sync_items").listing()] == ["SEG"]
 

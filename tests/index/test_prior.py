@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from dicomnode.chains import Needs, When
+from dicomnode.cloud_settings import CloudPlan
 from dicomnode.index import prior
 from dicomnode.index.catalogue import Catalogue
 from dicomnode.index.database import Database, Row
@@ -50,7 +51,7 @@ def finish(db: Database, value: float) -> int:
     job = Jobs(db).lease("w", 60)
     assert job is not None
     results = Outcome(outcome("1.2.1").results, summary={"measurements": [{**VOLUME, "value": value}]})
-    Jobs(db).finish(job["id"], "w", results, sync_destination="cloud")
+    Jobs(db).finish(job["id"], "w", results, cloud=CloudPlan("cloud"))
     return int(job["id"])
 
 

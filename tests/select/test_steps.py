@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dicomnode.cloud_settings import CloudPlan
 from dicomnode.index.catalogue import Catalogue
 from dicomnode.index.database import Database
 from dicomnode.index.jobs import Jobs
@@ -238,7 +239,7 @@ def test_wrong_worklist_entry_stops_what_is_under_way(site: Site, so_far: str) -
     if so_far != "pending":
         assert site.jobs.lease("w", 60) is not None
     if so_far in ("done", "sent"):
-        site.jobs.finish(job["id"], "w", outcome(STUDY), sync_destination="cloud")
+        site.jobs.finish(job["id"], "w", outcome(STUDY), cloud=CloudPlan("cloud"))
     if so_far == "sent":
         for item in outbox.lease("pacs", "c", 60, 10):
             outbox.stored(item["id"], "c")

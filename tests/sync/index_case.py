@@ -13,12 +13,16 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
 
 from dicomnode import durable
+from dicomnode.cloud_settings import CloudPlan
 from dicomnode.index.catalogue import Catalogue, NewInstance
 from dicomnode.index.database import Database
 from dicomnode.index.jobs import Jobs, Outcome, Request, Result
 from dicomnode.settings import Settings
+from dicomnode.sync.departure import Departures
+from dicomnode.sync.endpoints import Endpoints
+from dicomnode.sync.sender import CloudSender
 
-CANARY = "CANARY^PATIENT"
+CANARY, CANARY_ID = "CANARY^PATIENT", "CANARY-ID"
 
 
 @dataclass
@@ -97,8 +101,16 @@ def add_job(db: Database, data_dir: Path, *, destinations: tuple[str, ...] = (),
     return Jobs(db).select(series["id"], series["generation"], reason, [request])[0]
 
 
+TO_CLOUD = CloudPlan("cloud")
+
+
 def add_results(
-    db: Database, data_dir: Path, count: int = 1, *, sync: str = "cloud", destinations: tuple[str, ...] = ()
+    db: Database,
+    data_dir: Path,
+    count: int = 1,
+    *,
+    cloud: CloudPlan = TO_CLOUD,
+    destinations: tuple[str, ...] = (),
 ) -> list[str]:
     """A finished job with ``count`` results in the outboxes; their SOPInstanceUIDs."""
     job_id = add_job(db, data_dir, destinations=destinations)
@@ -106,9 +118,19 @@ def add_results(
     leased = jobs.lease("worker", 60.0)
     assert leased is not None
     results = [Result("SR", new_instance(store, "result")) for _ in range(count)]
-    jobs.finish(job_id, "worker", Outcome(results), sync_destination=sync)
+    jobs.finish(job_id, "worker", Outcome(results), cloud=cloud)
     return [r.instance.attributes["SOPInstanceUID"] for r in results]
 
 
 def states(db: Database, table: str = "sync_items") -> list[str]:
     return [r["state"] for r in db.rows(f"SELECT state FROM {table} ORDER BY id")]
+
+
+def sender_of(settings: Settings, db: Database) -> CloudSender:
+    """As the sidecar has it."""
+    return CloudSender(settings, db, Endpoints(settings, db), Departures(settings, db))
+
+
+def as_they_are(db: Database) -> None:
+    """What waits leaves with patient identity, as a rule with cloud_identity = "kept" has it."""
+    db._connection().execute("UPDATE sync_items SET identified = 1")

@@ -13,11 +13,12 @@ from aiohttp import web
 from dicomnode import durable
 from dicomnode.index.database import Database
 from dicomnode.index.operation import Events
-from dicomnode.sync.stow import MAX_REPLY_BYTES, StowSender
+from dicomnode.sync.sender import CloudSender
+from dicomnode.sync.stow import MAX_REPLY_BYTES
 from tests.sync.cloud_fake import FakeCloud, reply, served
-from tests.sync.index_case import FakeClock, add_results, make_settings, states
+from tests.sync.index_case import FakeClock, add_results, as_they_are, make_settings, sender_of, states
 
-Body = Callable[[StowSender, FakeCloud], Awaitable[None]]
+Body = Callable[[CloudSender, FakeCloud], Awaitable[None]]
 
 
 @pytest.fixture
@@ -33,12 +34,14 @@ def db(tmp_path: Path, clock: FakeClock) -> Any:
 
 
 def drive(db: Database, tmp_path: Path, body: Body, script: list[Any] | None = None, **cloud: Any) -> FakeCloud:
+    """With identity, so that what arrives can be compared with what is stored; see test_departure.py."""
     fake = FakeCloud(list(script or []))
+    as_they_are(db)
 
     async def main() -> None:
         async with served(fake.handle) as url:
             settings = make_settings(tmp_path, cloud={"stow_url": url, "timeout_seconds": 5, **cloud})
-            sender = StowSender(settings, db)
+            sender = sender_of(settings, db)
             sender.start()
             await body(sender, fake)
 
@@ -59,7 +62,7 @@ def test_objects_arrive_as_they_are(db: Database, tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.write_text("secret-token\n")
 
-    async def body(sender: StowSender, _: FakeCloud) -> None:
+    async def body(sender: CloudSender, _: FakeCloud) -> None:
         assert await sender.flush() == 3
 
     fake = drive(db, tmp_path, body, token_file=token)
@@ -75,7 +78,7 @@ def test_objects_arrive_as_they_are(db: Database, tmp_path: Path) -> None:
 
 def test_off_without_an_address(db: Database, tmp_path: Path) -> None:
     add_results(db, tmp_path)
-    assert asyncio.run(StowSender(make_settings(tmp_path), db).flush()) == 0
+    assert asyncio.run(sender_of(make_settings(tmp_path), db).flush()) == 0
     assert states(db) == ["pending"]
 
 
@@ -134,7 +137,7 @@ def test_passing_faults_are_retried_until_stored_once_in_effect(
 ) -> None:
     [uid] = add_results(db, tmp_path)
 
-    async def body(sender: StowSender, fake: FakeCloud) -> None:
+    async def body(sender: CloudSender, fake: FakeCloud) -> None:
         assert await sender.flush() == 0
         assert states(db) == ["pending"]
         assert await sender.flush() == 0, "the endpoint is left alone until the back-off is over"
@@ -151,7 +154,7 @@ def test_passing_faults_are_retried_until_stored_once_in_effect(
 def test_a_week_of_failure_does_not_give_up(db: Database, tmp_path: Path, clock: FakeClock) -> None:
     add_results(db, tmp_path)
 
-    async def body(sender: StowSender, fake: FakeCloud) -> None:
+    async def body(sender: CloudSender, fake: FakeCloud) -> None:
         for _ in range(40):
             await sender.flush()
             clock.now += 15 * 60 + 1
@@ -166,7 +169,7 @@ def test_a_week_of_failure_does_not_give_up(db: Database, tmp_path: Path, clock:
 def test_retry_after_is_honoured(db: Database, tmp_path: Path, clock: FakeClock) -> None:
     add_results(db, tmp_path)
 
-    async def body(sender: StowSender, fake: FakeCloud) -> None:
+    async def body(sender: CloudSender, fake: FakeCloud) -> None:
         await sender.flush()
         clock.now += 599
         assert await sender.flush() == 0
@@ -183,7 +186,7 @@ def test_nothing_listens(db: Database, tmp_path: Path, clock: FakeClock) -> None
     async def main() -> None:
         async with served(FakeCloud().handle) as url:
             pass  # the port is free again
-        sender = StowSender(make_settings(tmp_path, cloud={"stow_url": url}), db)
+        sender = sender_of(make_settings(tmp_path, cloud={"stow_url": url}), db)
         assert await sender.flush() == 0
 
     asyncio.run(main())
@@ -194,7 +197,7 @@ def test_nothing_listens(db: Database, tmp_path: Path, clock: FakeClock) -> None
 def test_failed_instances_are_parked_and_the_others_stored(db: Database, tmp_path: Path) -> None:
     uids = add_results(db, tmp_path, 3)
 
-    async def body(sender: StowSender, _: FakeCloud) -> None:
+    async def body(sender: CloudSender, _: FakeCloud) -> None:
         assert await sender.flush() == 3
 
     drive(db, tmp_path, body, [lambda f, r, b: f.store(r, b, {uids[1]: 0xA900})])
@@ -205,7 +208,7 @@ def test_failed_instances_are_parked_and_the_others_stored(db: Database, tmp_pat
 def test_out_of_resources_of_one_is_retried(db: Database, tmp_path: Path, clock: FakeClock) -> None:
     uids = add_results(db, tmp_path, 2)
 
-    async def body(sender: StowSender, _: FakeCloud) -> None:
+    async def body(sender: CloudSender, _: FakeCloud) -> None:
         assert await sender.flush() == 1
         clock.now += 3600
         assert await sender.flush() == 1
@@ -220,7 +223,7 @@ def test_one_poisonous_object_does_not_stop_the_others(db: Database, tmp_path: P
     def picky(fake: FakeCloud, request: web.Request, body: bytes) -> web.Response | None:
         return web.Response(status=400) if uids[1] in fake.parts(request, body) else None
 
-    async def body(sender: StowSender, _: FakeCloud) -> None:
+    async def body(sender: CloudSender, _: FakeCloud) -> None:
         assert await sender.flush() == 3
 
     drive(db, tmp_path, body, [picky] * 4)
@@ -230,7 +233,7 @@ def test_one_poisonous_object_does_not_stop_the_others(db: Database, tmp_path: P
 def test_a_reply_about_other_instances_stores_nothing(db: Database, tmp_path: Path) -> None:
     add_results(db, tmp_path)
 
-    async def body(sender: StowSender, _: FakeCloud) -> None:
+    async def body(sender: CloudSender, _: FakeCloud) -> None:
         assert await sender.flush() == 0
 
     drive(db, tmp_path, body, [lambda *_: reply(["9.9.9"], {})])
@@ -242,7 +245,7 @@ def test_a_damaged_file_is_never_sent(db: Database, tmp_path: Path) -> None:
     path = durable.ObjectStore(tmp_path).path(db.value("SELECT file FROM results"))
     path.write_bytes(path.read_bytes()[:-1] + b"\1")
 
-    async def body(sender: StowSender, fake: FakeCloud) -> None:
+    async def body(sender: CloudSender, fake: FakeCloud) -> None:
         await sender.flush()
         assert not fake.requests
 
@@ -259,7 +262,7 @@ def test_a_bad_token_file_waits_for_the_operator(
     if content is not None:
         token.write_text(content)
 
-    async def body(sender: StowSender, fake: FakeCloud) -> None:
+    async def body(sender: CloudSender, fake: FakeCloud) -> None:
         assert await sender.flush() == 0
         assert not fake.requests
         token.write_text("good")
@@ -273,7 +276,7 @@ def test_a_bad_token_file_waits_for_the_operator(
 
 def test_identity_never_leaves_over_plain_http(db: Database, tmp_path: Path) -> None:
     add_results(db, tmp_path)
-    sender = StowSender(make_settings(tmp_path, cloud={"stow_url": "http://192.0.2.1/studies"}), db)
+    sender = sender_of(make_settings(tmp_path, cloud={"stow_url": "http://192.0.2.1/studies"}), db)
     assert asyncio.run(sender.flush()) == 0
     assert any("not https" in text for text in event_texts(db))
 
@@ -281,8 +284,8 @@ def test_identity_never_leaves_over_plain_http(db: Database, tmp_path: Path) -> 
 def test_what_a_dead_process_had_in_hand_is_sent(db: Database, tmp_path: Path) -> None:
     add_results(db, tmp_path)
 
-    async def body(sender: StowSender, _: FakeCloud) -> None:
-        assert sender.outbox.lease("cloud", sender.owner, 1e9, 10)
+    async def body(sender: CloudSender, _: FakeCloud) -> None:
+        assert sender.outbox.lease_lane(1, sender.owner, 1e9, 10, 1 << 20)
         assert await sender.flush() == 0
         sender.start()
         assert await sender.flush() == 1

@@ -16,9 +16,8 @@ from pydicom import dcmread
 
 from dicomnode import durable
 from dicomnode.index.database import Database
-from dicomnode.sync.stow import StowSender
 from tests.peers import Process, accepts, free_port, program, wait_for
-from tests.sync.index_case import FakeClock, add_results, make_settings, states
+from tests.sync.index_case import FakeClock, add_results, as_they_are, make_settings, sender_of, states
 
 PLUGIN = Path("/usr/share/orthanc/plugins/libOrthancDicomWeb.so")
 
@@ -70,8 +69,9 @@ def test_results_reach_orthanc_once_and_whole(tmp_path: Path, orthanc: str) -> N
     clock = FakeClock()
     db = Database(tmp_path / "data", clock)
     uids = add_results(db, tmp_path / "data", 5)
+    as_they_are(db)
     settings = make_settings(tmp_path / "data", cloud={"stow_url": f"{orthanc}/dicom-web/studies"})
-    sender = StowSender(settings, db)
+    sender = sender_of(settings, db)
     assert asyncio.run(sender.flush()) == 5
     assert states(db) == ["stored"] * 5
 
@@ -83,7 +83,7 @@ def test_results_reach_orthanc_once_and_whole(tmp_path: Path, orthanc: str) -> N
         assert dcmread(BytesIO(data)) == dcmread(store.path(row["file"]))
 
     # The reply was lost: the node sends again, Orthanc keeps one.
-    db._connection().execute("UPDATE sync_items SET state = 'pending', next_at = 0")
+    db._connection().execute("UPDATE sync_items SET state = 'pending', next_at = 0, identified = 1")
     assert asyncio.run(sender.flush()) == 5
     assert len(get(f"{orthanc}/instances")) == 5
     db.close()
@@ -93,13 +93,14 @@ def test_orthanc_refuses_what_is_not_dicom(tmp_path: Path, orthanc: str) -> None
     """One bad object among good ones is parked with a reason, the others arrive."""
     db = Database(tmp_path / "data", FakeClock())
     uids = add_results(db, tmp_path / "data", 3)
+    as_they_are(db)
     row = db.row("SELECT id, file FROM results WHERE SOPInstanceUID = ?", (uids[1],))
     assert row is not None
     path = durable.ObjectStore(tmp_path / "data").path(row["file"])
     path.write_bytes(b"this is not DICOM")
     db._connection().execute("UPDATE results SET sha256 = ? WHERE id = ?", (durable.sha256_file(path), row["id"]))
     settings = make_settings(tmp_path / "data", cloud={"stow_url": f"{orthanc}/dicom-web/studies"})
-    asyncio.run(StowSender(settings, db).flush())
+    asyncio.run(sender_of(settings, db).flush())
     found = states(db)
     assert (found[0], found[2]) == ("stored", "stored")
     assert found[1] != "stored"

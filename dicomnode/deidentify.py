@@ -1,0 +1,266 @@
+"""What leaves the building in place of what is stored: the one place where identity is taken away. Pure.
+
+An allow-list: an attribute that is not named here does not leave. UIDs are exchanged, but for those
+of the standard; patient's name and ID are a pseudonym; dates are shifted by a number of days that is
+the patient's own; times, sex and age (below 90 years) stay. Free text is kept only where this node
+writes it itself, without the words by which the patient is known here. The same input always gives
+the same bytes. A full engine by PS3.15 Annex E may take the place of :func:`deidentify`.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any
+
+import pydicom
+from pydicom.datadict import tag_for_keyword
+from pydicom.dataelem import DataElement
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.errors import InvalidDicomError
+from pydicom.sequence import Sequence
+
+from dicomnode.departing_keywords import EMPTY, KEPT
+from dicomnode.errors import MalformedDataSet
+from dicomnode.pseudonyms import Pseudonyms, shifted, traces
+
+METHOD = "dicomnode allow-list 1"
+REDACTED = "***"
+
+
+def _tags(keywords: Iterable[str]) -> frozenset[int]:
+    tags = {k: tag_for_keyword(k) for k in keywords}
+    unknown = [k for k, t in tags.items() if t is None]
+    assert not unknown, unknown
+    return frozenset(int(t) for t in tags.values() if t is not None)
+
+
+_KEPT_TAGS, _EMPTY_TAGS = _tags(KEPT), _tags(EMPTY)
+_CODE_MEANING, _CODE_VALUE, _SCHEME = (_tags([k]) for k in ("CodeMeaning", "CodeValue", "CodingSchemeDesignator"))
+_CREATOR = _tags(["ContentCreatorName"])
+
+_PUBLIC_SCHEMES = frozenset({"DCM", "SCT", "SRT", "LN", "UCUM", "RADLEX", "FMA", "UMLS", "NCIt", "ISO639_1", "RFC5646"})
+"""Of other coding schemes the meaning may be anybody's free text; it is replaced."""
+
+_TEXT_CONCEPTS = frozenset(
+    {
+        "121106",  # Comment
+        "113012",  # Key Object Description
+        "112039",  # Tracking Identifier
+        "111001",  # Algorithm Name
+        "111002",  # Algorithm Parameters
+        "111003",  # Algorithm Version
+        "122405",  # Algorithm Manufacturer
+        "121013",  # Device Observer Name
+        "121014",  # Device Observer Manufacturer
+        "121015",  # Device Observer Model Name
+    }
+)
+"""Text content items that this node writes itself (PS3.16, DCM)."""
+
+_DROPPED_VALUE_TYPES = frozenset({"PNAME"})
+_FREE_TEXT = frozenset({"LO", "LT", "SH", "ST", "UC", "UT"})
+_IDENTIFYING = (
+    "PatientName", "PatientID", "PatientBirthName", "PatientMotherBirthName", "AccessionNumber", "StudyID",
+    "ReferringPhysicianName", "PatientBirthDate", "PatientComments", "ResponsiblePerson", "InstitutionName",
+)  # fmt: skip
+
+_library_lock = threading.RLock()
+
+
+@dataclass(frozen=True, slots=True)
+class Departure:
+    """What leaves, and ``mapping``: (kind, pseudonym) -> what it stands for at home."""
+
+    sop_instance_uid: str
+    content: bytes
+    mapping: Mapping[tuple[str, str], str]
+
+
+def deidentify(content: bytes, pseudonyms: Pseudonyms) -> Departure:
+    """A Part 10 file that this node made, as it may leave.
+
+    Raises MalformedDataSet when it cannot be read, or when identity is burned into its pixels.
+    """
+    with _quiet():
+        try:
+            ds = pydicom.dcmread(BytesIO(content))
+            out, mapping = _object(ds, pseudonyms)
+            buffer = BytesIO()
+            pydicom.dcmwrite(buffer, out, enforce_file_format=True)
+        except (
+            InvalidDicomError,
+            EOFError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            NotImplementedError,
+        ) as error:
+            cause = f"the object cannot be de-identified ({type(error).__name__})"
+            raise MalformedDataSet("de-identify", cause) from None
+    return Departure(str(out.SOPInstanceUID), buffer.getvalue(), mapping)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """pydicom's judgement of values, and its warnings that quote them, are switched off for the whole process."""
+    with _library_lock, warnings.catch_warnings(), pydicom.config.disable_value_validation():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _object(ds: Dataset, pseudonyms: Pseudonyms) -> tuple[Dataset, dict[tuple[str, str], str]]:
+    if str(ds.get("BurnedInAnnotation") or "").upper() == "YES":
+        raise MalformedDataSet("de-identify", "identity may be burned into its pixels (BurnedInAnnotation)")
+    patient_id, issuer = str(ds.get("PatientID") or ""), str(ds.get("IssuerOfPatientID") or "")
+    known = traces(*(str(ds.get(k) or "") for k in _IDENTIFYING))
+    days = pseudonyms.days(patient_id, issuer)
+
+    def said(text: str) -> str:
+        clean = pseudonyms.text(text, days)
+        return known.sub(REDACTED, clean) if known else clean
+
+    out = _copy(ds, _Rules(pseudonyms, days, said))
+    alias = pseudonyms.patient(patient_id, issuer)
+    out.PatientName, out.PatientID = alias, alias
+    for tag in _EMPTY_TAGS & {int(e.tag) for e in ds.elements()}:
+        out[tag] = DataElement(tag, pydicom.datadict.dictionary_VR(tag), "")
+    if "DeviceSerialNumber" in ds:  # of Type 1 in enhanced equipment; here it is the node's AE title
+        out.DeviceSerialNumber = pseudonyms.record("device", str(ds.DeviceSerialNumber))[:16]
+    age = str(ds.get("PatientAge") or "")
+    if re.fullmatch(r"\d{3}[DWMY]", age):
+        out.PatientAge = "090Y" if age.endswith("Y") and int(age[:3]) > 89 else age
+    out.PatientIdentityRemoved, out.DeidentificationMethod = "YES", METHOD
+    out.LongitudinalTemporalInformationModified = "MODIFIED"
+    out.SpecificCharacterSet = "ISO_IR 192"
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID = ds.file_meta.TransferSyntaxUID
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = out.SOPClassUID, out.SOPInstanceUID
+    out.file_meta = meta
+    mapping = {("patient", alias): f"{patient_id}^{issuer}" if issuer else patient_id}
+    for kind, keyword in (
+        ("study", "StudyInstanceUID"),
+        ("series", "SeriesInstanceUID"),
+        ("instance", "SOPInstanceUID"),
+    ):
+        mapping[kind, str(out[keyword].value)] = str(ds[keyword].value)
+    return out, mapping
+
+
+@dataclass(frozen=True, slots=True)
+class _Rules:
+    pseudonyms: Pseudonyms
+    days: int
+    said: Callable[[str], str]
+
+
+def _copy(ds: Dataset, rules: _Rules) -> Dataset:
+    """Allowed elements of ``ds``; values that cannot name anybody are taken over without being decoded."""
+    out = Dataset()
+    public = str(ds.get("CodingSchemeDesignator") or "") in _PUBLIC_SCHEMES
+    for raw in list(ds.elements()):
+        tag, vr = raw.tag, raw.VR
+        if int(tag) not in _KEPT_TAGS:
+            continue
+        if vr == "SQ":
+            items = [_copy(item, rules) for item in ds[tag].value if _may_leave(item)]
+            out[tag] = DataElement(tag, "SQ", Sequence(items))
+        elif vr == "UI":
+            out[tag] = DataElement(tag, "UI", _each(ds[tag].value, rules.pseudonyms.uid))
+        elif vr in ("DA", "DT"):
+            out[tag] = DataElement(tag, vr, _each(ds[tag].value, lambda v: shifted(v, rules.days)))
+        elif vr == "PN":
+            if int(tag) in _CREATOR:  # the model, by encode.common.creator_name
+                out[tag] = DataElement(tag, "PN", rules.said(str(ds[tag].value or "")))
+        elif vr in _FREE_TEXT:
+            if int(tag) in _CODE_MEANING and not public:
+                out[tag] = DataElement(tag, "LO", "local code")
+            elif int(tag) in _CODE_MEANING or int(tag) in _CODE_VALUE or int(tag) in _SCHEME:
+                out[tag] = ds[tag]
+            else:
+                out[tag] = DataElement(tag, vr, _each(ds[tag].value, rules.said))
+        else:
+            out[tag] = raw
+    return out
+
+
+def _may_leave(item: Dataset) -> bool:
+    """Whether a content item of a report does; items of other sequences do."""
+    kind = item.get("ValueType")
+    if kind is None:
+        return True
+    if kind in _DROPPED_VALUE_TYPES:
+        return False
+    if kind != "TEXT":
+        return True
+    names = item.get("ConceptNameCodeSequence") or []
+    return bool(names) and str(names[0].get("CodeValue") or "") in _TEXT_CONCEPTS
+
+
+def _each(value: Any, change: Callable[[str], str]) -> Any:
+    if value is None:
+        return ""
+    if isinstance(value, str) or not hasattr(value, "__iter__"):
+        return change(str(value))
+    return [change(str(v)) for v in value]
+
+
+_RECORD_KEPT: Mapping[str, frozenset[str]] = {
+    "study": frozenset(
+        {"PatientSex", "ModalitiesInStudy", "NumberOfStudyRelatedSeries", "NumberOfStudyRelatedInstances"}
+    ),
+    "ai-result": frozenset(
+        {
+            *("Modality", "model", "model_version", "model_digest", "step", "revision", "critical", "objects"),
+            *("segments", "measurements", "findings", "slices", "engine", "notes"),
+        }
+    ),
+}
+_RECORD_UIDS = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")
+_PATIENT_TYPES = frozenset(_RECORD_KEPT)
+"""Types of records that concern a patient; the others (settings, preferences) leave as they are."""
+
+
+def deidentify_record(
+    kind: str, data: Mapping[str, Any], patient: Mapping[str, str], pseudonyms: Pseudonyms
+) -> tuple[dict[str, Any], dict[tuple[str, str], str]]:
+    """Content of a record as it may leave, and the mapping.
+
+    ``patient``: PatientID, IssuerOfPatientID and PatientName and AccessionNumber of its study. A type
+    that concerns a patient and is not known here leaves empty.
+    """
+    if kind not in _PATIENT_TYPES and not patient:
+        return dict(data), {}
+    patient_id, issuer = patient.get("PatientID", ""), patient.get("IssuerOfPatientID", "")
+    days = pseudonyms.days(patient_id, issuer)
+    known = traces(*(patient.get(k, "") for k in ("PatientID", "PatientName", "AccessionNumber")))
+
+    def said(text: str) -> str:
+        clean = pseudonyms.text(text, days)
+        return known.sub(REDACTED, clean) if known else clean
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(k): walk(v) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [walk(v) for v in value]
+        return said(value) if isinstance(value, str) else value
+
+    out = {k: walk(v) for k, v in data.items() if k in _RECORD_KEPT.get(kind, ())}
+    mapping: dict[tuple[str, str], str] = {}
+    for keyword in _RECORD_UIDS:
+        if data.get(keyword):
+            out[keyword] = pseudonyms.uid(str(data[keyword]))
+            name = {"StudyInstanceUID": "study", "SeriesInstanceUID": "series"}.get(keyword, "instance")
+            mapping[name, out[keyword]] = str(data[keyword])
+    if kind == "study":
+        out["PatientID"] = pseudonyms.patient(patient_id, issuer)
+        out["StudyDate"] = shifted(str(data.get("StudyDate") or ""), days)
+        mapping["patient", out["PatientID"]] = f"{patient_id}^{issuer}" if issuer else patient_id
+    return out, mapping

@@ -1,0 +1,60 @@
+"""The allow-list of :mod:`dicomnode.deidentify`: attributes that may leave the building, by DICOM keyword."""
+
+from __future__ import annotations
+
+EMPTY = (
+    "AccessionNumber", "PatientBirthDate", "PositionReferenceIndicator", "ReferringPhysicianName", "StudyID",
+)  # fmt: skip
+"""Of Type 2 in what this node makes: present, without a value."""
+
+KEPT = (
+    "AcquisitionContextSequence", "AlgorithmFamilyCodeSequence", "AlgorithmName", "AlgorithmParameters",
+    "AlgorithmSource", "AlgorithmVersion", "AnatomicRegionSequence", "BitsAllocated", "BitsStored",
+    "BodyPartExamined", "BurnedInAnnotation", "CodeMeaning", "CodeValue", "CodingSchemeDesignator",
+    "CodingSchemeVersion", "Columns", "CompletionFlag", "ConceptCodeSequence", "ConceptNameCodeSequence",
+    "ContentCreatorName", "ContentDate", "ContentDescription", "ContentLabel", "ContentQualification",
+    "ContentSequence", "ContentTemplateSequence", "ContentTime", "ContinuityOfContent",
+    "ContributingEquipmentSequence", "ContributionDateTime", "ContributionDescription", "ConversionType",
+    "CurrentRequestedProcedureEvidenceSequence", "Date", "DateOfSecondaryCapture", "DateTime",
+    "DerivationCodeSequence", "DerivationDescription", "DerivationImageSequence", "DeviceUID",
+    "DimensionDescriptionLabel", "DimensionIndexPointer", "DimensionIndexSequence", "DimensionIndexValues",
+    "DimensionOrganizationSequence", "DimensionOrganizationType", "DimensionOrganizationUID",
+    "DisplayedAreaBottomRightHandCorner", "DisplayedAreaSelectionSequence", "DisplayedAreaTopLeftHandCorner",
+    "DoubleFloatPixelData", "FloatPixelData", "FloatingPointValue", "FrameContentSequence", "FrameLabel",
+    "FrameOfReferenceUID", "FrameType", "FrameVOILUTSequence", "FunctionalGroupPointer",
+    "GraphicAnnotationSequence", "GraphicAnnotationUnits", "GraphicData", "GraphicDimensions", "GraphicFilled",
+    "GraphicLayer", "GraphicLayerDescription", "GraphicLayerOrder", "GraphicLayerRecommendedDisplayCIELabValue",
+    "GraphicLayerSequence", "GraphicObjectSequence", "GraphicType", "HighBit", "ImageComments",
+    "ImageOrientationPatient", "ImagePositionPatient", "ImageType", "InstanceCreationDate",
+    "InstanceCreationTime", "InstanceNumber", "LUTExplanation", "LUTLabel", "Laterality", "LossyImageCompression",
+    "LossyImageCompressionMethod", "LossyImageCompressionRatio", "Manufacturer", "ManufacturerModelName",
+    "MappingResource", "MaximumFractionalValue", "MeasuredValueSequence", "MeasurementUnitsCodeSequence",
+    "Modality", "NumberOfFrames", "NumberOfGraphicPoints", "NumericValue", "NumericValueQualifierCodeSequence",
+    "ParametricMapFrameTypeSequence", "PatientOrientation", "PatientSex", "PerFrameFunctionalGroupsSequence",
+    "PerformedProcedureCodeSequence", "PhotometricInterpretation", "PixelAspectRatio", "PixelData",
+    "PixelMeasuresSequence", "PixelOriginInterpretation", "PixelPaddingValue", "PixelPresentation",
+    "PixelRepresentation", "PixelSpacing", "PixelValueTransformationSequence", "PlanarConfiguration",
+    "PlaneOrientationSequence", "PlanePositionSequence", "PredecessorDocumentsSequence", "PreliminaryFlag",
+    "PresentationCreationDate", "PresentationCreationTime", "PresentationLUTShape",
+    "PresentationPixelAspectRatio", "PresentationPixelMagnificationRatio", "PresentationPixelSpacing",
+    "PresentationSizeMode", "PurposeOfReferenceCodeSequence", "QuantityDefinitionSequence",
+    "RationalDenominatorValue", "RationalNumeratorValue", "RealWorldValueFirstValueMapped",
+    "RealWorldValueIntercept", "RealWorldValueLastValueMapped", "RealWorldValueMappingSequence",
+    "RealWorldValueSlope", "RecognizableVisualFeatures", "RecommendedDisplayCIELabValue",
+    "ReferencedContentItemIdentifier", "ReferencedFrameNumber", "ReferencedFrameOfReferenceUID",
+    "ReferencedImageSequence", "ReferencedInstanceSequence", "ReferencedPerformedProcedureStepSequence",
+    "ReferencedSOPClassUID", "ReferencedSOPInstanceUID", "ReferencedSOPSequence", "ReferencedSegmentNumber",
+    "ReferencedSeriesSequence", "RelationshipType", "RescaleIntercept", "RescaleSlope", "RescaleType", "Rows",
+    "SOPClassUID", "SOPInstanceUID", "SamplesPerPixel", "SecondaryCaptureDeviceManufacturer",
+    "SecondaryCaptureDeviceManufacturerModelName", "SecondaryCaptureDeviceSoftwareVersions",
+    "SegmentAlgorithmName", "SegmentAlgorithmType", "SegmentDescription", "SegmentIdentificationSequence",
+    "SegmentLabel", "SegmentNumber", "SegmentSequence", "SegmentationAlgorithmIdentificationSequence",
+    "SegmentationFractionalType", "SegmentationType", "SegmentedPropertyCategoryCodeSequence",
+    "SegmentedPropertyTypeCodeSequence", "SegmentedPropertyTypeModifierCodeSequence", "SegmentsOverlap",
+    "SeriesDate", "SeriesDescription", "SeriesInstanceUID", "SeriesNumber", "SeriesTime",
+    "SharedFunctionalGroupsSequence", "SliceThickness", "SoftcopyVOILUTSequence", "SoftwareVersions",
+    "SourceImageSequence", "SpacingBetweenSlices", "SpatialLocationsPreserved", "StudyDate", "StudyInstanceUID",
+    "StudyTime", "TemplateIdentifier", "TextValue", "Time", "TimeOfSecondaryCapture", "TimezoneOffsetFromUTC",
+    "TrackingID", "TrackingUID", "UID", "ValueType", "VerificationFlag", "WindowCenter", "WindowWidth",
+)  # fmt: skip
+"""All that this node's results consist of, without patient, visit, institution, descriptions and numbers of others."""

@@ -1,0 +1,94 @@
+"""What leaves in place of what is stored: as it is where every rule says so, else de-identified."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dicomnode.deidentify import deidentify, deidentify_record
+from dicomnode.errors import MalformedDataSet
+from dicomnode.index.database import Database, Row
+from dicomnode.index.mapping import PseudonymRows
+from dicomnode.pseudonym_key import ensure_key
+from dicomnode.pseudonyms import Pseudonyms
+from dicomnode.settings import Settings
+
+MOST_REMEMBERED = 20_000
+_PATIENT = (
+    "SELECT p.PatientID, p.IssuerOfPatientID, st.PatientName, st.AccessionNumber, st.StudyInstanceUID"
+    " FROM studies st JOIN patients p ON p.id = st.patient_id WHERE st.id = ?"
+)
+
+
+class Departures:
+    """One per node, used by several threads; the key is read once."""
+
+    def __init__(self, settings: Settings, db: Database) -> None:
+        self._settings = settings
+        self._db = db
+        self._rows = PseudonymRows(db)
+        self._pseudonyms: Pseudonyms | None = None
+        self._new: dict[tuple[str, str], str] = {}
+        self._kept: set[tuple[str, str]] = set()
+        self._lock = threading.Lock()
+
+    def ready(self) -> None:
+        """Raises OperatorError when there is no usable key; then nothing leaves."""
+        with self._lock:
+            if self._pseudonyms is None:
+                self._pseudonyms = Pseudonyms(ensure_key(self._settings, used=self._rows.used))
+
+    def object(self, item: Row, path: Path) -> tuple[str, bytes | None]:
+        if item["identified"]:
+            return str(item["SOPInstanceUID"]), None
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise MalformedDataSet("de-identify", f"the stored file cannot be read ({error.strerror})") from None
+        left = deidentify(content, self._codec())
+        self._note(left.mapping)
+        return left.sop_instance_uid, left.content
+
+    def record(self, item: Row) -> Mapping[str, Any]:
+        data = json.loads(item["data"])
+        patient = self._db.row(_PATIENT, (item["study_id"],)) if item["study_id"] is not None else None
+        name, study = str(item["record_id"]), str(patient["StudyInstanceUID"]) if patient else None
+        if not item["identified"] and (patient is not None or item["type"] in ("study", "ai-result")):
+            codec = self._codec()
+            known = {k: str(v or "") for k, v in (patient or {}).items()}
+            data, mapping = deidentify_record(item["type"], data, known, codec)
+            self._note(mapping)
+            name = codec.uid(name) if item["type"] == "study" else codec.record(item["type"], name)
+            study = codec.uid(study) if study else None
+        return {
+            "idempotency_key": item["idempotency_key"],
+            "type": item["type"],
+            "id": name,
+            "version": item["version"],
+            "base_version": item["base_version"],
+            "changed_time": item["changed_time"],
+            "study": study,
+            "data": data,
+        }
+
+    def keep(self) -> None:
+        with self._lock:  # also while it commits: another thread's items may need the same rows
+            if not self._new:
+                return
+            self._rows.keep(self._new)
+            if len(self._kept) > MOST_REMEMBERED:
+                self._kept.clear()
+            self._kept |= self._new.keys()
+            self._new = {}
+
+    def _note(self, mapping: Mapping[tuple[str, str], str]) -> None:
+        with self._lock:
+            self._new |= {k: v for k, v in mapping.items() if k not in self._kept}
+
+    def _codec(self) -> Pseudonyms:
+        self.ready()
+        assert self._pseudonyms is not None
+        return self._pseudonyms

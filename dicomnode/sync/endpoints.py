@@ -1,0 +1,165 @@
+"""The endpoints of the cloud at work: health, probes, which one is used, what operators are told."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from time import perf_counter
+from typing import Any
+
+import aiohttp
+
+from dicomnode import logs
+from dicomnode.cloud_settings import CloudEndpoint
+from dicomnode.errors import NodeError, OperatorError
+from dicomnode.index.database import Database
+from dicomnode.index.operation import Events
+from dicomnode.metrics_cloud import show_cloud
+from dicomnode.settings import Cloud, Settings
+from dicomnode.sync.connectivity import Health, Limits, Link, choose, failed, link, succeeded
+from dicomnode.sync.http import confidential, open_session, read_token
+
+PROBE_SECONDS = 5.0
+"""Between two looks, and the time for one: fail-over and return need no traffic."""
+
+
+class Endpoints:
+    """One per node. Not thread-safe: it lives in the event loop of the sidecar."""
+
+    def __init__(self, settings: Settings, db: Database) -> None:
+        self.cloud, self.sync = settings.cloud, settings.sync
+        delivery = settings.delivery
+        self.all: Sequence[CloudEndpoint] = settings.cloud.endpoints
+        self.limits = Limits(settings.sync.offline_mode, delivery.backoff_seconds, delivery.backoff_max_seconds)
+        self.health = [Health() for _ in self.all]
+        self._causes = [""] * len(self.all)
+        self._told = [""] * len(self.all)
+        self._quiet_since = [float("-inf")] * len(self.all)
+        self._untold: list[tuple[Any, str, str]] = []
+        self._db = db
+        self._link: Link | None = None
+        self._log = logs.get()
+        self.refresh()
+
+    def current(self) -> int | None:
+        """Which endpoint to use now."""
+        return choose(self.health, self._db.clock.ticks(), self.limits.mode)
+
+    @property
+    def link(self) -> Link:
+        return link(self.health, self._db.clock.ticks(), self.limits)
+
+    def session(self, number: int) -> aiohttp.ClientSession:
+        """Raises OperatorError when the endpoint's address or files are unusable."""
+        endpoint = self.all[number]
+        if not all(confidential(u) for u in (endpoint.stow_url, endpoint.records_url) if u):
+            hint = "Results concern patients: use https, or http on this machine"
+            raise OperatorError("send to the cloud", f"{endpoint.name}: its address is not https", hint)
+        how = Cloud(ca_file=endpoint.ca_file, timeout_seconds=self.cloud.timeout_seconds)
+        return open_session(how, endpoint.stow_url)
+
+    async def headers(self, number: int) -> dict[str, str]:
+        """Raises OperatorError when the token file is unusable. It is read anew each time, never logged."""
+        token = await asyncio.to_thread(read_token, self.all[number].token_file)
+        return {"Authorization": f"Bearer {token}"} if token else {}
+
+    def succeeded(self, number: int, latency: float, *, proven: bool = True) -> None:
+        """``proven``: something was taken, it was not only a probe."""
+        self.health[number] = succeeded(self.health[number], latency, proven=proven)
+        self._quiet_since[number] = self._db.clock.ticks()
+        if self.health[number].well:
+            self._causes[number] = ""
+            self._tell(number, "", mendable=False)
+        self.refresh()
+
+    def failed(self, number: int, cause: str, *, wait: float | None = None, mendable: bool = False) -> None:
+        """``mendable``: an operator has to act; told once for each cause."""
+        now = self._db.clock.ticks()
+        self.health[number] = failed(self.health[number], now, self.limits, wait)
+        self._causes[number] = cause
+        self._tell(number, cause, mendable=mendable)
+        self.refresh()
+
+    async def probe(self) -> None:
+        """Ask those that may be asked and had no answer lately; all at a time."""
+        now = self._db.clock.ticks()
+        if self.limits.mode == "always":
+            self.refresh()
+            return
+        idle = [i for i, h in enumerate(self.health) if h.usable(now) and now - self._quiet_since[i] >= PROBE_SECONDS]
+        await asyncio.gather(*(self._probe(i) for i in idle))
+        self.refresh()
+        await self.tell()
+
+    async def _probe(self, number: int) -> None:
+        endpoint = self.all[number]
+        begin = perf_counter()
+        try:
+            headers = await self.headers(number)
+            method, url = ("GET", endpoint.health_url) if endpoint.health_url else ("OPTIONS", endpoint.stow_url)
+            timeout = aiohttp.ClientTimeout(total=PROBE_SECONDS)
+            async with (
+                self.session(number) as session,
+                session.request(method, url, headers=headers, allow_redirects=False, timeout=timeout) as response,
+            ):
+                bad = response.status >= 500 or (endpoint.health_url and response.status >= 300)
+                if bad:
+                    self.failed(number, f"its health is HTTP {response.status}")
+                    return
+        except OperatorError as error:
+            self.failed(number, str(error), mendable=True)
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError, NodeError) as error:
+            self.failed(number, f"it cannot be reached ({type(error).__name__})")
+        else:
+            self.succeeded(number, perf_counter() - begin, proven=False)
+
+    def refresh(self) -> None:
+        """Metrics, and an event when the state of the line changes."""
+        state = self.link
+        current = self.current()
+        pairs = zip(self.all, self.health, strict=True)
+        show_cloud(state, [(e.name, i == current, h) for i, (e, h) in enumerate(pairs)])
+        if state is not self._link:
+            self._log.info("cloud", state=str(state))
+            self._link = state
+
+    def report(self) -> dict[str, Any]:
+        """For the heartbeat, ``status`` and the dashboard."""
+        now, current = self._db.clock.ticks(), self.current()
+        return {
+            "state": str(self.link),
+            "mode": self.limits.mode,
+            "endpoints": [
+                {
+                    "name": endpoint.name,
+                    "in_use": number == current,
+                    "well": health.well,
+                    "latency_seconds": None if health.latency is None else round(health.latency, 4),
+                    "failures": health.failures,
+                    "again_in_seconds": round(max(0.0, health.not_before - now), 1),
+                    "error": self._causes[number],
+                }
+                for number, (endpoint, health) in enumerate(zip(self.all, self.health, strict=True))
+            ],
+        }
+
+    def _tell(self, number: int, cause: str, *, mendable: bool) -> None:
+        """One event when an endpoint goes, one for each new cause that an operator can mend, one when it is back."""
+        state = f"mend: {cause}" if mendable else "away" if cause else ""
+        before, self._told[number] = self._told[number], state
+        if state == before:
+            return
+        name = self.all[number].name
+        if mendable:
+            self._untold.append(("error", name, cause))
+        elif cause:
+            self._untold.append(("warning", name, f"results wait or go elsewhere: {cause}"))
+        else:
+            self._untold.append(("info", name, "results are accepted again"))
+        self._log.info("cloud endpoint", name=name, state=state.partition(":")[0] or "well", cause=cause)
+
+    async def tell(self) -> None:
+        """Write the events that came up; away from the event loop, since a row may have to wait."""
+        untold, self._untold = self._untold, []
+        for severity, name, text in untold:
+            await asyncio.to_thread(Events(self._db).add, severity, "cloud", f"cloud {name}", text)

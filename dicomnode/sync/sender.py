@@ -1,0 +1,307 @@
+"""The cloud outbox at work: three classes, in order within a study, to the best endpoint, until it has all.
+
+Sending twice is harmless: an object keeps its SOP Instance UID, a record its idempotency key.
+There is no attempt limit while the cause can pass.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Protocol
+
+import aiohttp
+
+from dicomnode import durable, logs, metrics
+from dicomnode.cloud_settings import LANES, Lane, node_name
+from dicomnode.errors import InputError, OperatorError
+from dicomnode.index.cloud_outbox import CloudOutbox
+from dicomnode.index.database import Database, Row
+from dicomnode.index.operation import Events
+from dicomnode.metrics_cloud import RECORDS_TOTAL
+from dicomnode.settings import Settings
+from dicomnode.sync.bandwidth import Bucket
+from dicomnode.sync.endpoints import Endpoints
+from dicomnode.sync.reply import Fate, Verdict
+from dicomnode.sync.send_records import send_records
+from dicomnode.sync.stow import Answer, Part, store
+
+MOST_REQUEST_BYTES = 32 << 20
+"""Objects of one request together; a larger one goes by itself. What is de-identified is held in memory."""
+
+
+class Prepare(Protocol):
+    """What leaves in place of what is stored (:class:`dicomnode.sync.departure.Departures`)."""
+
+    def ready(self) -> None:
+        """Raises OperatorError when nothing can be prepared, so nothing may leave."""
+
+    def object(self, item: Row, path: Path) -> tuple[str, bytes | None]:
+        """SOPInstanceUID and content of an object; None: the file as it is. Raises InputError for one that cannot."""
+
+    def record(self, item: Row) -> Mapping[str, Any]:
+        """A record as config/cloud-api.yaml has it. Raises InputError for one that cannot leave."""
+
+    def keep(self) -> None:
+        """Commit what the pseudonyms stand for; before anything of it is sent."""
+
+
+@dataclass(slots=True)
+class _Batch:
+    """What became of the items of one lease."""
+
+    stored: list[int] = field(default_factory=list)
+    again: list[tuple[int, str]] = field(default_factory=list)
+    untried: list[int] = field(default_factory=list)
+    settled: int = 0
+    failed: bool = False
+
+
+class CloudSender:
+    """One per node: leases carry ``owner``; :class:`Endpoints` remember who is well."""
+
+    def __init__(
+        self, settings: Settings, db: Database, endpoints: Endpoints, prepare: Prepare, owner: str = "sidecar"
+    ) -> None:
+        self.cloud, self.sync, self.delivery = settings.cloud, settings.sync, settings.delivery
+        self.db = db
+        self.endpoints = endpoints
+        self.owner = owner
+        self.outbox = CloudOutbox(db)
+        self.objects = durable.ObjectStore(settings.node.data_dir)
+        self._prepare = prepare
+        self._node = node_name(settings.node.ae_title)
+        self._bucket = Bucket(settings.sync.bandwidth_kb * 1024.0)
+        self._log = logs.get()
+
+    def start(self) -> None:
+        """Take back what a former life had in hand."""
+        self.outbox.expire(own=self.owner)
+
+    async def flush(self, lane: Lane | None = None) -> int:
+        """Send what is due of a class, or of all; returns how many items were settled."""
+        if not self.cloud.stow_url:
+            return 0
+        await asyncio.to_thread(self._prepare.ready)
+        await asyncio.to_thread(self.outbox.expire)
+        return sum([await self._flush(one) for one in ((lane,) if lane else LANES)])
+
+    async def _flush(self, lane: Lane) -> int:
+        settled, sessions = 0, dict[int, aiohttp.ClientSession]()
+        try:
+            while (number := self.endpoints.current()) is not None:
+                items = await asyncio.to_thread(self._lease, lane)
+                if not items:
+                    break
+                batch = await self._send(lane, number, sessions, items)
+                settled += batch.settled
+                await asyncio.to_thread(self._finish, batch)
+                await self.endpoints.tell()
+                if batch.failed and self.endpoints.current() == number:
+                    break
+                if not batch.failed and not batch.settled:
+                    break
+        finally:
+            for session in sessions.values():
+                await session.close()
+        return settled
+
+    def _lease(self, lane: Lane) -> list[Row]:
+        limit = self.sync.lane(lane).items
+        seconds = self.cloud.timeout_seconds * (limit + 2) + 600.0
+        return self.outbox.lease_lane(LANES.index(lane), self.owner, seconds, limit, MOST_REQUEST_BYTES)
+
+    async def _send(
+        self, lane: Lane, number: int, sessions: dict[int, aiohttp.ClientSession], items: Sequence[Row]
+    ) -> _Batch:
+        """Requests of one kind each, so that every stream keeps its order; ends at the first that fails as a whole."""
+        batch, blocked = _Batch(), set[str]()
+        for run in runs(items):
+            wanted = [i for i in run if i["stream"] not in blocked]
+            batch.untried += [i["id"] for i in run if i["stream"] in blocked or batch.failed]
+            if not wanted or batch.failed:
+                continue
+            try:
+                if number not in sessions:
+                    sessions[number] = self.endpoints.session(number)
+                headers = await self.endpoints.headers(number)
+                send = self._objects if wanted[0]["result_id"] is not None else self._records
+                blocked |= await send(lane, number, sessions[number], headers, wanted, batch)
+            except OperatorError as error:
+                self.endpoints.failed(number, str(error), mendable=True)
+                batch.again += [(i["id"], str(error)) for i in wanted]
+                batch.failed = True
+        return batch
+
+    async def _objects(
+        self,
+        lane: Lane,
+        number: int,
+        session: aiohttp.ClientSession,
+        headers: dict[str, str],
+        items: Sequence[Row],
+        batch: _Batch,
+    ) -> set[str]:
+        parts = await asyncio.to_thread(self._parts, items, batch)
+        if not parts:
+            return set()
+
+        async def request(some: Sequence[Part]) -> Answer:
+            return await store(session, self.endpoints.all[number].stow_url, headers, some, **self._limits(lane))
+
+        begin = perf_counter()
+        answer = await request(parts)
+        verdicts = dict(answer.verdicts)
+        for part in [p for p in parts if verdicts[p.uid].fate is Fate.alone]:
+            alone = await request([part])
+            verdicts |= alone.verdicts
+            if alone.whole:
+                answer = Answer(verdicts, alone.whole, alone.wait, alone.mendable)
+                break
+        metrics.observe("sync", perf_counter() - begin)
+        self._note(number, answer, (perf_counter() - begin), batch)
+        pairs = [(p.item, verdicts[p.uid]) for p in parts]
+        sizes = {p.item["id"]: p.size for p in parts}
+        return await asyncio.to_thread(self._settle, pairs, answer, batch, sizes)
+
+    async def _records(
+        self,
+        lane: Lane,
+        number: int,
+        session: aiohttp.ClientSession,
+        headers: dict[str, str],
+        items: Sequence[Row],
+        batch: _Batch,
+    ) -> set[str]:
+        ready = await asyncio.to_thread(self._bodies, items, batch)
+        if not ready:
+            return set()
+        url = self.endpoints.all[number].records_url
+
+        async def request(some: Sequence[tuple[Row, Mapping[str, Any]]]) -> Answer:
+            return await send_records(session, url, headers, self._node, [r for _, r in some], **self._limits(lane))
+
+        begin = perf_counter()
+        answer = await request(ready)
+        verdicts = dict(answer.verdicts)
+        for one in [(i, r) for i, r in ready if verdicts[i["idempotency_key"]].fate is Fate.alone]:
+            alone = await request([one])
+            verdicts |= alone.verdicts
+            if alone.whole:
+                answer = Answer(verdicts, alone.whole, alone.wait, alone.mendable)
+                break
+        self._note(number, answer, perf_counter() - begin, batch)
+        pairs = [(i, verdicts[i["idempotency_key"]]) for i, _ in ready]
+        return await asyncio.to_thread(self._settle, pairs, answer, batch, {})
+
+    def _limits(self, lane: Lane) -> dict[str, Any]:
+        return {
+            "seconds": self.cloud.timeout_seconds,
+            "stall_seconds": self.cloud.stall_seconds,
+            "now": self.db.clock.wall(),
+            "throttle": self._bucket.borrow if lane == "urgent" else self._bucket.wait,
+        }
+
+    def _note(self, number: int, answer: Answer, seconds: float, batch: _Batch) -> None:
+        if answer.whole:
+            self.endpoints.failed(number, answer.whole, wait=answer.wait, mendable=answer.mendable)
+            batch.failed = True
+        else:
+            self.endpoints.succeeded(number, seconds)
+
+    def _parts(self, items: Sequence[Row], batch: _Batch) -> list[Part]:
+        """Check each file against its digest and prepare it; what cannot leave is parked, never sent."""
+        parts: list[Part] = []
+        for item in items:
+            path = self.objects.path(item["file"])
+            try:
+                whole = durable.sha256_file(path) == item["sha256"]
+                size = path.stat().st_size
+            except OSError:
+                whole, size = False, 0
+            if not whole:
+                self._park(item, "the stored file is missing or does not match its digest", batch)
+                continue
+            try:
+                uid, content = self._prepare.object(item, path)
+            except InputError as error:
+                self._park(item, error.cause, batch)
+                continue
+            parts.append(Part(item, uid, size if content is None else len(content), path, content))
+        self._prepare.keep()
+        return parts
+
+    def _bodies(self, items: Sequence[Row], batch: _Batch) -> list[tuple[Row, Mapping[str, Any]]]:
+        ready = []
+        for item in items:
+            try:
+                ready.append((item, self._prepare.record(item)))
+            except InputError as error:
+                self._park(item, error.cause, batch)
+        self._prepare.keep()
+        return ready
+
+    def _park(self, item: Row, cause: str, batch: _Batch) -> None:
+        self.outbox.reject(item["id"], self.owner, cause)
+        Events(self.db).add("error", "sync-rejected", f"item {item['id']}", cause)
+        self._count(item, "rejected")
+        batch.settled += 1
+
+    def _settle(
+        self, pairs: Sequence[tuple[Row, Verdict]], answer: Answer, batch: _Batch, sizes: Mapping[int, int]
+    ) -> set[str]:
+        """Streams that have to wait for one of these items."""
+        blocked: set[str] = set()
+        first, longest = self.delivery.backoff_seconds, self.delivery.backoff_max_seconds
+        for item, verdict in pairs:
+            if verdict.fate is Fate.stored:
+                batch.stored.append(item["id"])
+                batch.settled += 1
+                self._count(item, "stored", sizes.get(item["id"], 0))
+            elif verdict.fate is Fate.reject:
+                self._park(item, verdict.cause, batch)
+            else:
+                blocked.add(item["stream"])
+                self._count(item, "retried")
+                if answer.whole:  # the endpoint is to blame, and it has a back-off of its own
+                    batch.again.append((item["id"], verdict.cause))
+                else:
+                    self.outbox.retry(item["id"], self.owner, verdict.cause, first=first, longest=longest)
+        return blocked
+
+    def _finish(self, batch: _Batch) -> None:
+        if batch.stored:
+            self.outbox.settle(batch.stored, self.owner)
+        for cause in dict.fromkeys(c for _, c in batch.again):
+            self.outbox.release([i for i, c in batch.again if c == cause], self.owner, cause)
+        if batch.untried:
+            self.outbox.release(batch.untried, self.owner, tried=False)
+
+    @staticmethod
+    def _count(item: Row, outcome: metrics.SendOutcome, size: int = 0) -> None:
+        if item["result_id"] is None:
+            RECORDS_TOTAL.labels(outcome).inc()
+        else:
+            metrics.sync(outcome)
+            metrics.SYNC_BYTES.inc(size)
+
+
+def runs(items: Sequence[Row]) -> Iterator[list[Row]]:
+    """Items in as few requests as possible: objects or records each, and every stream in its order. Pure."""
+    left = list(items)
+    while left:
+        objects = left[0]["result_id"] is not None
+        run: list[Row] = []
+        rest: list[Row] = []
+        held: set[str] = set()
+        for item in left:
+            if (item["result_id"] is not None) == objects and item["stream"] not in held:
+                run.append(item)
+            else:
+                held.add(item["stream"])
+                rest.append(item)
+        yield run
+        left = rest

@@ -1,0 +1,207 @@
+"""What leaves the node by default, byte for byte, and to whom: against the reference endpoint."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import stat
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dicomnode.cloud.storage import Storage
+from dicomnode.cloud_settings import CloudPlan, Sync
+from dicomnode.errors import OperatorError
+from dicomnode.index.database import Database
+from dicomnode.index.mapping import PseudonymRows
+from dicomnode.pseudonyms import Pseudonyms
+from dicomnode.sync.node_record import describe_node
+from tests.cloud.endpoint import endpoint
+from tests.sync.index_case import (
+    CANARY,
+    CANARY_ID,
+    FakeClock,
+    add_results,
+    as_they_are,
+    make_settings,
+    sender_of,
+    states,
+)
+
+PLAN = CloudPlan("cloud", Sync().lanes, records=True)
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+def db(tmp_path: Path, clock: FakeClock) -> Any:
+    database = Database(tmp_path / "data", clock)
+    yield database
+    database.close()
+
+
+@asynccontextmanager
+async def cloud(tmp_path: Path, **more: Any) -> AsyncIterator[tuple[Any, Storage]]:
+    """Settings that name the reference endpoint, and what it stores."""
+    async with endpoint(tmp_path / "cloud") as (url, storage):
+        section = {"stow_url": f"{url}/studies", "records_url": f"{url}/v1", "health_url": f"{url}/health", **more}
+        yield make_settings(tmp_path / "data", cloud=section, delivery={"backoff_seconds": 1}), storage
+
+
+def test_results_and_records_arrive_without_the_patient(db: Database, tmp_path: Path) -> None:
+    uids = add_results(db, tmp_path / "data", 2, cloud=PLAN)
+
+    async def main() -> None:
+        async with cloud(tmp_path) as (settings, storage):
+            assert describe_node(settings, db) == 1 and describe_node(settings, db) == 0
+            assert await sender_of(settings, db).flush() == 5
+            assert states(db) == ["stored"] * 5
+            arrived = [(a["kind"], a["name"].partition("/")[0]) for a in storage.arrivals()]
+            assert [k for k, _ in arrived] == ["record", "object", "object", "record", "record"]
+            assert [n for k, n in arrived if k == "record"] == ["study", "ai-result", "settings"]
+            codec = Pseudonyms((tmp_path / "data" / "cloud-pseudonyms.key").read_bytes())
+            held = storage.rows("SELECT SOPInstanceUID, PatientID, PatientIdentityRemoved FROM objects")
+            assert {r["SOPInstanceUID"] for r in held} == {codec.uid(u) for u in uids}
+            assert {r["PatientIdentityRemoved"] for r in held} == {"YES"}
+            [summary] = storage.feed(0, "ai-result", 9)
+            assert {o["SOPInstanceUID"] for o in summary["data"]["objects"]} == {codec.uid(u) for u in uids}
+
+    asyncio.run(main())
+    home = {str(r[k]) for r in db.rows("SELECT SOPInstanceUID, StudyInstanceUID, SeriesInstanceUID FROM instances i"
+            " JOIN series se ON se.id = i.series_id JOIN studies st ON st.id = se.study_id") for k in r}  # fmt: skip
+    sent = b"".join(p.read_bytes() for p in (tmp_path / "cloud").rglob("*") if p.is_file())
+    for word in (CANARY, *CANARY.split("^"), CANARY_ID, *home):
+        assert word.encode() not in sent
+    for uid in uids:
+        [row] = PseudonymRows(db).find(uid)
+        assert PseudonymRows(db).find(row["pseudonym"])[0]["original"] == uid, "reversible at home"
+
+
+def test_a_rule_that_keeps_identity_is_obeyed(db: Database, tmp_path: Path) -> None:
+    uids = add_results(db, tmp_path / "data", 1, cloud=PLAN)
+    as_they_are(db)
+
+    async def main() -> None:
+        async with cloud(tmp_path) as (settings, storage):
+            assert await sender_of(settings, db).flush() == 3
+            assert [r["SOPInstanceUID"] for r in storage.rows("SELECT * FROM objects")] == uids
+            [study] = storage.feed(0, "study", 9)
+            assert study["data"]["PatientID"] == CANARY_ID
+
+    asyncio.run(main())
+
+
+def test_sending_again_is_once_in_effect(db: Database, tmp_path: Path) -> None:
+    add_results(db, tmp_path / "data", 2, cloud=PLAN)
+
+    async def main() -> None:
+        async with cloud(tmp_path) as (settings, storage):
+            for _ in range(3):
+                await sender_of(settings, db).flush()
+                db._connection().execute("UPDATE sync_items SET state = 'pending'")
+            assert len(storage.arrivals()) == 4 and storage.counts()["repeated"] == 4
+            assert (
+                storage.conflicts(None, 9) == []
+                and storage.rows("SELECT max(differing) AS n FROM objects")[0]["n"] == 0
+            )
+
+    asyncio.run(main())
+
+
+def test_the_key_is_the_nodes_own_and_never_replaced(db: Database, tmp_path: Path) -> None:
+    add_results(db, tmp_path / "data", cloud=PLAN)
+    key = tmp_path / "data" / "cloud-pseudonyms.key"
+
+    async def main() -> None:
+        async with cloud(tmp_path) as (settings, storage):
+            await sender_of(settings, db).flush()
+            assert stat.S_IMODE(key.stat().st_mode) == 0o600
+            add_results(db, tmp_path / "data", cloud=PLAN)
+            key.chmod(0o644)
+            with pytest.raises(OperatorError, match="chmod 600"):
+                await sender_of(settings, db).flush()
+            key.unlink()
+            with pytest.raises(OperatorError, match="another key"):
+                await sender_of(settings, db).flush()
+            assert not key.exists() and len(storage.arrivals()) == 3, "nothing left"
+
+    asyncio.run(main())
+
+
+def test_what_cannot_be_deidentified_is_parked(db: Database, tmp_path: Path) -> None:
+    add_results(db, tmp_path / "data", 2)
+    from dicomnode import durable
+
+    row = db.row("SELECT id, file FROM results LIMIT 1")
+    assert row is not None
+    path = durable.ObjectStore(tmp_path / "data").path(row["file"])
+    path.write_bytes(b"this is not DICOM")
+    db._connection().execute("UPDATE results SET sha256 = ? WHERE id = ?", (durable.sha256_file(path), row["id"]))
+
+    async def main() -> None:
+        async with cloud(tmp_path) as (settings, storage):
+            assert await sender_of(settings, db).flush() == 2
+            assert len(storage.arrivals()) == 1
+
+    asyncio.run(main())
+    assert states(db) == ["rejected", "stored"]
+
+
+def test_fail_over_and_return(db: Database, tmp_path: Path, clock: FakeClock) -> None:
+    """The backup takes what the primary does not, at once; the primary is taken again when it is well."""
+
+    async def main() -> None:
+        async with endpoint(tmp_path / "one") as (url, _):
+            gone = url  # its port is free again below
+        async with endpoint(tmp_path / "two") as (second, backup):
+            section = {
+                "stow_url": f"{gone}/studies", "health_url": f"{gone}/health",
+                "backups": [{"name": "second", "stow_url": f"{second}/studies", "health_url": f"{second}/health"}],
+            }  # fmt: skip
+            settings = make_settings(tmp_path / "data", cloud=section)
+            sender = sender_of(settings, db)
+            lines = sender.endpoints
+            assert lines.link == "offline"
+            add_results(db, tmp_path / "data", 2)
+            assert await sender.flush() == 2 and len(backup.arrivals()) == 2
+            assert lines.link == "degraded" and [e["in_use"] for e in lines.report()["endpoints"]] == [False, True]
+            [event] = db.rows("SELECT * FROM events")
+            assert (event["severity"], event["subject"]) == ("warning", "cloud primary")
+
+            port = int(gone.rsplit(":", 1)[1])
+            async with endpoint(tmp_path / "one", port=port) as (_, primary):
+                for _ in range(2):
+                    clock.now += 5
+                    await lines.probe()
+                assert lines.link == "online"
+                add_results(db, tmp_path / "data")
+                assert await sender.flush() == 1 and len(primary.arrivals()) == 1
+            clock.now += 5
+            await lines.probe()
+            assert lines.link == "degraded"
+
+    asyncio.run(main())
+    assert states(db) == ["stored"] * 3
+    assert json.dumps([e["severity"] for e in db.rows("SELECT * FROM events")]) == '["warning", "info", "warning"]'
+
+
+@pytest.mark.parametrize("mode", ["always", "never"])
+def test_offline_mode(db: Database, tmp_path: Path, mode: str) -> None:
+    add_results(db, tmp_path / "data")
+
+    async def main() -> None:
+        async with endpoint(tmp_path / "cloud") as (url, storage):
+            section = {"stow_url": f"{url}/studies"}
+            sender = sender_of(make_settings(tmp_path / "data", cloud=section, sync={"offline_mode": mode}), db)
+            await sender.endpoints.probe()
+            sent = await sender.flush()
+            assert (sent, len(storage.arrivals())) == ((0, 0) if mode == "always" else (1, 1))
+            assert sender.endpoints.link == ("offline" if mode == "always" else "online")
+
+    asyncio.run(main())

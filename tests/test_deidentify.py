@@ -1,0 +1,154 @@
+"""De-identification of every kind of result: nothing of the patient in any byte, valid, and always the same bytes."""
+
+from __future__ import annotations
+
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+from pydicom import dcmread, dcmwrite
+from pydicom.dataset import Dataset
+from pydicom.uid import generate_uid
+
+from dicomnode.deidentify import REDACTED, deidentify, deidentify_record
+from dicomnode.encode import encode_results
+from dicomnode.errors import MalformedDataSet
+from dicomnode.orders import KINDS, order_for
+from dicomnode.pseudonyms import Pseudonyms
+from tests.encode.source_case import SOURCES, case_of
+
+CODEC = Pseudonyms(b"k" * 32)
+NAME, ID = "CanaryName^CanaryGiven", "CANARY-ID-0815"
+OTHERS = {
+    "AccessionNumber": "CANARY-ACC",
+    "PatientBirthDate": "19700203",
+    "ReferringPhysicianName": "CanaryDoctor^Some",
+    "StudyDescription": "CanaryStudy",
+    "StudyID": "CANARY-SID",
+    "PatientComments": "CanaryComment",
+}
+
+
+def everything(tmp_path: Path) -> list[bytes]:
+    def named(ds: Dataset) -> Dataset:
+        ds.PatientName, ds.PatientID = NAME, ID
+        for keyword, value in OTHERS.items():
+            setattr(ds, keyword, value)
+        return ds
+
+    case = case_of([named(ds) for ds in SOURCES["tilted-ct"]()], tmp_path)
+    order = order_for(["pacs"], KINDS, "labelmap")
+    made = encode_results(case.analysis, case.identity, case.model, case.sources, station=case.station, order=order)
+    return [m.part10 for m in made]
+
+
+def uids_of(ds: Dataset) -> set[str]:
+    found: set[str] = set()
+    for element in ds:
+        if element.VR == "SQ":
+            for item in element.value:
+                found |= uids_of(item)
+        elif element.VR == "UI":
+            found |= {str(v) for v in (element.value if element.VM > 1 else [element.value])}
+    return {u for u in found if u and not u.startswith("1.2.840.10008.")}
+
+
+def test_no_byte_of_the_patient_leaves(tmp_path: Path) -> None:
+    parts = everything(tmp_path)
+    assert len(parts) >= 8
+    known = {u for part in parts for u in uids_of(dcmread(BytesIO(part)))}
+    for part in parts:
+        before = dcmread(BytesIO(part))
+        left = deidentify(part, CODEC)
+        assert b"anary" in part and b"CANARY" in part
+        assert b"anary" not in left.content and b"CANARY" not in left.content
+        assert b"19700203" not in left.content
+        assert [u for u in known if u.encode() in left.content] == []
+        after = dcmread(BytesIO(left.content))
+        assert after.PatientName == after.PatientID == CODEC.patient(ID)
+        assert after.PatientIdentityRemoved == "YES" and after.PatientBirthDate == after.AccessionNumber == ""
+        assert after.StudyDate != before.StudyDate and after.Modality == before.Modality
+        assert (after.get("PixelData"), after.SOPClassUID) == (before.get("PixelData"), before.SOPClassUID)
+        assert len(uids_of(after)) == len(uids_of(before)), "each UID has one of its own"
+        assert left.sop_instance_uid == CODEC.uid(str(before.SOPInstanceUID)) == after.SOPInstanceUID
+        assert left.mapping["patient", CODEC.patient(ID)] == ID
+        assert left.mapping["study", str(after.StudyInstanceUID)] == before.StudyInstanceUID
+        assert deidentify(part, CODEC).content == left.content
+        assert deidentify(part, Pseudonyms(b"l" * 32)).sop_instance_uid != left.sop_instance_uid
+
+
+def report(tmp_path: Path) -> Dataset:
+    return next(ds for ds in (dcmread(BytesIO(p)) for p in everything(tmp_path)) if ds.Modality == "SR")
+
+
+def written(ds: Dataset) -> bytes:
+    buffer = BytesIO()
+    dcmwrite(buffer, ds, enforce_file_format=True)
+    return buffer.getvalue()
+
+
+def test_what_others_could_put_into_a_report_does_not_leave(tmp_path: Path) -> None:
+    ds = report(tmp_path)
+    ds.SpecificCharacterSet = "ISO_IR 192"
+
+    def item(kind: str, code: str, **values: object) -> Dataset:
+        name = Dataset()
+        name.CodeValue, name.CodingSchemeDesignator, name.CodeMeaning = code, "DCM", "x"
+        found = Dataset()
+        found.RelationshipType, found.ValueType, found.ConceptNameCodeSequence = "CONTAINS", kind, [name]
+        for keyword, value in values.items():
+            setattr(found, keyword, value)
+        return found
+
+    local = Dataset()
+    local.CodeValue, local.CodingSchemeDesignator, local.CodeMeaning = "77", "99LOCAL", "Chest of CanaryName"
+    foreign = generate_uid()
+    ds.ContentSequence += [
+        item("PNAME", "121008", PersonName=NAME),
+        item("TEXT", "121030", TextValue="Subject CanaryName"),
+        item("TEXT", "121106", TextValue=f"Of {ID}, canaryname, seen 2024-01-02 in {foreign}; 王"),
+        item("CODE", "121058", ConceptCodeSequence=[local]),
+        item("DATE", "121107", Date="20240102"),
+    ]
+    ds.add_new(0x00091001, "LO", "CANARY private")
+    content = deidentify(written(ds), CODEC).content
+    assert b"anary" not in content.lower() and foreign.encode() not in content and b"2024-01-02" not in content
+    after = dcmread(BytesIO(content))
+    texts = [c.TextValue for c in after.ContentSequence if c.ValueType == "TEXT"]
+    assert texts[-1].startswith(f"Of {REDACTED}, {REDACTED}, seen 202") and texts[-1].endswith("; 王")
+    assert after.ContentSequence[-1].Date not in ("", "20240102")
+
+
+def test_burned_in_identity_and_rubbish_do_not_leave(tmp_path: Path) -> None:
+    ds = report(tmp_path)
+    ds.BurnedInAnnotation = "YES"
+    with pytest.raises(MalformedDataSet, match="burned"):
+        deidentify(written(ds), CODEC)
+    with pytest.raises(MalformedDataSet, match="cannot be de-identified"):
+        deidentify(b"this is not DICOM", CODEC)
+
+
+@pytest.mark.parametrize(("age", "left"), [("095Y", "090Y"), ("054Y", "054Y"), ("003M", "003M")])
+def test_age(tmp_path: Path, age: str, left: str) -> None:
+    ds = report(tmp_path)
+    ds.PatientAge = age
+    assert dcmread(BytesIO(deidentify(written(ds), CODEC).content)).get("PatientAge") == left
+
+
+def test_records() -> None:
+    patient = {"PatientID": ID, "PatientName": NAME, "IssuerOfPatientID": "", "AccessionNumber": "CANARY-ACC"}
+    study = {
+        "StudyInstanceUID": "1.2.3.4.5.6", "StudyDate": "20240102", "StudyDescription": "CanaryStudy", **patient,
+        "PatientSex": "F", "ModalitiesInStudy": ["CT"], "NumberOfStudyRelatedSeries": 2,
+    }  # fmt: skip
+    out, mapping = deidentify_record("study", study, patient, CODEC)
+    assert out == {
+        "PatientSex": "F", "ModalitiesInStudy": ["CT"], "NumberOfStudyRelatedSeries": 2,
+        "StudyInstanceUID": CODEC.uid("1.2.3.4.5.6"), "PatientID": CODEC.patient(ID), "StudyDate": out["StudyDate"],
+    }  # fmt: skip
+    assert out["StudyDate"] not in ("", "20240102") and mapping["patient", out["PatientID"]] == ID
+    told = {"SeriesInstanceUID": "1.2.3.4.5.7", "notes": [f"{NAME} of {ID}"], "objects": [{"uid": "1.2.3.4.5.8"}]}
+    out, _ = deidentify_record("ai-result", told | {"new": "CANARY"}, patient, CODEC)
+    assert "anary" not in str(out).lower() and "1.2.3.4" not in str(out) and "new" not in out
+    assert deidentify_record("unknown", told, patient, CODEC)[0] == {"SeriesInstanceUID": CODEC.uid("1.2.3.4.5.7")}
+    assert deidentify_record("settings", {"a": 1}, {}, CODEC) == ({"a": 1}, {})
