@@ -379,12 +379,15 @@ def demo(
     once: Annotated[bool, typer.Option("--once", help="exit after one full round trip")] = False,
     output: Annotated[Path, typer.Option(help="where the results go")] = Path("demo-output"),
     slices: Annotated[int, typer.Option(min=24, help="slices of the phantom")] = 128,
+    radiograph: Annotated[bool, typer.Option("--radiograph", help="a CR and a DX of the phantom instead")] = False,
     as_json: Json = False,
 ) -> None:
     """Send a study through a node and a loopback PACS and show what comes back."""
     from dicomnode.demo.run import run_demo
 
-    raise typer.Exit(run_demo(path, once=once, output=output, slices=slices, as_json=as_json))
+    if radiograph and path is not None:
+        raise typer.BadParameter("--radiograph is the phantom's; leave the folder out")
+    raise typer.Exit(run_demo(path, once=once, output=output, slices=0 if radiograph else slices, as_json=as_json))
 
 
 @app.command()

@@ -20,6 +20,7 @@ pleural surface; on a surface of about 1300 cm2 half a voxel of 0.7 mm is 1.5 %.
 MEAN_HU = 12.0
 SHARE_POINTS = 1.0
 DICE = 0.97
+TILT_DEGREES = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,15 @@ def compare(numbers: list[Number], labels: Mapping[int, str], truth: Mapping[int
         unit = {"[hnsf'U]": "HU"}.get(number.unit, number.unit)
         found.append(Comparison(known.name, quantity, unit, number.value, true, difference, limit, relative))
     return found
+
+
+def compare_tilt(numbers: list[Number], leaning: float) -> list[Comparison]:
+    """The tilt in the report of a radiograph beside the angle by which the phantom leans, degrees."""
+    return [
+        Comparison("chest", "tilt", "deg", n.value, leaning, n.value - leaning, TILT_DEGREES, relative=False)
+        for n in numbers
+        if n.code == "CXRTILT 99DICOMNODE"
+    ]
 
 
 def phantom_affine(phantom: Phantom) -> Any:

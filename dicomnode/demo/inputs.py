@@ -12,10 +12,12 @@ import pydicom
 from dicomnode.deliver.files import find_files
 from dicomnode.deliver.scu import Outgoing
 from dicomnode.demo.phantom import EXAMPLE_TIME, Phantom, thorax, to_datasets
+from dicomnode.demo.radiograph import radiograph, write_radiograph
 from dicomnode.errors import OperatorError
 
 BODY_MM = 320.0
 WIDEST_SLICE_MM = 10.0
+LEANING = 4.0
 MEDIA_DIRECTORY = "1.2.840.10008.1.3.10"
 """DICOMDIR is a file of media, never sent (PS3.3 F)."""
 
@@ -53,6 +55,8 @@ class Inputs:
     skipped: int
     uid_of: dict[int, str]
     phantom: Phantom | None = None
+    leaning: float | None = None
+    """Degrees by which the phantom of the radiographs leans."""
 
     @property
     def studies(self) -> int:
@@ -73,7 +77,15 @@ def write_phantom(folder: Path, slices: int, advance: Callable[[], None]) -> Pha
     return phantom
 
 
-def read_inputs(folder: Path, phantom: Phantom | None = None) -> Inputs:
+def write_radiographs(folder: Path) -> float:
+    """A DX and a CR of the phantom; returns by how many degrees it leans."""
+    image = radiograph(mm=0.4, leaning=LEANING)
+    write_radiograph(image, folder / "dx.dcm", "DX")
+    write_radiograph(image, folder / "cr.dcm", "CR")
+    return LEANING
+
+
+def read_inputs(folder: Path, phantom: Phantom | None = None, leaning: float | None = None) -> Inputs:
     """Every DICOM file of a folder. Raises OperatorError when there is none."""
     found, skipped = find_files([folder])
     files = [f for f in found if f.sop_class_uid != MEDIA_DIRECTORY]
@@ -89,4 +101,6 @@ def read_inputs(folder: Path, phantom: Phantom | None = None) -> Inputs:
         raise OperatorError(
             "read the folder", f"{folder} holds a DICOMDIR but no images", "Give the folder of the images"
         )
-    return Inputs(folder, files, list(series.values()), len(skipped) + len(found) - len(files), uid_of, phantom)
+    return Inputs(
+        folder, files, list(series.values()), len(skipped) + len(found) - len(files), uid_of, phantom, leaning
+    )

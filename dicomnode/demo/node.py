@@ -73,6 +73,13 @@ match = {{ Modality = "CT" }}
 models = ["ct-lung"]
 send_to = ["pacs"]
 
+[[rules]]
+name = "chest-radiographs"
+match = {{ Modality = ["CR", "DX"] }}
+models = ["cxr-quality"]
+results = ["SEG", "SR", "SC"]
+send_to = ["pacs"]
+
 [logging]
 format = "json"
 """,

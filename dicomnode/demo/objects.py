@@ -165,7 +165,8 @@ def _group_numbers(group: Dataset) -> Iterator[Number]:
     for child in group.ContentSequence:
         for reference in child.get("ReferencedSOPSequence", []):
             if str(reference.ReferencedSOPClassUID) == SEG_CLASS:
-                segment = int(pydicom.multival.MultiValue(int, _several(reference.ReferencedSegmentNumber))[0])
+                named = reference.get("ReferencedSegmentNumber") or reference.get("ReferencedFrameNumber")
+                segment = int(pydicom.multival.MultiValue(int, _several(named))[0])  # of one image: a frame each
     for child in group.ContentSequence:
         if child.ValueType == "NUM" and child.MeasuredValueSequence:
             measured = child.MeasuredValueSequence[0]

@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pydicom
+from PIL import Image
 
-from dicomnode.demo.check import Check, Comparison, check_phantom, check_validity
+from dicomnode.demo.check import Check, Comparison, check_phantom, check_validity, compare_tilt
 from dicomnode.demo.inputs import Inputs, SentSeries
+from dicomnode.demo.montage import save_png
 from dicomnode.demo.montages import draw_phantom, draw_series
 from dicomnode.demo.objects import Number, read_numbers
 from dicomnode.demo.workspace import Workspace
 from dicomnode.errors import NodeError
 from dicomnode.index.database import Row
 
+RADIOGRAPHS = "cxr-quality"
 ANSWERED = ("done", "refused", "superseded", "skipped", "not-run")
 
 
@@ -52,7 +55,7 @@ def conclude(
         out.jobs.append(_job(job, series.get(job["SeriesInstanceUID"]), inputs, files, space, out))
     matched = {job["SeriesInstanceUID"] for job in jobs}
     out.unmatched = [
-        {"series": s.name, "why": f"the only rule is Modality = CT; this is {s.modality or 'without a modality'}"}
+        {"series": s.name, "why": f"the rules are for CT, CR and DX; this is {s.modality or 'without a modality'}"}
         for s in inputs.series
         if s.series_uid not in matched
     ]
@@ -95,6 +98,11 @@ def _check_whole(inputs: Inputs, jobs: Sequence[Row], objects: Mapping[str, byte
         text = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
         exact = kinds == {"SEG": 1, "SR": 1}
         empty = inputs.phantom is None and kinds == {"SR": 1}  # the model found nothing: there is no SEG
+        if str(job["model"]).startswith(RADIOGRAPHS):
+            right = kinds["SR"] == 1 and kinds["SC"] <= kinds["SEG"] + 1
+            right = right and (inputs.leaning is None or kinds == {"SEG": 1, "SR": 1, "SC": 1})
+            out.checks.append(Check(f"objects of job {job['id']}", text, "1 SR, for each image a SEG", right))
+            continue
         out.checks.append(Check(f"objects of job {job['id']}", text, "1 SEG, 1 SR", exact or empty))
 
 
@@ -129,7 +137,9 @@ def _job(
         if sr is not None:
             names = {int(s.SegmentNumber): str(s.SegmentLabel) for s in seg.SegmentSequence} if seg is not None else {}
             row["measurements"] = [_measurement(n, names) for n in read_numbers(sr)]
-        if seg is not None and sr is not None and series is not None:
+        if str(job["model"]).startswith(RADIOGRAPHS):
+            _judge_radiograph(job, sr, paths.get("SC"), inputs, row, space, out)
+        elif seg is not None and sr is not None and series is not None:
             row["montage"] = str(_judge(job, series, seg, sr, inputs, row, space, out))
     except (NodeError, AttributeError, KeyError, ValueError) as error:
         cause = str(error) if isinstance(error, NodeError) else f"it cannot be read ({type(error).__name__}: {error})"
@@ -165,6 +175,21 @@ def _judge(
         out.checks.append(Check(f"SEG of job {job['id']}", "lies on the images", "lies on the images", True))
     out.montages.append(path)
     return path
+
+
+def _judge_radiograph(
+    job: Row, sr: Any, picture: Path | None, inputs: Inputs, row: dict[str, Any], space: Workspace, out: Findings
+) -> None:
+    """The tilt against the phantom's; the node's own key image is the picture."""
+    if inputs.leaning is not None and sr is not None:
+        found = compare_tilt(read_numbers(sr), inputs.leaning)
+        out.comparisons += found
+        out.checks.append(Check(f"tilt of job {job['id']}", f"{len(found)} right", "1 right", all(c.ok for c in found)))
+    if picture is not None:
+        path = space.root / f"radiograph-{job['id']}.png"
+        save_png(Image.fromarray(pydicom.dcmread(picture).pixel_array), path)
+        row["montage"] = str(path)
+        out.montages.append(path)
 
 
 def _seconds(job: Row) -> dict[str, float]:

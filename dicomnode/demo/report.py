@@ -155,7 +155,7 @@ def _sentence(report: Mapping[str, Any]) -> str:
         return "Everything came back right."
     if report["jobs"]:
         return "Every series was answered, but none analysed: the model refused them, each with its reason above."
-    return "Everything was stored, but nothing analysed: no series is a CT, so no rule matched."
+    return "Everything was stored, but nothing analysed: no series is CT, CR or DX, so no rule matched."
 
 
 def _where(report: Mapping[str, Any], console: Console) -> None:

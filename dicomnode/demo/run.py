@@ -24,7 +24,7 @@ from dicomnode import logs
 from dicomnode.deliver.files import send_files
 from dicomnode.deliver.scu import SendOutcome, Sent
 from dicomnode.demo import report as report_text
-from dicomnode.demo.inputs import Inputs, read_inputs, write_phantom
+from dicomnode.demo.inputs import Inputs, read_inputs, write_phantom, write_radiographs
 from dicomnode.demo.launch import LOOPBACK, Program
 from dicomnode.demo.node import MODALITY_AE, NODE_AE, Ports, choose_ports, start_node, wait_ready, write_configuration
 from dicomnode.demo.outcome import Findings, conclude
@@ -71,7 +71,7 @@ class Sending:
 
 
 def run_demo(path: Path | None, *, once: bool, output: Path, slices: int, as_json: bool) -> int:
-    """Run it; the exit code is 0 only if everything came back right.
+    """Run it; the exit code is 0 only if everything came back right. Without ``slices`` the phantom is radiographed.
 
     Without ``once`` node and PACS stay up until Ctrl-C or SIGTERM. Everything that was
     started is stopped, however it ends. Raises OperatorError with what to do.
@@ -142,6 +142,11 @@ def _inputs(demo: Demo, path: Path | None, slices: int, console: Console) -> Inp
             inputs = read_inputs(path)
             told.say(f"{len(inputs.files)} images, {len(inputs.series)} series, {inputs.studies} studies")
         return inputs
+    if not slices:
+        with step(console, "Rendering two radiographs of the phantom") as told:
+            leaning = write_radiographs(demo.space.inputs)
+        demo.seconds["phantom"] = told.seconds
+        return read_inputs(demo.space.inputs, leaning=leaning)
     with step(console, f"Rendering the phantom, {slices} slices", slices) as told:
         phantom = write_phantom(demo.space.inputs, slices, told.advance)
     demo.seconds["phantom"] = told.seconds

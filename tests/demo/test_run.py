@@ -63,6 +63,22 @@ def test_phantom_goes_round_and_comes_back_right(tmp_path: Path) -> None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_radiographs_go_round_and_come_back_right(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    run = demo(folder, "--radiograph")
+    assert run.returncode == 0, run.stderr
+    report = json.loads(run.stdout)
+    assert [(j["state"], sorted(r["kind"] for r in j["results"])) for j in report["jobs"]] == 2 * [
+        ("done", ["SC", "SEG", "SR"])
+    ]
+    assert [(c["quantity"], c["true"], c["ok"]) for c in report["comparisons"]] == 2 * [("tilt", 4.0, True)]
+    quantities = {m["quantity"] for j in report["jobs"] for m in j["measurements"]}
+    assert {"Exposure Index", "Noise, standard deviation, share of grey scale"} <= quantities
+    assert sorted(p.name for p in folder.glob("radiograph-*.png")) == ["radiograph-1.png", "radiograph-2.png"]
+
+
 @pytest.fixture(scope="module")
 def own_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two studies: a chest CT, and one with a CT of five slices, an MR series and a text file."""
