@@ -138,17 +138,6 @@ def find_bundles(models_dir: Path) -> list[BundleFolder]:
     return found
 
 
-def find_bundle(models_dir: Path, reference: str) -> BundleFolder:
-    """The folder for ``name`` (newest release; a pre-release only if nothing else) or ``name@version``."""
-    name, _, version = reference.partition("@")
-    candidates = [b for b in find_bundles(models_dir) if b.name == name and version in ("", b.version)]
-    if not candidates:
-        known = ", ".join(f"{b.name}@{b.version}" for b in find_bundles(models_dir)) or "none"
-        raise BundleError("find model", f"there is no bundle {reference}", f"Present: {known}")
-    releases = [b for b in candidates if "-" not in b.version]
-    return (releases or candidates)[-1]
-
-
 def compare_versions(a: str, b: str) -> int:
     """Precedence of two semantic versions (semver.org 2.0.0, item 11): negative, 0, positive."""
     first, second = _precedence(a), _precedence(b)

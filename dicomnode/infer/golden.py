@@ -6,11 +6,9 @@ measurements within 1e-3; NaN, Inf and constant outputs are refused whatever was
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,14 +20,13 @@ from dicomnode.infer.engine import ByName, Engine, Loads, Session
 from dicomnode.infer.faults import Fault, golden_code
 from dicomnode.infer.manifest import GoldenCase, Manifest
 from dicomnode.infer.pipeline import NO_SERIES, Progress, analyse_series, infer, run_bundle
-from dicomnode.infer.stages.golden import run_case
+from dicomnode.infer.stages.golden import load_array, measurement_problems, run_case
 from dicomnode.infer.stages.inputs import SegMask
 from dicomnode.infer.stages.manifest import StagedManifest
 from dicomnode.infer.stages.run import open_session
 from dicomnode.infer.volume import ReadSlice, Volume, spacing_of
 from dicomnode.records import Analysis, ModelIdentity, SourceInstance
 
-MAX_GOLDEN_VOXELS = 1 << 26
 _HINTS = {
     Fault.oom.value: "Nothing is wrong with the model: free GPU memory, or raise inference.gpu_memory_share",
     Fault.lost.value: "Nothing is wrong with the model: see 'nvidia-smi' and the kernel's log for Xid",
@@ -175,14 +172,14 @@ def check_golden(bundle: Bundle, session: Session) -> GoldenReport:
 
 def golden_volume(bundle: Bundle, case: GoldenCase) -> Volume:
     """The input of a golden case; spacing follows from the columns of its affine."""
-    values = _load(bundle, case.input, np.dtype("<i2"))
+    values = load_array(bundle.read, case.input, ("<i2",))
     affine = np.array(case.affine, np.float64)
     return Volume(values, affine, spacing_of(affine), tuple(f"2.25.{i + 1}" for i in range(values.shape[0])))
 
 
 def _run(bundle: Bundle, manifest: Manifest, session: Session, case: GoldenCase) -> CaseResult:
     volume = golden_volume(bundle, case)
-    expected = _load(bundle, case.labels, np.dtype("u1"))
+    expected = load_array(bundle.read, case.labels, ("|u1",))
     if expected.shape != volume.values.shape:
         raise BundleError("verify bundle", f"{case.labels} and {case.input} differ in shape")
     try:
@@ -205,30 +202,10 @@ def _run(bundle: Bundle, manifest: Manifest, session: Session, case: GoldenCase)
         problems.append(f"{disagreement:.2%} of the voxels have another label")
     if dice < case.min_dice:
         problems.append(f"Dice {dice:.4f}")
-    if got.keys() != case.measurements.keys():
-        problems.append("other measurements than expected")
-    for key in sorted(got.keys() & case.measurements.keys()):
-        wanted = case.measurements[key]
-        if not abs(got[key] - wanted) <= case.relative_tolerance * max(abs(wanted), 1.0):
-            problems.append(f"{key} is {got[key]:.6g}, expected {wanted:.6g}")
+    problems += measurement_problems(case, got)
     return CaseResult(case.name, tuple(problems), disagreement, dice)
 
 
 def _dice(a: npt.NDArray[np.bool_], b: npt.NDArray[np.bool_]) -> float:
     total = int(a.sum()) + int(b.sum())
     return 1.0 if total == 0 else 2.0 * int((a & b).sum()) / total
-
-
-def _load(bundle: Bundle, name: str, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    """A 3-D .npy array of exactly ``dtype``, without pickle, its size checked before reading."""
-    data = io.BytesIO(bundle.read(name))
-    try:
-        version = np.lib.format.read_magic(data)
-        shape, fortran, found = np.lib.format.read_array_header_1_0(data)
-        fits = version == (1, 0) and found == dtype and not fortran and len(shape) == 3 and 0 not in shape
-        if fits and int(np.prod(shape, dtype=object)) <= MAX_GOLDEN_VOXELS:
-            return np.frombuffer(data.read(), dtype).reshape(shape)
-        cause = f"holds {found} {shape}"
-    except ValueError as error:
-        cause = str(error)
-    raise BundleError("verify bundle", f"{name}: {cause}", "Fetch the bundle again")

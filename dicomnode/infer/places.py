@@ -30,7 +30,28 @@ LOCAL_WORKING_BYTES = 1 << 30
 ACCELERATED = ("tensorrt", "onnxruntime-gpu")
 
 
-class Local:
+class _Serves:
+    """What every place does with the models that it keeps."""
+
+    _serving: ServingModels
+
+    def hold(self, model: ReadyModel) -> None:
+        """As ``ServingModels.hold``."""
+        self._serving.hold(model)
+
+    def let_go(self, model: ReadyModel) -> None:
+        self._serving.let_go(model)
+
+    def keep(self, references: Sequence[str]) -> None:
+        """As ``ServingModels.keep``."""
+        self._serving.keep(references)
+
+    def settled(self, model: ReadyModel) -> bool:
+        """As ``ServingModels.settled``."""
+        return self._serving.settled(model)
+
+
+class Local(_Serves):
     """This box's engine."""
 
     name = LOCAL
@@ -47,10 +68,6 @@ class Local:
         """The model on this box's next engine. Raises EngineError as ``ServingModels.other``."""
         return self._serving.other(model)
 
-    def settled(self, model: ReadyModel) -> bool:
-        """As ``ServingModels.settled``."""
-        return self._serving.settled(model)
-
     def candidate(self, model: ReadyModel) -> Candidate:
         free = int(psutil.virtual_memory().available)
         fit = resource_fit(
@@ -66,22 +83,11 @@ class Local:
     def prepare(self, references: Sequence[str]) -> None:
         self._serving.prepare(references)
 
-    def hold(self, model: ReadyModel) -> None:
-        """As ``ServingModels.hold``."""
-        self._serving.hold(model)
-
-    def let_go(self, model: ReadyModel) -> None:
-        self._serving.let_go(model)
-
-    def keep(self, references: Sequence[str]) -> None:
-        """As ``ServingModels.keep``."""
-        self._serving.keep(references)
-
     def report(self) -> dict[str, Any]:
         return self._serving.report()
 
 
-class Remote:
+class Remote(_Serves):
     """A KServe endpoint with the models that have passed their golden cases through it."""
 
     def __init__(self, engine: KServe, serving: ServingModels, clock: Callable[[], float] = time.monotonic) -> None:
@@ -120,11 +126,6 @@ class Remote:
     def other(self, model: ReadyModel) -> None:
         """An endpoint has one engine."""
 
-    def settled(self, model: ReadyModel) -> bool:
-        """Nothing is built for an endpoint."""
-        del model
-        return True
-
     def candidate(self, model: ReadyModel) -> Candidate:
         endpoint = self.engine.endpoint
         there, _ = endpoint.remote(model.identity.name, model.identity.version)
@@ -161,16 +162,9 @@ class Remote:
             except NodeError:
                 continue  # it is told by the report, and logged once
 
-    def hold(self, model: ReadyModel) -> None:
-        """As ``ServingModels.hold``."""
-        self._serving.hold(model)
-
-    def let_go(self, model: ReadyModel) -> None:
-        self._serving.let_go(model)
-
     def keep(self, references: Sequence[str]) -> None:
         """As ``ServingModels.keep``."""
-        self._serving.keep(references)
+        super().keep(references)
         for reference in [r for r in self._refused if r not in references]:
             del self._refused[reference]
 

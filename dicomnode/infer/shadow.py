@@ -39,6 +39,8 @@ from dicomnode.settings import EngineName, Settings
 
 DIED = "the process that compares ended (code {}): out of memory, or the model crashed"
 
+LEAST_SHARE = 0.05
+
 
 @dataclass(slots=True)
 class _Running:
@@ -169,7 +171,7 @@ class Shadows:
             data_dir=str(self._settings.node.data_dir),
             threads=self._settings.inference.threads,
             max_batch=self._settings.inference.max_batch,
-            gpu_memory_share=self._settings.inference.gpu_memory_share,
+            gpu_memory_share=beside(self._settings.inference.gpu_memory_share),
             sources=[
                 [
                     r["SOPInstanceUID"],
@@ -233,6 +235,11 @@ class Shadows:
             self._runs.compare_end(one.comparison, {"state": "done", "error": None, **fields})
         self.close()
         self._router.recheck(one.name)
+
+
+def beside(share: float) -> float:
+    """Share of the GPU's memory for a comparison: what the clinical work leaves. A child that is stopped keeps it."""
+    return max(LEAST_SHARE, round(1.0 - share, 3))
 
 
 def _engine(setting: EngineName) -> str:

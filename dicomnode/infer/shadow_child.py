@@ -16,9 +16,13 @@ import time
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dicomnode.lifeline import die_with_parent, limit_data
+
+if TYPE_CHECKING:
+    from dicomnode.infer.choice import EngineChoice
+    from dicomnode.records import Analysis, SourceInstance
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +49,9 @@ class Task:
 
 def run(task: Task) -> dict[str, Any]:
     """Columns of ``model_comparisons``; ``error`` instead of a comparison where none came about."""
-    from dicomnode.errors import NodeError
-    from dicomnode.infer.choice import GPU_ENGINES, EngineChoice, NotBuilt
+    from dicomnode.errors import EngineError, NodeError
+    from dicomnode.infer.choice import GPU_ENGINES, EngineChoice
     from dicomnode.infer.compare import Finding, compare, masks_of_labels, masks_of_segs, planes_of
-    from dicomnode.infer.decode import InlineDecoder
     from dicomnode.infer.engine import Limits, default_engines
     from dicomnode.infer.routing import outputs_of
     from dicomnode.infer.summary import summary_of
@@ -59,15 +62,16 @@ def run(task: Task) -> dict[str, Any]:
         limits = Limits(task.max_batch, task.gpu_memory_share)
         engines = default_engines(Path(task.data_dir), limits)
         choice = EngineChoice(task.engine, engines, threads=task.threads, limits=limits)
-        if not any(engine.name in GPU_ENGINES for engine in choice.engines):  # CUDA maps more than it uses
+        gpu = any(engine.name in GPU_ENGINES for engine in choice.engines)
+        if not gpu:  # CUDA maps more than it uses
             limit_data(task.memory_mb << 20)
         try:
-            model = choice.open(Path(task.bundle)).model
-        except NotBuilt:  # a comparison needs no engine of its own to be built: any that passes will do
-            model = EngineChoice("auto", engines, threads=task.threads, limits=limits).open(Path(task.bundle)).model
-        begin = time.perf_counter()
-        analysis = model.analyse(sources, decoder=InlineDecoder())
-        seconds = time.perf_counter() - begin
+            analysis, seconds = _analysed(choice, Path(task.bundle), sources)
+        except EngineError:  # it is not built, or lacks memory beside the clinical work: the CPU will do
+            if not gpu:
+                raise
+            last = EngineChoice(engines[-1].name, engines[-1:], threads=task.threads, limits=limits)
+            analysis, seconds = _analysed(last, Path(task.bundle), sources)
         names = {s.number: s.label for s in analysis.segments}
         masks = masks_of_labels(analysis.labels, names, planes_of(analysis.source_uids, analysis.source_frames))
         kept = masks_of_segs(map(Path, task.segs)) if task.segs or not task.summary.get("segments") else None
@@ -77,6 +81,19 @@ def run(task: Task) -> dict[str, Any]:
     except (ValueError, KeyError, AttributeError, IndexError, OSError, MemoryError) as error:
         return {"error": f"unexpected {type(error).__name__}"}  # its text may quote a header
     return {**comparison.fields(), "seconds": seconds, "outputs": outputs_of(analysis)}
+
+
+def _analysed(choice: EngineChoice, bundle: Path, sources: list[SourceInstance]) -> tuple[Analysis, float]:
+    """The analysis and its seconds, on the first engine that passes the golden cases."""
+    from dicomnode.infer.decode import InlineDecoder
+
+    model = choice.open(bundle).model
+    begin = time.perf_counter()
+    try:
+        analysis = model.analyse(sources, decoder=InlineDecoder())
+        return analysis, time.perf_counter() - begin
+    finally:
+        model.close()
 
 
 def be_last() -> None:

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from dicomnode.errors import BundleError, EngineError
-from dicomnode.infer.bundle import compare_versions, find_bundle, find_bundles, load_bundle
+from dicomnode.infer.bundle import compare_versions, find_bundles, load_bundle
 from dicomnode.infer.golden import open_model, verify_bundle
 from dicomnode.infer.onnxcheck import check_onnx
 from dicomnode.infer.ort import OnnxRuntimeCpu
+from dicomnode.infer.serving import resolve
 from tests.infer.infer_case import MODEL, FakeEngine, build_script, copy_bundle, edit_manifest, replace_file
 
 CPU = OnnxRuntimeCpu()
@@ -261,8 +262,8 @@ def test_versions_sort_by_semver(tmp_path: Path) -> None:
     for version in ("1.10.0", "1.9.0", "1.10.0-rc.1", "1.10.0-rc.10", "1.10.0-rc.2", "not-a-version", "v1.0.0"):
         (tmp_path / "m" / version).mkdir(parents=True)
     (tmp_path / "a" / "0.1.0-beta").mkdir(parents=True)
-    found = [(b.name, b.version) for b in find_bundles(tmp_path)]
-    assert found == [
+    folders = find_bundles(tmp_path)
+    assert [(b.name, b.version) for b in folders] == [
         ("a", "0.1.0-beta"),
         ("m", "1.9.0"),
         ("m", "1.10.0-rc.1"),
@@ -270,11 +271,11 @@ def test_versions_sort_by_semver(tmp_path: Path) -> None:
         ("m", "1.10.0-rc.10"),
         ("m", "1.10.0"),
     ]
-    assert find_bundle(tmp_path, "m").version == "1.10.0"
-    assert find_bundle(tmp_path, "m@1.9.0").version == "1.9.0"
-    assert find_bundle(tmp_path, "a").version == "0.1.0-beta"
+    assert resolve(folders, "m", {}).version == "1.10.0"
+    assert resolve(folders, "m@1.9.0", {}).version == "1.9.0"
+    assert resolve(folders, "a", {}).version == "0.1.0-beta"
     with pytest.raises(BundleError, match="Present"):
-        find_bundle(tmp_path, "m@3.0.0")
+        resolve(folders, "m@3.0.0", {})
     assert find_bundles(tmp_path / "absent") == []
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,14 @@ from dicomnode.index.jobs import Jobs
 from dicomnode.index.life import Life
 from dicomnode.index.operation import Events, Models
 from dicomnode.index.runs import Runs
-from dicomnode.infer.shadow import Shadows
+from dicomnode.infer import shadow_child
+from dicomnode.infer.cuda import CudaError
+from dicomnode.infer.shadow import LEAST_SHARE, Shadows, beside
 from dicomnode.infer.worker import Worker
 from dicomnode.settings import Settings
 from tests.infer.life_case import add_series, add_version, settings_of, worker_on
+from tests.infer.test_choice import box
+from tests.infer.test_engines_contract import ONNX
 from tests.peers import wait_for
 
 TABLES = ("results", "deliveries", "sync_items", "notifications", "instances", "jobs", "job_inputs")
@@ -197,3 +202,30 @@ def test_no_child_can_be_made_and_the_worker_goes_on(
     assert case.shadows.busy
     case.shadows.close()
     assert psutil.Process().num_fds() == before
+
+
+@pytest.mark.parametrize("trouble", ["not built", "no memory beside the clinical work"])
+def test_a_comparison_that_gets_no_gpu_is_made_on_the_cpu(
+    folder: Path, db: Database, monkeypatch: pytest.MonkeyPatch, trouble: str
+) -> None:
+    """A stopped child keeps its memory of the GPU: it takes no more than the clinical work leaves."""
+    case = Case(folder, db)
+    Life(db).shadow("ct-lung", "1.1.0", who="me")
+    add_series(db)
+    assert case.worker.run_once()
+    tasks: list[shadow_child.Task] = []
+
+    def caught(**fields: Any) -> shadow_child.Task:
+        tasks.append(shadow_child.Task(**fields))
+        raise OSError
+
+    monkeypatch.setattr("dicomnode.infer.shadow.Task", caught)
+    case.shadows.go_on()
+    assert tasks[0].gpu_memory_share == pytest.approx(0.2) and beside(1.0) == LEAST_SHARE
+    engines, trt, _ = box(folder)
+    if trouble != "not built":
+        engines[0].build(ONNX, "fp32")
+        trt.cuda.fail["copy_in"] = CudaError("copy", 2, "out of memory")
+    monkeypatch.setattr("dicomnode.infer.engine.default_engines", lambda *_: engines)
+    answer = shadow_child.run(replace(tasks[0], engine="tensorrt"))
+    assert "error" not in answer and answer["least_dice"] == 1.0 and not trt.executed

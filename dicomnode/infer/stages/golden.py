@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -42,8 +42,8 @@ class Outcome:
 def run_case(manifest: StagedManifest, read: Read, session: Session, case: GoldenCase) -> Outcome:
     """Run one golden case; a failing engine is a problem of the case, a broken file a BundleError."""
     problems: list[str] = []
-    wanted = {name: _load(read, name, ("<f2", "<f4")) for name in case.probability_maps.values()}
-    expected = None if case.labels is None else _load(read, case.labels, ("|u1",))
+    wanted = {name: load_array(read, name, ("<f2", "<f4")) for name in case.probability_maps.values()}
+    expected = None if case.labels is None else load_array(read, case.labels, ("|u1",))
     volume = case_volume(case, read)
 
     def inspect(answers: Answers) -> None:
@@ -65,7 +65,7 @@ def run_case(manifest: StagedManifest, read: Read, session: Session, case: Golde
         if dice < case.min_dice:
             problems.append(f"Dice {dice:.4f}")
     if expected is not None or manifest.outputs.image_measurements:
-        problems += _measurement_problems(case, measured(manifest, analysis))
+        problems += measurement_problems(case, measured(manifest, analysis))
     problems += finding_problems(case, {f.key: f.probability or 0.0 for f in analysis.findings})
     for found in analysis.probability_maps:
         reference = wanted[case.probability_maps[found.key]]
@@ -77,9 +77,19 @@ def run_case(manifest: StagedManifest, read: Read, session: Session, case: Golde
     return Outcome(tuple(problems), disagreement, dice)
 
 
+class Expected(Protocol):
+    """What a golden case of either schema expects of measurements."""
+
+    @property
+    def measurements(self) -> Mapping[str, float]: ...
+
+    @property
+    def relative_tolerance(self) -> float: ...
+
+
 def case_volume(case: GoldenCase | GoldenInput, read: Read) -> Volume:
     """The input of a golden case; spacing follows from the columns of its affine."""
-    values = _load(read, case.input, ("<i2",))
+    values = load_array(read, case.input, ("<i2",))
     affine = np.array(case.affine, np.float64)
     about = None
     if isinstance(case, GoldenCase) and case.white is not None:
@@ -139,7 +149,7 @@ def measured(manifest: StagedManifest, analysis: Analysis) -> dict[str, float]:
     return whole | {f"{keys[m.segment]}.{m.key}": m.value for m in analysis.measurements if m.segment in keys}
 
 
-def _measurement_problems(case: GoldenCase, got: Mapping[str, float]) -> list[str]:
+def measurement_problems(case: Expected, got: Mapping[str, float]) -> list[str]:
     problems = []
     if got.keys() != case.measurements.keys():
         problems.append("other measurements than expected")
@@ -159,7 +169,7 @@ def _compare(got: Array, expected: Array, segments: int) -> tuple[float, float]:
     return float(np.mean(got != expected)), worst
 
 
-def _load(read: Read, name: str, kinds: tuple[str, ...]) -> Array:
+def load_array(read: Read, name: str, kinds: tuple[str, ...]) -> Array:
     """A 3-D .npy array of one of ``kinds``, without pickle, its size checked before reading."""
     data = io.BytesIO(read(name))
     try:
