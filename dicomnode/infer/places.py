@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import psutil
 from dicomnode import logs
 from dicomnode.errors import EngineError, NodeError, PeerAway
 from dicomnode.index.database import Database
+from dicomnode.index.states import backoff_seconds
 from dicomnode.infer.choice import EngineChoice, limits_of
 from dicomnode.infer.engine import Engine, Ok, Session
 from dicomnode.infer.golden import ReadyModel
@@ -22,7 +24,11 @@ from dicomnode.settings import Settings
 
 LOCAL = "local"
 REST_SECONDS = 15.0
-"""An endpoint that failed is left alone for so long."""
+LONGEST_REST = 300.0
+"""An endpoint that failed is left alone for so long, twice as long each time that it fails again.
+
+To ask it takes a time-out of the job that asks, or of the next one.
+"""
 
 LOCAL_WORKING_BYTES = 1 << 30
 """Free memory that this box should have for a slab and the network's activations: below it, it fits less."""
@@ -80,6 +86,9 @@ class Local(_Serves):
     def failed(self, reference: str, error: PeerAway | EngineError) -> None:
         """This box's engine has its own ways back: see ``serving``."""
 
+    def did(self, reference: str) -> None:
+        """As :meth:`failed`."""
+
     def prepare(self, references: Sequence[str]) -> None:
         self._serving.prepare(references)
 
@@ -97,6 +106,8 @@ class Remote(_Serves):
         self._clock = clock
         self._rest_until = float("-inf")
         self._refused: dict[str, tuple[float, EngineError]] = {}
+        self._failures: Counter[str] = Counter()
+        """In a row, by the model that it refused; of the endpoint as a whole under the empty name."""
         self._verified_at = float("-inf")
         self._fault = ""
         self._log = logs.get()
@@ -109,9 +120,7 @@ class Remote(_Serves):
         until, refusal = self._refused.get(reference, (now, None))
         if refusal is not None and now < until:
             raise refusal
-        if now - self._verified_at > self.engine.endpoint.verify_seconds:
-            self._serving.forget()  # another may have changed the server's model meanwhile
-            self._verified_at = now
+        self._doubt(self.engine.endpoint.verify_seconds)
         try:
             ready = self._serving.get(reference)
         except (PeerAway, EngineError) as error:
@@ -122,6 +131,17 @@ class Remote(_Serves):
             self._fault = ""
         self._refused.pop(reference, None)
         return ready
+
+    def _doubt(self, seconds: float) -> None:
+        """After this long the golden cases run again: another may have changed the server's model meanwhile."""
+        if self._clock() - self._verified_at > seconds:
+            self._serving.forget()
+            self._verified_at = self._clock()
+
+    def did(self, reference: str) -> None:
+        """It has done a job: what was is forgotten."""
+        for name in (reference, ""):
+            del self._failures[name]
 
     def other(self, model: ReadyModel) -> None:
         """An endpoint has one engine."""
@@ -142,7 +162,9 @@ class Remote(_Serves):
 
         One that is away rests as a whole; one that answered wrongly, with this model only.
         """
-        until = self._clock() + REST_SECONDS
+        failing = reference if isinstance(error, EngineError) else ""
+        self._failures[failing] += 1
+        until = self._clock() + backoff_seconds(self._failures[failing], REST_SECONDS, LONGEST_REST)
         if isinstance(error, EngineError):
             self._refused[reference] = (until, error)
             self._log.warning("inference endpoint refused", endpoint=self.name, model=reference, cause=error.cause)
@@ -155,6 +177,7 @@ class Remote(_Serves):
         self._serving.forget()
 
     def prepare(self, references: Sequence[str]) -> None:
+        self._doubt(self.engine.endpoint.verify_seconds / 2)  # now, between jobs, rather than in the path of one
         self._serving.prepare(())  # closes what is retired
         for reference in references:
             try:

@@ -234,7 +234,7 @@ class PlacedModel:
         """
         while True:
             try:
-                return self._ready.analyse(instances, decoder=decoder, progress=progress, ahead=ahead, more=more)
+                found = self._ready.analyse(instances, decoder=decoder, progress=progress, ahead=ahead, more=more)
             except (PeerAway, EngineError) as error:
                 if isinstance(error, EngineError):
                     if isinstance(self._place, Local) and fault_of(error.code) is Fault.lost:
@@ -245,6 +245,9 @@ class PlacedModel:
                 self._tried[self._place.name] = error
                 self._place, self._ready = self._choose()
                 self._hold_this()
+            else:
+                self._place.did(self._reference)
+                return found
 
     def _has_next_engine(self) -> bool:
         try:

@@ -20,7 +20,7 @@ from dicomnode.infer.bundle import load_bundle
 from dicomnode.infer.decode import InlineDecoder
 from dicomnode.infer.kserve import KServe
 from dicomnode.infer.ort import OnnxRuntimeCpu
-from dicomnode.infer.places import REST_SECONDS, Local, Remote, serving_at
+from dicomnode.infer.places import LONGEST_REST, REST_SECONDS, Local, Remote, serving_at
 from dicomnode.infer.placing import PlacedModels, verify_at_endpoints
 from dicomnode.infer.serving import ServingModels
 from dicomnode.infer.worker import Worker
@@ -175,6 +175,49 @@ def test_all_away_waits_and_what_came_back_serves_again(pool: World, series: lis
     runs = len(pool.doubles[0].headers)
     assert pool.for_job().analyse(series, decoder=InlineDecoder()).engine.startswith("kserve gpu0")
     assert len(pool.doubles[0].headers) - runs > 4, "the golden cases came first"
+
+
+def test_one_that_stays_away_is_asked_less_and_less_until_it_has_done_a_job(mixed: World, series: list[Path]) -> None:
+    """Each question costs a job the time-out of an endpoint that hangs, although another place is ready."""
+    mixed.for_job()
+    first, other = mixed.doubles
+    first.script = [answers(503)] * 99
+    place = mixed.models.place("gpu0")
+    place.failed("ct-lung", PeerAway("run model", "time-out"))
+    rests = []
+    for _ in range(7):
+        began, since = place._rest_until, mixed.clock.now
+        while place._rest_until == began:
+            mixed.clock.now += 1.0
+            mixed.for_job()
+        rests.append(mixed.clock.now - since)
+    assert rests[:5] == [15.0, 30.0, 60.0, 120.0, 240.0] and rests[5:] == [300.0, 300.0]
+    assert mixed.decisions[-1]["chosen"] in ("local", "gpu1") and len(other.requests) > 1
+    mixed.loads[1].value, mixed.box.value = 0.95, 0.95
+    first.script.clear()
+    mixed.clock.now += LONGEST_REST
+    assert mixed.for_job().analyse(series, decoder=InlineDecoder()).engine.startswith("kserve gpu0")
+    place.failed("ct-lung", PeerAway("run model", "time-out"))
+    assert place._rest_until - mixed.clock.now == REST_SECONDS
+
+
+def test_golden_cases_that_are_due_run_between_jobs(mixed: World) -> None:
+    def asked() -> int:
+        return sum(len(d.headers) for d in mixed.doubles)
+
+    mixed.for_job()
+    before = asked()
+    for _ in range(4):
+        mixed.clock.now += 1900.0  # more than half of verify_seconds
+        mixed.models.prepare(["ct-lung"])
+        between = asked()
+        assert between > before
+        mixed.for_job()
+        before = asked()
+        assert before == between, "no golden case in the path of a study"
+    mixed.clock.now += 3700.0  # never idle: then it has to be
+    mixed.for_job()
+    assert asked() > before
 
 
 def test_an_answer_that_is_wrong_is_an_error_of_this_series(pool: World, series: list[Path]) -> None:
