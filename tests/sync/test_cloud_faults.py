@@ -1,0 +1,238 @@
+"""Everything arrives exactly once in effect, in order per study, whatever the line does (RELIABILITY.md)."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import ssl
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dicomnode.cloud.storage import Storage
+from dicomnode.cloud_settings import CloudPlan, Sync
+from dicomnode.index.database import Database
+from dicomnode.index.jobs import Jobs, Outcome, Result
+from dicomnode.pseudonyms import Pseudonyms
+from dicomnode.sync import http
+from tests.certificates import Authority
+from tests.cloud.endpoint import endpoint
+from tests.peers import quiet_environment
+from tests.sync.fault_proxy import fault_proxy, name_service
+from tests.sync.index_case import FakeClock, add_job, add_results, make_settings, new_instance, sender_of
+from tests.sync.test_sidecar import until
+
+PLAN = CloudPlan("cloud", Sync().lanes, records=True)
+FAULTS = (
+    *("cut-request", "cut-reply", "half-open", "http-500", "http-503", "http-429", "slow", "half-body", "huge"),
+    *("tls", "dns"),
+)
+
+
+def critical_result(db: Database, data: Path) -> None:
+    from dicomnode import durable
+
+    job_id = add_job(db, data)
+    assert Jobs(db).lease("worker", 60.0) is not None
+    results = [Result("SR", new_instance(durable.ObjectStore(data), "result"))]
+    Jobs(db).finish(job_id, "worker", Outcome(results, critical=["effusion"], alert=False), cloud=PLAN)
+
+
+def expected(db: Database, data: Path) -> dict[str, list[str]]:
+    """Stream -> names under which its items have to arrive, in this order."""
+    codec = Pseudonyms((data / "cloud-pseudonyms.key").read_bytes())
+    found: dict[str, list[str]] = {}
+    for row in db.rows(
+        "SELECT d.*, r.SOPInstanceUID FROM sync_items d LEFT JOIN results r ON r.id = d.result_id ORDER BY d.id"
+    ):
+        if row["result_id"] is not None:
+            name = codec.uid(row["SOPInstanceUID"])
+        else:
+            alias = codec.uid if row["type"] == "study" else lambda n, t=row["type"]: codec.record(t, n)
+            name = f"{row['type']}/{alias(row['record_id'])}/{row['version']}"
+        found.setdefault(row["stream"], []).append(name)
+    return found
+
+
+def assert_exactly_once_in_order(db: Database, data: Path, storage: Storage) -> None:
+    assert {r["state"] for r in db.rows("SELECT state FROM sync_items")} == {"stored"}
+    arrived = [a["name"] for a in storage.arrivals(100_000)]
+    assert len(set(arrived)) == len(arrived)
+    streams = expected(db, data)
+    assert sorted(arrived) == sorted(name for names in streams.values() for name in names)
+    place = {name: n for n, name in enumerate(arrived)}
+    for names in streams.values():
+        assert [place[n] for n in names] == sorted(place[n] for n in names), "the order of a study"
+    assert storage.conflicts(None, 9) == []
+    assert storage.rows("SELECT coalesce(max(differing), 0) AS n FROM objects")[0]["n"] == 0
+
+
+def test_every_fault_of_the_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each fault meets requests of all classes; in between the line is well, or not, as chance has it."""
+    monkeypatch.setattr(http, "REPLY_SECONDS", 0.7)
+    chance = random.Random(20261129)
+    data = tmp_path / "data"
+    authority = Authority(tmp_path / "ca")
+    issued = authority.issue("cloud", dns=["localhost"])
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*issued.files)
+
+    async def main() -> None:
+        db = Database(data)
+        async with endpoint(tmp_path / "cloud") as (url, storage):
+            port = int(url.rsplit(":", 1)[1])
+            async with fault_proxy(("127.0.0.1", port), context) as proxy:
+                at = f"https://localhost:{proxy.port}"
+                settings = make_settings(
+                    data,
+                    cloud={"stow_url": f"{at}/studies", "records_url": f"{at}/v1", "ca_file": authority.ca_file,
+                           "stall_seconds": 0.5, "timeout_seconds": 5},
+                    delivery={"backoff_seconds": 0.05, "backoff_max_seconds": 0.2},
+                    sync={"urgent_items": 3, "normal_items": 5},
+                )  # fmt: skip
+                sender = sender_of(settings, db)
+                with name_service(proxy):
+                    for fault in FAULTS:
+                        add_results(db, data, 1, cloud=CloudPlan("cloud"))
+                        if fault != "cut-reply":  # there the first request has an object
+                            add_results(db, data, chance.randint(1, 3), cloud=PLAN)
+                            critical_result(db, data)
+                        proxy.fault = fault
+                        before = proxy.seen.get(fault, 0)
+
+                        async def meets(fault: str = fault, before: int = before) -> None:
+                            while proxy.seen.get(fault, 0) < before + 3:
+                                await sender.flush()
+                                await sender.endpoints.probe()
+                                await asyncio.sleep(0.01)
+
+                        await asyncio.wait_for(meets(), 60)
+                        proxy.fault = "pass"
+                        if chance.random() < 0.5:
+                            await sender.flush()
+
+                    async def drained() -> None:
+                        while db.row("SELECT 1 AS one FROM sync_items WHERE state != 'stored'"):
+                            await sender.flush()
+                            await asyncio.sleep(0.01)
+
+                    await asyncio.wait_for(drained(), 60)
+                    for _ in range(2):
+                        await sender.endpoints.probe()
+                    assert sender.endpoints.link == "online"
+                assert set(proxy.seen) >= set(FAULTS)
+                assert_exactly_once_in_order(db, data, storage)
+                assert storage.counts()["repeated"] > 0, "some were sent twice, since a reply was lost"
+        db.close()
+
+    asyncio.run(main())
+
+
+KILLS = int(os.environ.get("DICOMNODE_SIDECAR_KILLS", "4"))
+
+
+@pytest.mark.slow
+def test_kill_9_of_the_sidecar_at_random_moments(tmp_path: Path) -> None:
+    """Its line is slow, so that kills hit requests; DICOMNODE_SIDECAR_KILLS is how many."""
+    chance = random.Random(KILLS)
+    data = tmp_path / "data"
+    db = Database(data)
+    for number in range(3 * KILLS):
+        add_results(db, data, 2, cloud=PLAN)
+        if number % 3 == 0:
+            critical_result(db, data)
+
+    async def main() -> None:
+        async with endpoint(tmp_path / "cloud") as (url, storage):
+            config = tmp_path / "node.toml"
+            config.write_text(
+                f'[node]\ndata_dir = "{data}"\nreserve_mb = 1\n[http]\nport = 0\n[cloud]\nstow_url = "{url}/studies"\n'
+                f'records_url = "{url}/v1"\n[sync]\nbandwidth_kb = 24\nnormal_seconds = 0.2\nnormal_items = 4\n'
+                "[delivery]\nbackoff_seconds = 0.1\n"
+            )
+
+            def start() -> subprocess.Popen[bytes]:
+                command = [sys.executable, "-m", "dicomnode", "run", "sidecar", "--config", str(config)]
+                null = subprocess.DEVNULL
+                return subprocess.Popen(command, stdout=null, stderr=null, env=quiet_environment())
+
+            def count() -> int:
+                return len(storage.arrivals(100_000))
+
+            for _ in range(KILLS):
+                before = count()
+                process = start()
+                try:
+                    await until(lambda b=before, p=process: count() > b or p.poll() is not None, 60)
+                    assert process.poll() is None
+                    await asyncio.sleep(chance.uniform(0, 0.4))
+                finally:
+                    process.send_signal(signal.SIGKILL)
+                    process.wait()
+            process = start()
+            try:
+                left = "SELECT 1 AS one FROM sync_items WHERE state != 'stored'"
+                await until(lambda: process.poll() is not None or not db.row(left), 120)
+            finally:
+                process.terminate()
+                assert process.wait(20) == 0
+            described = "settings/DICOMNODE"
+            streams = expected(db, data)
+            assert list(streams.pop(described)) and db.row("SELECT 1 AS one FROM sync_items WHERE type = 'settings'")
+            with_settings = [a["name"] for a in storage.arrivals(100_000)]
+            assert [n for n in with_settings if n.startswith("settings/")] == ["settings/DICOMNODE/1"]
+            storage.rows("DELETE FROM arrivals WHERE name LIKE 'settings/%'")
+            db._connection().execute("DELETE FROM sync_items WHERE type = 'settings'")
+            assert_exactly_once_in_order(db, data, storage)
+
+    asyncio.run(main())
+    db.close()
+
+
+def test_a_week_without_the_cloud_and_then_all_of_it(tmp_path: Path) -> None:
+    """``scripts/measure_cloud_drain.py`` does the same with 5,000 results."""
+    data, clock = tmp_path / "data", FakeClock()
+    db = Database(data, clock)
+
+    async def main() -> None:
+        async with endpoint(tmp_path / "cloud") as (url, _):
+            port = int(url.rsplit(":", 1)[1])
+        section = {"stow_url": f"{url}/studies", "records_url": f"{url}/v1"}
+        sender = sender_of(make_settings(data, cloud=section), db)
+        for day in range(7):
+            for _ in range(3):
+                add_results(db, data, 2, cloud=PLAN)
+            for _ in range(24):
+                assert await sender.flush() == 0
+                await sender.endpoints.probe()
+                clock.now += 3600
+            assert sender.endpoints.link == "offline", day
+        assert len(db.rows("SELECT * FROM events")) == 1, "told once, not a thousand times"
+        waits = db.value("SELECT count(*) FROM sync_items WHERE state = 'pending'")
+        async with endpoint(tmp_path / "cloud", port=port) as (_, storage):
+            assert await sender.flush() == waits == 7 * 3 * 4
+            assert_exactly_once_in_order(db, data, storage)
+            assert sender.endpoints.link == "online"
+
+    asyncio.run(main())
+    db.close()
+
+
+def test_the_cap_on_bandwidth_holds_and_urgent_items_do_not_wait(tmp_path: Path) -> None:
+    from dicomnode.sync.bandwidth import Bucket
+
+    now = [0.0]
+    bucket = Bucket(1000.0, clock=lambda: now[0])
+    sent = 0
+    for _ in range(50):
+        now[0] += bucket.take(400)
+        sent += 400
+    assert sent / 1000 - 1.5 <= now[0] <= sent / 1000
+    assert Bucket(0.0).take(10**9) == 0.0
+    before = now[0]
+    asyncio.run(bucket.borrow(5000))
+    assert now[0] == before and bucket.take(0) >= 4.0, "the others pay for what is urgent"
