@@ -424,8 +424,12 @@ def _cloud(settings: Settings) -> Iterable[Finding]:
     for key, path, secret in (("cloud.token_file", cloud.token_file, True), ("cloud.ca_file", cloud.ca_file, False)):
         if path is not None:
             yield _file(key, path, secret=secret)
-    if cloud.stow_url:
-        yield _reach("cloud", cloud.stow_url, cloud.ca_file)
+    for endpoint in cloud.endpoints:
+        yield _reach("cloud", endpoint.stow_url, endpoint.ca_file)
+        if endpoint.token_file is not None and endpoint.token_file != cloud.token_file:
+            yield _file(f"cloud.backups {endpoint.name}: token_file", endpoint.token_file, secret=True)
+    if cloud.endpoints:
+        yield from _pseudonym_key(settings)
     else:
         yield Finding(Level.note, "cloud", "not configured: nothing leaves the building")
     urls = [pull.url for pull in cloud.models if pull.url]
@@ -434,6 +438,20 @@ def _cloud(settings: Settings) -> Iterable[Finding]:
         urls += [u for u in (cloud.repository.metadata_url, cloud.repository.archives_url) if not u.startswith("s3:")]
     for host in dict.fromkeys(urlsplit(url)._replace(path="", query="", fragment="") for url in urls):
         yield _reach("model pull", host.geturl(), cloud.ca_file)
+
+
+def _pseudonym_key(settings: Settings) -> Iterable[Finding]:
+    """Nothing to say before the first result has left: the key is made then."""
+    from dicomnode.pseudonym_key import key_path, read_key
+
+    if settings.cloud.pseudonym_key_file is None and not key_path(settings).exists():
+        return
+    try:
+        read_key(settings)
+    except OperatorError as error:
+        yield Finding(Level.fault, "cloud", f"{error.operation}: {error.cause}", error.hint)
+    else:
+        yield Finding(Level.ok, "cloud", f"the key of the pseudonyms is {key_path(settings)}: keep a copy")
 
 
 def _root_file(repository: Repository) -> Finding:

@@ -223,6 +223,13 @@ def test_cloud(make: Callable[..., Settings], tmp_path: Path, free_port: int, ta
     token.chmod(0o600)
     found = examine(make(cloud={"stow_url": f"http://127.0.0.1:{taken}/studies", "token_file": token}))
     assert [f.level for f in found if f.check == "cloud"] == [Level.ok, Level.ok]
+    key = tmp_path / "key"
+    key.write_bytes(b"k" * 32)
+    key.chmod(0o644)
+    open_key = {"stow_url": f"http://127.0.0.1:{taken}/studies", "pseudonym_key_file": key}
+    assert one(examine(make(cloud=open_key)), "cloud", "pseudonym key").level is Level.fault
+    key.chmod(0o600)
+    assert one(examine(make(cloud=open_key)), "cloud", "keep a copy").level is Level.ok
     missing = examine(make(cloud={"token_file": tmp_path / "none"}))
     assert one(missing, "cloud", "cloud.token_file").level is Level.fault
 

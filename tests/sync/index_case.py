@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from pydicom import dcmread
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
 
@@ -120,6 +122,27 @@ def add_results(
     results = [Result("SR", new_instance(store, "result")) for _ in range(count)]
     jobs.finish(job_id, "worker", Outcome(results), cloud=cloud)
     return [r.instance.attributes["SOPInstanceUID"] for r in results]
+
+
+def add_objects(
+    db: Database, data_dir: Path, objects: Sequence[tuple[str, bytes]], cloud: CloudPlan = TO_CLOUD
+) -> None:
+    """A finished job with these results, (kind, Part 10 file), in the outbox."""
+    job_id = add_job(db, data_dir)
+    store = durable.ObjectStore(data_dir)
+    assert Jobs(db).lease("worker", 60.0) is not None
+    results = []
+    for kind, part10 in objects:
+        ds = dcmread(BytesIO(part10), stop_before_pixels=True)
+        name = store.new_name(str(ds.SeriesInstanceUID))
+        store.stage(name, [part10])
+        keys = ("SOPInstanceUID", "SOPClassUID", "SeriesInstanceUID", "StudyInstanceUID", "PatientID", "Modality")
+        attributes = {k: str(ds[k].value) for k in keys}
+        digest = hashlib.sha256(part10).hexdigest()
+        syntax = str(ds.file_meta.TransferSyntaxUID)
+        new = NewInstance(attributes, syntax, name, len(part10), digest, digest, origin="result")
+        results.append(Result(kind, new))
+    Jobs(db).finish(job_id, "worker", Outcome(results), cloud=cloud)
 
 
 def states(db: Database, table: str = "sync_items") -> list[str]:

@@ -15,9 +15,12 @@ import pytest
 from pydicom import dcmread
 
 from dicomnode import durable
+from dicomnode.encode import encode_results
 from dicomnode.index.database import Database
-from tests.peers import Process, accepts, free_port, program, wait_for
-from tests.sync.index_case import FakeClock, add_results, as_they_are, make_settings, sender_of, states
+from dicomnode.pseudonyms import Pseudonyms
+from tests.encode.source_case import SOURCES, case_of
+from tests.peers import Process, accepts, free_port, program, run_program, wait_for
+from tests.sync.index_case import FakeClock, add_objects, add_results, as_they_are, make_settings, sender_of, states
 
 PLUGIN = Path("/usr/share/orthanc/plugins/libOrthancDicomWeb.so")
 
@@ -86,6 +89,43 @@ def test_results_reach_orthanc_once_and_whole(tmp_path: Path, orthanc: str) -> N
     db._connection().execute("UPDATE sync_items SET state = 'pending', next_at = 0, identified = 1")
     assert asyncio.run(sender.flush()) == 5
     assert len(get(f"{orthanc}/instances")) == 5
+    db.close()
+
+
+def test_orthanc_shows_seg_and_sr_without_the_patient(tmp_path: Path, orthanc: str) -> None:
+    """As they leave by default: found under the pseudonym, valid, and nothing of the patient in them."""
+    data = tmp_path / "data"
+    db = Database(data, FakeClock())
+    (tmp_path / "source").mkdir()
+    case = case_of(SOURCES["mr"](), tmp_path / "source")
+    made = encode_results(case.analysis, case.identity, case.model, case.sources, station=case.station)
+    add_objects(db, data, [(m.kind, m.part10) for m in made])
+    settings = make_settings(data, cloud={"stow_url": f"{orthanc}/dicom-web/studies"})
+    assert asyncio.run(sender_of(settings, db).flush()) == 2
+    home = dcmread(BytesIO(made[0].part10))
+    codec = Pseudonyms((data / "cloud-pseudonyms.key").read_bytes())
+    [patient] = get(f"{orthanc}/patients?expand")
+    assert patient["MainDicomTags"]["PatientID"] == codec.patient(str(home.PatientID)) != str(home.PatientID)
+    [study] = get(f"{orthanc}/studies?expand")
+    assert study["MainDicomTags"]["StudyInstanceUID"] == codec.uid(str(home.StudyInstanceUID))
+    assert sorted(s["MainDicomTags"]["Modality"] for s in get(f"{orthanc}/series?expand")) == ["SEG", "SR"]
+    left = {}
+    for one in get(f"{orthanc}/instances?expand"):
+        content = fetch(f"{orthanc}/instances/{one['ID']}/file")
+        for word in (home.PatientID, home.StudyInstanceUID, *str(home.PatientName).split("^")):
+            assert str(word).encode() not in content
+        path = tmp_path / f"{one['ID']}.dcm"
+        path.write_bytes(content)
+        done = run_program("dciodvfy", "-new", path)
+        assert [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("Error")] == []
+        left[dcmread(BytesIO(content)).Modality] = dcmread(BytesIO(content))
+    evidence = [
+        i.ReferencedSOPInstanceUID
+        for s in left["SR"].CurrentRequestedProcedureEvidenceSequence
+        for r in s.ReferencedSeriesSequence
+        for i in r.ReferencedSOPSequence
+    ]
+    assert left["SEG"].SOPInstanceUID in evidence, "the report still names its segmentation"
     db.close()
 
 
