@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from dicomnode import __version__, cli_models, logs
-from dicomnode.cli_cloud import cloud
+from dicomnode.cli_cloud import cloud, models_publish
 from dicomnode.cli_common import Config, Json, Limit, console
 from dicomnode.cli_common import index as _index
 from dicomnode.cli_common import output as _print
@@ -46,6 +46,7 @@ cli_models.register(models_app)
 app.add_typer(models_app, name="models")
 app.command()(conformance)
 models_app.command("import")(models_import)
+models_app.command("publish")(models_publish)
 
 
 def main() -> None:

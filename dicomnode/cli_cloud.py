@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from dicomnode.cli_common import Json, output
+from dicomnode.clock import iso
+from dicomnode.errors import OperatorError
 
 
 def cloud(
@@ -19,6 +21,9 @@ def cloud(
     token_file: Annotated[Path | None, typer.Option(help="file with the bearer token that nodes must send")] = None,
     certificate: Annotated[Path | None, typer.Option(help="PEM file with a certificate chain; then https")] = None,
     key: Annotated[Path | None, typer.Option(help="PEM file with its key, where it is not in the same file")] = None,
+    models: Annotated[
+        Path | None, typer.Option(help="repository of models to serve, made by 'dicomnode models publish'")
+    ] = None,
     reserve_mb: Annotated[int, typer.Option(min=1, help="MiB kept free; below it 507 is answered")] = 256,
     as_json: Json = False,
 ) -> None:
@@ -30,6 +35,8 @@ def cloud(
 
     def started(url: str) -> None:
         data = {"page": f"{url}/", "stow_url": f"{url}/studies", "records_url": f"{url}/v1"}
+        if models is not None:
+            data["metadata_url"] = f"{url}/models/metadata"
         output(data, as_json, lambda d: typer.echo("\n".join(f"{k}: {v}" for k, v in d.items())))
 
     code = run_cloud(
@@ -40,6 +47,46 @@ def cloud(
         certificate=certificate,
         key=key,
         reserve_mb=reserve_mb,
+        models=models,
         started=started,
     )
     raise typer.Exit(code)
+
+
+def models_publish(
+    to: Annotated[Path, typer.Option(help="folder of the repository; made when it is not there")],
+    folders: Annotated[list[Path] | None, typer.Argument(help="bundle folders, NAME/VERSION")] = None,
+    keys: Annotated[Path, typer.Option(help="folder of the private keys; made with the repository")] = Path("keys"),
+    withdraw: Annotated[list[str] | None, typer.Option(help="NAME@VERSION that is not offered any more")] = None,
+    rotate: Annotated[list[str] | None, typer.Option(help="root, targets, snapshot or timestamp: a new key")] = None,
+    days: Annotated[int | None, typer.Option(min=1, max=365, help="until it has to be signed again")] = None,
+    as_json: Json = False,
+) -> None:
+    """Sign a repository of model bundles, for nodes to follow; without a folder its dates are renewed."""
+    from dicomnode.cloud.publish import ROLES, Bundle, Publisher
+    from dicomnode.infer.bundle import load_bundle
+
+    unknown = sorted(set(rotate or ()) - set(ROLES))
+    if unknown:
+        raise OperatorError("publish models", f"there is no role '{unknown[0]}'", f"Roles: {', '.join(ROLES)}")
+    bundles = [load_bundle(path.resolve()) for path in folders or ()]
+    done = Publisher(to, keys, days=days).publish(
+        [Bundle(b.identity.name, b.identity.version, b.path) for b in bundles],
+        withdraw=withdraw or (),
+        rotate=rotate or (),
+    )
+    data = {
+        "added": list(done.added),
+        "withdrawn": list(done.withdrawn),
+        "versions": done.versions,
+        "expires_time": iso(done.expires),
+        "root_file": str(to / "root.json"),
+    }
+
+    def show(found: dict[str, Any]) -> None:
+        for word in ("added", "withdrawn"):
+            for target in found[word]:
+                typer.echo(f"{word}: {target}")
+        typer.echo(f"valid until {found['expires_time']}; nodes trust {found['root_file']}")
+
+    output(data, as_json, show)

@@ -84,12 +84,10 @@ async def _work(
 ) -> None:
     log, loop = logs.get(), asyncio.get_running_loop()
     processes, schedule = Processes(db), Schedule()
-    repository = ModelRepository(settings, db)
-    endpoints, puller = Endpoints(settings, db), ModelPuller(settings, db, verify, repository.offered)
+    endpoints = Endpoints(settings, db)
     sender = CloudSender(settings, db, endpoints, Departures(settings, db), NAME)
     alerts = AlertSender(settings, db)
     await asyncio.to_thread(sender.start)
-    await asyncio.to_thread(puller.start)
 
     def beat(state: str) -> None:
         detail: dict[str, Any] = {"host": settings.http.host, "port": port, "scheduled": schedule.report()}
@@ -111,11 +109,8 @@ async def _work(
         _send_to_cloud(settings, schedule, endpoints, sender)
     if settings.alerts.url:
         schedule.every("alerts", ALERT_SECONDS, alerts.flush)
-    if settings.cloud.repository.metadata_url:
-        schedule.every("model-repository", settings.cloud.repository.refresh_seconds, repository.run_once)
     if settings.cloud.models:
-        schedule.every("model-pull", PULL_SECONDS, puller.run_once)
-        schedule.every("model-policy", PULL_SECONDS, Promoter(settings, db, desk, repository.vouched).run_once)
+        await _models_in(settings, db, verify, desk, schedule)
     bell = doorbell.Doorbell(settings.node.data_dir, NAME)
 
     rung_for = [  # the other classes of the cloud gather what comes within their interval
@@ -147,3 +142,25 @@ def _send_to_cloud(settings: Settings, schedule: Schedule, endpoints: Endpoints,
     schedule.every("cloud-health", PROBE_SECONDS, endpoints.probe)
     for lane in LANES:
         schedule.every(f"cloud-{lane}", settings.sync.lane(lane).seconds, partial(sender.flush, lane))
+
+
+async def _models_in(
+    settings: Settings, db: Database, verify: Callable[[Path], None], desk: ModelDesk, schedule: Schedule
+) -> None:
+    """Follow the repository, fetch what is wanted, and take it up as its policy says."""
+    repository = ModelRepository(settings, db)
+    puller = ModelPuller(settings, db, verify, repository.offered)
+    await asyncio.to_thread(puller.start)
+
+    async def follow() -> None:
+        if await repository.run_once():
+            schedule.soon("model-pull")
+
+    async def pull() -> None:
+        await puller.run_once()
+        schedule.soon("model-policy")
+
+    if settings.cloud.repository.metadata_url:
+        schedule.every("model-repository", settings.cloud.repository.refresh_seconds, follow)
+    schedule.every("model-pull", PULL_SECONDS, pull)
+    schedule.every("model-policy", PULL_SECONDS, Promoter(settings, db, desk, repository.vouched).run_once)

@@ -7,6 +7,7 @@ import hmac
 import ipaddress
 import json
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -14,6 +15,7 @@ from aiohttp import web
 
 from dicomnode import __version__, logs
 from dicomnode.cloud import page, shapes, stow
+from dicomnode.cloud.models import ModelFiles
 from dicomnode.cloud.storage import Storage
 from dicomnode.errors import DiskFull, NodeError, OperatorError, StorageError
 
@@ -173,7 +175,8 @@ class Cloud:
         return web.json_response({"taken": True})
 
 
-def make_app(storage: Storage, token: str | None = None) -> web.Application:
+def make_app(storage: Storage, token: str | None = None, models: Path | None = None) -> web.Application:
+    """``models``: folder of a signed repository to serve."""
     cloud = Cloud(storage, token)
     app = web.Application(client_max_size=MAX_JSON_BYTES, middlewares=[_errors, _guard(cloud)])
     add = app.router
@@ -194,6 +197,8 @@ def make_app(storage: Storage, token: str | None = None) -> web.Application:
     add.add_get("/v1/nodes/{node}/desired", cloud.get_desired)
     add.add_put("/v1/nodes/{node}/desired", cloud.put_desired)
     add.add_post("/v1/nodes/{node}/report", cloud.post_report)
+    if models is not None:
+        ModelFiles(models).add_routes(add)
 
     async def secure(_: web.Request, response: web.StreamResponse) -> None:
         response.headers.update(_HEADERS)

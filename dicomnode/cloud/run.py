@@ -23,11 +23,12 @@ async def serve(
     *,
     token: str | None = None,
     tls: ssl.SSLContext | None = None,
+    models: Path | None = None,
     stop: asyncio.Event,
     started: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Serve until ``stop``. ``started`` gets the address. Raises OperatorError when the port cannot be had."""
-    runner = web.AppRunner(make_app(storage, token), access_log=None, shutdown_timeout=2.0)
+    runner = web.AppRunner(make_app(storage, token, models), access_log=None, shutdown_timeout=2.0)
     await runner.setup()
     try:
         try:
@@ -51,6 +52,7 @@ def run_cloud(
     certificate: Path | None = None,
     key: Path | None = None,
     reserve_mb: int = 256,
+    models: Path | None = None,
     started: Callable[[str], None] = lambda _: None,
 ) -> int:
     """Blocks. Without a token only a loopback address is served, without a certificate none but plain HTTP."""
@@ -68,7 +70,7 @@ def run_cloud(
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        await serve(storage, host, port, token=token, tls=tls, stop=stop, started=started)
+        await serve(storage, host, port, token=token, tls=tls, models=models, stop=stop, started=started)
 
     try:
         asyncio.run(main())

@@ -53,10 +53,11 @@ class ModelRepository:
         self._log = logs.get()
 
     async def run_once(self) -> bool:
-        """Look once; whether all was right."""
+        """Look once; whether something else is wanted than before."""
+        before = await asyncio.to_thread(self.offered)
         state, reason, hint = await in_daemon_thread(self._look)
         if state == "current":
-            return True
+            return await asyncio.to_thread(self.offered) != before
         metrics.MODEL_REPOSITORY_FAILURES.labels(state).inc()
         self._log.warning("models cannot be followed", state=state, cause=reason)
         if await asyncio.to_thread(self._trust.bad, state, reason):
