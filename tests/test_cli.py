@@ -121,7 +121,7 @@ def test_verbs_of_the_stable_surface() -> None:
     for verb, command in VERBS.items():
         options = {o for p in command.params for o in p.opts}
         assert "--json" in options or verb in {("serve",), ("run",)}
-        assert "--config" in options or verb in {("demo",), ("version",), ("cloud",)}
+        assert "--config" in options or verb in {("demo",), ("version",), ("cloud",), ("models", "publish")}
 
 
 def dicomnode(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
