@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from dicomnode.orders import Condition
-from dicomnode.records import Analysis, Finding
+from dicomnode.records import Analysis, Finding, Measurement
 
 PRESENT = ("52101004", "SCT")  # CID 240
 ABSENT = (("272519000", "SCT"), ("2667000", "SCT"), ("373068000", "SCT"))
@@ -45,10 +45,15 @@ def _measured(analysis: Analysis, condition: Condition) -> Sequence[Hit]:
     if condition.value:
         return ()
     labels = {s.number: s.label for s in analysis.segments}
+    several = len(analysis.source_uids) > 1
+
+    def whole(m: Measurement) -> str:
+        return f"image {m.image + 1}" if several and m.image is not None else "the series"
+
     return [
         Hit(
             condition.key,
-            f"{m.name.meaning} of {labels.get(m.segment or 0, 'the series')}: {m.value:.6g} {m.unit.value}",
+            f"{m.name.meaning} of {labels.get(m.segment or 0) or whole(m)}: {m.value:.6g} {m.unit.value}",
         )
         for m in analysis.measurements
         if m.key == condition.key and within(m.value, condition)

@@ -64,6 +64,8 @@ def _modality(stored: Pixels, ds: Any) -> tuple[Array, float, float]:
         raise refuse("BAD_GREYSCALE", f"the image states {bits} bits stored")
     signed = int(ds.get("PixelRepresentation") or 0) == 1
     low, high = (-(1 << bits - 1), (1 << bits - 1) - 1) if signed else (0, (1 << bits) - 1)
+    if not signed and stored.dtype.kind == "u" and int(stored.max(initial=0)) > high:
+        stored = stored & np.array(high, stored.dtype)  # overlays in the bits above (PS3.5 8.1.2, retired)
     if ds.get("ModalityLUTSequence"):
         return apply_modality_lut(stored, ds), 0.0, float((1 << int(ds.ModalityLUTSequence[0].LUTDescriptor[2])) - 1)
     slope = 1.0 if ds.get("RescaleSlope") is None else float(ds.RescaleSlope)

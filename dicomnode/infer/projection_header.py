@@ -34,7 +34,7 @@ _TAGS = [
     "EstimatedRadiographicMagnificationFactor", "PatientOrientation", "ViewPosition", "ViewCodeSequence",
     "BodyPartExamined", "AnatomicRegionSequence", "Laterality", "ImageLaterality", "CollimatorShape",
     "CollimatorLeftVerticalEdge", "CollimatorRightVerticalEdge", "CollimatorUpperHorizontalEdge",
-    "CollimatorLowerHorizontalEdge", *FACTS, *_GREY,
+    "CollimatorLowerHorizontalEdge", "PixelAspectRatio", *FACTS, *_GREY,
 ]  # fmt: skip
 
 _VIEWS = {"399348003": "AP", "272479007": "PA", "399173006": "LL", "399198007": "RL",
@@ -59,8 +59,9 @@ class ProjectionHeader:
 
     ``orientation``: six direction cosines of Patient Orientation, None where it states none.
     ``field``: first and last + 1 row and column of a rectangular collimator, None where none is stated.
-    ``facts``: numbers of :data:`FACTS` that the image states. ``grey``: a pydicom data set with what the
-    grey-scale transformations need.
+    ``aspect``: height and width of a pixel in proportion (Pixel Aspect Ratio). ``facts``: numbers of
+    :data:`FACTS` that the image states. ``grey``: a pydicom data set with what the grey-scale transformations
+    need.
     """
 
     uid: str
@@ -84,6 +85,7 @@ class ProjectionHeader:
     facts: Mapping[str, float]
     padding: tuple[int, int] | None
     grey: Any
+    aspect: tuple[float, float] = (1.0, 1.0)
 
 
 def read_projection_header(part10: bytes) -> ProjectionHeader:
@@ -136,6 +138,7 @@ def projection_header_of(ds: Any) -> ProjectionHeader:
         facts=facts,
         padding=None if padding is None else (padding, padding if limit is None else limit),
         grey=ds,
+        aspect=_pair(ds.get("PixelAspectRatio")) or (1.0, 1.0),
     )
 
 

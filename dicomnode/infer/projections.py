@@ -131,7 +131,7 @@ def image_volume(header: ProjectionHeader, stored: Pixels, contract: ProjectionC
             "the image does not state Patient Orientation; it was taken as one that is looked at from the front, "
             "the patient's left at its right"
         )
-    mm = header.size.mm if header.size else (1.0, 1.0)
+    mm = header.size.mm if header.size else header.aspect  # without a size at least the proportions
     if contract.needs_spacing and header.size:
         notes.append(f"lengths are by {header.size.source}")
     if header.relationship:
@@ -152,6 +152,9 @@ def image_volume(header: ProjectionHeader, stored: Pixels, contract: ProjectionC
             field=header.field,
             valid=grey.valid,
             sized=header.size is not None,
+            view=header.view,
+            body_part=header.body_part,
+            laterality=header.laterality,
         ),
     )
 

@@ -32,9 +32,10 @@ _SHEAR_TOLERANCE_MM = 0.5
 class Projection:
     """What makes a volume of one slice a single image (CR, DX).
 
-    ``white``: its grey values run from 0, black, to this. ``facts``: numbers that its header states, by
-    keyword. ``field``: first and last + 1 row and column of a collimator that it states. ``valid``: bool
-    (rows, columns), False where it has padding; None without any. ``sized``: whether the size of a pixel is known.
+    ``white``: its grey values run from 0, black, to this. ``facts``: numbers that its header states, by keyword.
+    ``view``, ``body_part``, ``laterality``: as it states them, in upper case. ``field``: first and last + 1 row
+    and column of a collimator that it states. ``valid``: bool (rows, columns), False where it has padding; None
+    without any. ``sized``: whether the size of a pixel is known.
     """
 
     white: float
@@ -42,6 +43,9 @@ class Projection:
     field: tuple[int, int, int, int] | None = None
     valid: npt.NDArray[np.bool_] | None = None
     sized: bool = True
+    view: str = ""
+    body_part: str = ""
+    laterality: str = ""
 
 
 @dataclass(frozen=True, slots=True)

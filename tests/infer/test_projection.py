@@ -9,14 +9,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+from onnx import helper
 from pydicom.dataset import Dataset
 
+from dicomnode.critical import critical_hits
 from dicomnode.errors import MalformedDataSet, UnsuitableSeries
 from dicomnode.infer.decode import decode_frame
+from dicomnode.infer.golden import ReadyModel, open_model
+from dicomnode.infer.ort import OnnxRuntimeCpu
 from dicomnode.infer.projection_header import pixel_size, projection_header_of, refusal
 from dicomnode.infer.projections import read_projections
+from dicomnode.infer.summary import measurement as measurement_summary
+from dicomnode.orders import Condition
 from dicomnode.records import SourceInstance
-from tests.infer.radiograph_case import contract, image, numbered, saved
+from tests.infer.radiograph_case import CLASSES, contract, image, numbered, saved
+from tests.infer.stages.bundle_case import golden, manifest, measurement, npy, onnx_bytes, segment, write
 
 PLANE = np.array([[0, 1000, 2000], [3000, 4000, 4095]], np.uint16)
 SMALL = contract(min_side=2)
@@ -288,3 +295,85 @@ def test_what_was_read_ahead_is_not_decoded_again(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found.images[1].values[0], PLANE)
     np.testing.assert_array_equal(found.images[2].values[0], PLANE)
     assert decoder.count == 2
+
+
+def test_bits_beyond_those_stored_are_no_part_of_the_value(tmp_path: Path) -> None:
+    """An overlay in the bits above, as old CR images have it."""
+    ds = image(PLANE)
+    ds.PixelData = (PLANE | 0x4000).astype("<u2").tobytes()
+    np.testing.assert_array_equal(read(tmp_path, ds).values[0], PLANE)
+
+
+def test_proportions_of_a_pixel_without_a_size_are_kept(tmp_path: Path) -> None:
+    ds = image(PLANE, PixelSpacing=None, ImagerPixelSpacing=None, PixelAspectRatio=[2, 1])
+    volume = read(tmp_path, ds)
+    assert volume.spacing[1:] == (2.0, 1.0)
+    assert not volume.projection.sized
+
+
+def test_a_pipeline_sees_what_the_header_states(tmp_path: Path) -> None:
+    about = read(tmp_path, image(PLANE, ViewPosition="AP", ImageLaterality="L", KVP="85")).projection
+    assert (about.view, about.body_part, about.laterality, about.facts["KVP"]) == ("AP", "CHEST", "L", 85.0)
+
+
+def classifier(folder: Path) -> ReadyModel:
+    """Bright on the mean is positive; what is bright is a segment with an area."""
+    code = {"value": "36118008", "scheme": "SCT", "meaning": "Pneumothorax"}
+    values = np.arange(64, dtype=np.int16).reshape(1, 8, 8)
+    area = {**measurement("area_mm2", kind="area_mm2"), "unit": {"value": "mm2", "scheme": "UCUM", "meaning": "mm2"}}
+    nodes = [
+        helper.make_node("Sub", ["x", "half"], ["y"]),
+        helper.make_node("ReduceMean", ["x"], ["s"], axes=[2, 3], keepdims=0),
+    ]
+    model = onnx_bytes(nodes, ["y", "s"], 4, {"half": np.float32(0.5)})
+    data = manifest(
+        input={
+            "kind": "projection", "modalities": ["DX"], "sop_classes": list(CLASSES), "values": "displayed",
+            "needs_spacing": True, "min_side": 2,
+        },
+        preprocess=[],
+        engine={
+            "model": "model.onnx", "input": "x", "outputs": ["y"], "scores": ["s"],
+            "reach": {"kind": "slices", "axis": 0, "batch": 1},
+        },
+        activations=[],
+        decision={"step": "threshold", "output": "y", "threshold": 1e-6},
+        postprocess=[],
+        outputs={
+            "segments": [segment(1, "bright")],
+            "measurements": [area],
+            "findings": [{"key": "pneumothorax", "name": code, "output": "s", "threshold": 0.5}],
+        },
+        golden=[
+            golden(
+                labels="golden/labels.npy", white=63.0, affine=np.eye(4).tolist(),
+                findings={"pneumothorax": 0.5}, measurements={"bright.area_mm2": 32.0},
+            )
+        ],
+    )  # fmt: skip
+    labels = (values > 31.5).astype("u1")
+    files = {"model.onnx": model, "golden/one.npy": npy(values), "golden/labels.npy": npy(labels)}
+    return open_model(write(folder, data, files), OnnxRuntimeCpu(), threads=1)
+
+
+def test_each_image_gets_its_own_answer_and_area(tmp_path: Path) -> None:
+    """A network of the usual kind: it sees images as they are displayed, and answers for each."""
+    model = classifier(tmp_path / "models")
+    bright, dark = np.full((4, 6), 3000, np.uint16), np.full((6, 4), 1000, np.uint16)
+    dark[0, :3] = 4095
+    spaced = {"PixelSpacing": [0.5, 0.5], "ImagerPixelSpacing": [0.6, 0.6], "WindowCenter": 2048, "WindowWidth": 4096}
+    datasets = [numbered(image(plane, **spaced), n) for n, plane in ((1, bright), (2, dark))]
+    analysis = model.analyse([saved(ds, tmp_path, f"{ds.InstanceNumber}.dcm") for ds in datasets])
+    assert [(f.image, f.value.meaning if f.value else "") for f in analysis.findings] == [(0, "Present"), (1, "Absent")]
+    assert [f.probability for f in analysis.findings] == pytest.approx(
+        [3000 / 4095, (3 * 4095 + 21 * 1000) / 24 / 4095], abs=1e-3
+    )
+    areas = [(m.segment, m.image, m.value) for m in analysis.measurements]
+    assert areas == [(1, 0, pytest.approx(24 * 0.25)), (2, 1, pytest.approx(3 * 0.25))]
+    assert analysis.notes[0].startswith("Image 1: Lengths are by Pixel Spacing, calibrated")
+    hits = critical_hits(analysis, [Condition("area_mm2", minimum=1.0), Condition("pneumothorax", value="*")])
+    assert [h.key for h in hits] == ["area_mm2", "pneumothorax"]
+    assert [m["segment"] for m in (measurement_summary(m, analysis) for m in analysis.measurements)] == [
+        "bright",
+        "bright, image 2",
+    ]

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dicomnode.errors import BundleError, EngineError, UnsuitableSeries
+from dicomnode.infer.contract import ProjectionContract
 from dicomnode.infer.engine import Session
 from dicomnode.infer.faults import golden_code
 from dicomnode.infer.stages.intensity import mean_and_std
@@ -44,7 +45,8 @@ def run_case(manifest: StagedManifest, read: Read, session: Session, case: Golde
     problems: list[str] = []
     wanted = {name: load_array(read, name, ("<f2", "<f4")) for name in case.probability_maps.values()}
     expected = None if case.labels is None else load_array(read, case.labels, ("|u1",))
-    volume = case_volume(case, read)
+    displayed = isinstance(manifest.input, ProjectionContract) and manifest.input.values == "displayed"
+    volume = case_volume(case, read, displayed=displayed)
 
     def inspect(answers: Answers) -> None:
         problems.extend(answer_problems(case, answers))
@@ -87,8 +89,11 @@ class Expected(Protocol):
     def relative_tolerance(self) -> float: ...
 
 
-def case_volume(case: GoldenCase | GoldenInput, read: Read) -> Volume:
-    """The input of a golden case; spacing follows from the columns of its affine."""
+def case_volume(case: GoldenCase | GoldenInput, read: Read, *, displayed: bool = False) -> Volume:
+    """The input of a golden case; spacing follows from the columns of its affine.
+
+    Where the model takes a single image as it is ``displayed``, 0 to 1, its values are divided by the case's ``white``.
+    """
     values = load_array(read, case.input, ("<i2",))
     affine = np.array(case.affine, np.float64)
     about = None
@@ -97,7 +102,9 @@ def case_volume(case: GoldenCase | GoldenInput, read: Read) -> Volume:
             raise BundleError(
                 "verify bundle", f"{case.input} holds {len(values)} images", "Give each a case of its own"
             )
-        values, about = values.astype(np.float32), Projection(case.white, case.facts)
+        values, white = values.astype(np.float32), case.white
+        values, white = (values / np.float32(white), 1.0) if displayed else (values, white)
+        about = Projection(white, case.facts)
     uids = tuple(f"2.25.{i + 1}" for i in range(values.shape[0]))
     return Volume(values, affine, spacing_of(affine), uids, projection=about)
 

@@ -376,7 +376,11 @@ def _golden_problems(m: StagedManifest) -> list[str]:
 
 
 def _volume_problems(m: StagedManifest) -> list[str]:
-    problems = []
+    problems = [
+        f"outputs.measurements: {entry.key}: areas are of single images; input.kind must be projection"
+        for entry in m.outputs.measurements
+        if entry.compute.kind == "area_mm2"
+    ]
     if m.outputs.image_measurements:
         problems.append("outputs.image_measurements: they are of single images; input.kind must be projection")
     for step in {s.step for s in (*m.preprocess, *m.postprocess)} & {"crop_to_field", "lung_fields"}:
@@ -403,7 +407,7 @@ def _projection_problems(m: StagedManifest) -> list[str]:
     for entry in m.outputs.measurements:
         if entry.compute.kind == "volume_ml":
             problems.append(f"outputs.measurements: {entry.key}: a single image has no volumes")
-        if entry.compute.kind in ("diameter_in_plane_mm", "feret_mm") and not m.input.needs_spacing:
+        if entry.compute.kind in ("area_mm2", "diameter_in_plane_mm", "feret_mm") and not m.input.needs_spacing:
             problems.append(f"outputs.measurements: {entry.key}: mm need input.needs_spacing")
     segments = {s.number for s in m.outputs.segments}
     for image in m.outputs.image_measurements:

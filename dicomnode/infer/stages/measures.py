@@ -59,8 +59,15 @@ class FeretSpec(Strict):
     largest_only: bool = False
 
 
+class AreaSpec(Strict):
+    """Number of pixels times the area of one, in mm2: of a segment of a single image."""
+
+    kind: Literal["area_mm2"]
+
+
 MeasureSpec = Annotated[
     VolumeSpec
+    | AreaSpec
     | MeanSpec
     | FractionBelowSpec
     | FractionAboveSpec
@@ -76,12 +83,14 @@ def measure_segment(spec: MeasureSpec, values: npt.NDArray[Any], mask: Mask, aff
     """One number of the segment ``mask`` in ``values``, both of one shape.
 
     ``affine``: index to LPS mm; also right for a tilted gantry, whose columns are not at
-    right angles. Raises ValueError for an empty mask, but for its volume, which is 0.
+    right angles. Raises ValueError for an empty mask, but for its volume or area, which is 0.
     """
     if isinstance(spec, DiameterSpec):
         return diameter_in_plane(mask, affine)
     if isinstance(spec, FeretSpec):
         return feret(_largest(mask) if spec.largest_only else mask, affine)
+    if isinstance(spec, AreaSpec):
+        return int(np.count_nonzero(mask)) * float(np.linalg.norm(np.cross(affine[:3, 1], affine[:3, 2])))
     inside = values[mask]
     if inside.size == 0 and not isinstance(spec, VolumeSpec):
         raise ValueError("a segment without voxels has no measurements")

@@ -48,7 +48,8 @@ class PipelineAnswer:
 class Pipeline(Protocol):
     """What the entry point is, or makes when called without arguments.
 
-    ``analyse`` must be deterministic: same volume, same answer, byte by byte; results keep
+    A single image (``input.kind = "projection"``) is a volume of one slice; ``volume.projection`` says what its
+    header states. ``analyse`` must be deterministic: same volume, same answer, byte by byte; results keep
     their UIDs on that ground. It runs in the worker, which has no network. It may raise
     ``dicomnode.errors.UnsuitableSeries`` for a series that it cannot analyse.
     """

@@ -21,7 +21,7 @@ from dicomnode.infer.stages.frame import Frame, Undo, frame_of, restore
 from dicomnode.infer.stages.image_measures import measure_image, view_of
 from dicomnode.infer.stages.inputs import further_channels
 from dicomnode.infer.stages.manifest import Outputs, StagedManifest
-from dicomnode.infer.stages.measures import measure_segment
+from dicomnode.infer.stages.measures import AreaSpec, measure_segment
 from dicomnode.infer.stages.network import Answers, Network, run_network
 from dicomnode.infer.stages.orient import Straighten, tilt_degrees
 from dicomnode.infer.stages.plugins import PipelineAnswer, WithoutNetwork, find_pipeline
@@ -226,7 +226,7 @@ def _keys(entries: tuple[Any, ...]) -> list[str]:
 def _measured(
     outputs: Outputs, volume: Volume, found: _Found
 ) -> tuple[tuple[SegmentDefinition, ...], tuple[Measurement, ...], npt.NDArray[np.uint8] | None]:
-    """Every segment of the manifest, with the measurements of those that occur; others have a volume of 0."""
+    """Every segment of the manifest, with the measurements of those that occur; others have a volume or area of 0."""
     from dicomnode.infer.stages.components import segments_in
 
     if found.labels is None:
@@ -251,7 +251,7 @@ def _measured(
                 derivation=entry.derivation.code() if entry.derivation else None,
             )
             for entry in outputs.measurements
-            if mask.size or isinstance(entry.compute, VolumeSpec)
+            if mask.size or isinstance(entry.compute, VolumeSpec | AreaSpec)
         ]
     labels = np.zeros(volume.values.shape, np.uint8)
     labels[found.box] = found.labels
