@@ -57,8 +57,6 @@ def grey_of(stored: Pixels, header: ProjectionHeader, values: Literal["modality"
 
 def _modality(stored: Pixels, ds: Any) -> tuple[Array, float, float]:
     """Values after the Modality LUT, and the least and greatest that the image can express."""
-    from pydicom.pixels.processing import apply_modality_lut
-
     bits = int(ds.get("BitsStored") or 16)
     if not 1 <= bits <= 32:
         raise refuse("BAD_GREYSCALE", f"the image states {bits} bits stored")
@@ -67,7 +65,8 @@ def _modality(stored: Pixels, ds: Any) -> tuple[Array, float, float]:
     if not signed and stored.dtype.kind == "u" and int(stored.max(initial=0)) > high:
         stored = stored & np.array(high, stored.dtype)  # overlays in the bits above (PS3.5 8.1.2, retired)
     if ds.get("ModalityLUTSequence"):
-        return apply_modality_lut(stored, ds), 0.0, float((1 << int(ds.ModalityLUTSequence[0].LUTDescriptor[2])) - 1)
+        depth = int(ds.ModalityLUTSequence[0].LUTDescriptor[2])
+        return _by_lut(stored, ds, depth), 0.0, float((1 << depth) - 1)
     slope = 1.0 if ds.get("RescaleSlope") is None else float(ds.RescaleSlope)
     intercept = 0.0 if ds.get("RescaleIntercept") is None else float(ds.RescaleIntercept)
     if slope == 0:
@@ -75,6 +74,20 @@ def _modality(stored: Pixels, ds: Any) -> tuple[Array, float, float]:
     ends = (low * slope + intercept, high * slope + intercept)
     found = stored if (slope, intercept) == (1.0, 0.0) else stored.astype(np.float64) * slope + intercept
     return found, min(ends), max(ends)
+
+
+def _by_lut(stored: Pixels, ds: Any, depth: int) -> Array:
+    """``depth``: bits of an entry, 8 or 16 (PS3.3 C.11.1.1); what lies between is taken as some senders write it."""
+    from pydicom.pixels.processing import apply_modality_lut
+
+    table = ds.ModalityLUTSequence[0]
+    entries, first, _ = table.LUTDescriptor
+    if 8 < depth < 16:
+        table.LUTDescriptor = [entries, first, 16]
+    try:
+        return np.asarray(apply_modality_lut(stored, ds))
+    finally:
+        table.LUTDescriptor = [entries, first, depth]
 
 
 def _displayed(values: Array, ds: Any, low: float, high: float) -> tuple[Array, float, float]:

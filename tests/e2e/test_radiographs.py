@@ -15,7 +15,7 @@ from pydicom.dataset import Dataset
 from dicomnode.demo.radiograph import to_dataset
 from dicomnode.identity import derived_uid
 from tests.e2e.harness import CANARY, Node, rule
-from tests.infer.radiograph_case import picture, saved
+from tests.infer.radiograph_case import numbered, picture, saved
 from tests.peers import StoreScp, run_program
 
 pytestmark = pytest.mark.peers
@@ -94,3 +94,25 @@ def test_an_image_for_processing_is_refused_and_the_report_says_why(site: Site, 
     assert "FOR_PROCESSING: the image is For Processing" in job["last_error"]
     site.node.wait_delivered(series, 1)
     assert "raw detector values" in at_pacs(site, series)["SR"].to_json()
+
+
+def test_images_of_one_series_are_measured_one_by_one_and_a_late_one_revises(site: Site, tmp_path: Path) -> None:
+    datasets = [numbered(named(to_dataset(picture(mm=mm))), n) for n, mm in ((1, 2.0), (2, 2.5), (3, 1.0))]
+    series = datasets[0].SeriesInstanceUID = derived_uid("e2e", "several")
+    for ds in datasets:
+        ds.StudyInstanceUID, ds.SeriesInstanceUID = derived_uid("e2e", "study"), series
+        ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = derived_uid(series, str(ds.InstanceNumber))
+    send(site, tmp_path, datasets[:2])
+    site.node.wait_job(series)
+    send(site, tmp_path, datasets[2:])
+    site.node.wait_job(series, revision=2)
+    site.node.wait_delivered(series, 7)
+    first, second = (json.loads(j["summary"]) for j in sorted(site.node.jobs(series), key=lambda j: j["revision"]))
+    assert (first["slices"], second["slices"]) == (2, 3)
+    for summary, parts in ((first, {"image 1", "image 2"}), (second, {"image 1", "image 2", "image 3"})):
+        assert {m["segment"] for m in summary["measurements"]} == parts
+    uids = {str(d["SOPInstanceUID"]) for d in site.node.deliveries(series)}
+    found = [ds for ds in map(pydicom.dcmread, site.pacs.files()) if str(ds.SOPInstanceUID) in uids]
+    assert sorted(str(ds.Modality) for ds in found) == ["SEG"] * 5 + ["SR"] * 2
+    later = next(ds for ds in found if ds.Modality == "SR" and ds.InstanceNumber == 2)
+    assert "PredecessorDocumentsSequence" in later

@@ -11,12 +11,19 @@ import numpy as np
 import pytest
 
 from dicomnode.demo.radiograph import to_dataset
+from dicomnode.encode import encode_results
 from dicomnode.errors import BundleError, UnsuitableSeries
+from dicomnode.identity import result_identity
 from dicomnode.infer.bundle import load_bundle
 from dicomnode.infer.golden import ReadyModel, verify_bundle
 from dicomnode.infer.manifest import parse_manifest
 from dicomnode.infer.ort import OnnxRuntimeCpu
+from dicomnode.infer.shadow_child import Task, run
+from dicomnode.infer.summary import summary_of
+from dicomnode.orders import order_for
 from dicomnode.records import Analysis
+from tests.encode.encode_case import STATION
+from tests.encode.source_case import save
 from tests.infer.infer_case import DATA
 from tests.infer.radiograph_case import BUNDLE, numbered, picture, quality_model, radiograph_file, saved
 
@@ -224,6 +231,37 @@ def test_a_real_radiograph(model: ReadyModel) -> None:
     assert found["clipped_white"] < 1
     assert "exposure_index" not in found
     assert any("Patient Orientation" in note for note in analysis.notes)
+
+
+def test_another_version_is_compared_image_by_image(
+    model: ReadyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shadow of the same model, as its process does it: every image, whatever its size, is the same."""
+    datasets = [numbered(to_dataset(picture(mm=mm)), n) for n, mm in ((1, 2.0), (2, 2.5))]
+    for ds in datasets:
+        ds.StudyInstanceUID, ds.SeriesInstanceUID = "1.2.3", "1.2.3.4"
+    sources = save(datasets, tmp_path)
+    analysis = model.analyse(sources)
+    identity = result_identity(
+        inputs="i", model_digest="d", parameters="", revision=1, segment_numbers=[1, 2, 3, 4],
+        content_datetime="2026-05-06T07:08:09+02:00",
+    )  # fmt: skip
+    order = order_for(["pacs"], ["SEG"])
+    segs = []
+    for item in encode_results(analysis, identity, model.identity, sources, station=STATION, order=order):
+        segs.append(str(tmp_path / f"seg-{len(segs)}.dcm"))
+        Path(segs[-1]).write_bytes(item.part10)
+    task = Task(
+        bundle=str(BUNDLE), engine="onnxruntime-cpu", data_dir=str(tmp_path), threads=1, max_batch=4,
+        gpu_memory_share=0.5, memory_mb=8000, segs=segs, summary=summary_of(analysis),
+        sources=[[s.sop_instance_uid, s.sop_class_uid, s.transfer_syntax_uid, str(s.path), s.sha256] for s in sources],
+    )  # fmt: skip
+    monkeypatch.setattr("dicomnode.infer.shadow_child.limit_data", lambda size: None)  # it would be this process's
+    found = run(task)
+    assert found["dice"] == dict.fromkeys((s.label for s in analysis.segments), 1.0)
+    assert found["same_findings"] == 1
+    assert {"image 1.tilt", "image 2.tilt"} <= found["differences"].keys()
+    assert set(found["differences"].values()) == {0.0}
 
 
 def change(content: dict[str, Any], *path: Any, value: Any) -> None:
