@@ -34,7 +34,8 @@ def encode_pm(probabilities: ProbabilityMap, context: Context) -> EncodedObject:
     """``values`` of 0..1 as US with a Real World Value Mapping of slope 1/65535.
 
     Raises ``NodeError`` where they do not fit the slices, are not finite or leave 0..1,
-    ``UnsuitableSeries`` (NO_GEOMETRY) for projections, of which the library makes none.
+    ``UnsuitableSeries`` (NO_GEOMETRY) for projections: the IOD demands a Frame of Reference and, of
+    each frame, position and orientation (dciodvfy misses both as errors), which they do not have.
     """
     headers, identity, station = context.headers, context.identity, context.station
     values = probabilities.values

@@ -403,7 +403,10 @@ def _projection_problems(m: StagedManifest) -> list[str]:
     if m.more_inputs:
         problems.append("more_inputs: single images lie in no common space with another series")
     if m.outputs.probability_maps:
-        problems.append("outputs.probability_maps: they are made of volumes alone")
+        problems.append(
+            "outputs.probability_maps: DICOM has none of single images (a parametric map wants a frame of reference "
+            "and positions); make segments or findings of them"
+        )
     for entry in m.outputs.measurements:
         if entry.compute.kind == "volume_ml":
             problems.append(f"outputs.measurements: {entry.key}: a single image has no volumes")
