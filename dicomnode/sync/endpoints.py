@@ -20,7 +20,9 @@ from dicomnode.sync.connectivity import Health, Limits, Link, choose, failed, li
 from dicomnode.sync.http import confidential, open_session, read_token
 
 PROBE_SECONDS = 5.0
-"""Between two looks, and the time for one: fail-over and return need no traffic."""
+"""Between two looks: fail-over and return need no traffic."""
+ANSWER_SECONDS = 5.0
+"""For the answer to one."""
 
 
 class Endpoints:
@@ -97,7 +99,7 @@ class Endpoints:
         try:
             headers = await self.headers(number)
             method, url = ("GET", endpoint.health_url) if endpoint.health_url else ("OPTIONS", endpoint.stow_url)
-            timeout = aiohttp.ClientTimeout(total=PROBE_SECONDS)
+            timeout = aiohttp.ClientTimeout(total=ANSWER_SECONDS)
             async with (
                 self.session(number) as session,
                 session.request(method, url, headers=headers, allow_redirects=False, timeout=timeout) as response,

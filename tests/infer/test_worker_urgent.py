@@ -48,7 +48,8 @@ def db(tmp_path: Path):
 def make_worker(db: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, during: Any, **inference: Any):
     monkeypatch.setattr(module, "intact", lambda source: True)
     trace: list[str] = []
-    held = {"hold": lambda self, model: None, "let_go": lambda self, model: None}
+    nothing = {"hold": lambda self, model: None, "let_go": lambda self, model: None}
+    held = {**nothing, "settled": lambda self, *_: True}
     models = type("Models", (), {"for_job": lambda self, name, record: Model(name, trace, during), **held})()
     settings = Settings(node={"data_dir": tmp_path / "data"}, inference=inference)
     return trace, Worker(
@@ -150,3 +151,17 @@ def test_a_job_whose_lease_is_lost_is_still_ended_when_it_hangs(monkeypatch: pyt
     monkeypatch.setattr(module.os, "_exit", lambda code: ended.set())
     with Heart(Taken(), 1, "w", 0.03, 0.2):
         assert asked.wait(10) and ended.wait(10)
+
+
+def test_batch_jobs_wait_while_too_much_waits_for_the_cloud(
+    db: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trace, worker = make_worker(db, tmp_path, monkeypatch, {})
+    full = [True]
+    monkeypatch.setattr(worker._spool, "full", lambda: full[0])
+    job(db, model="a", priority="batch")
+    job(db, model="b", priority="routine")
+    assert worker.run_once() and not worker.run_once()
+    assert states(db) == {"a": "pending", "b": "done"}, "the PACS needs its results; nothing is dropped"
+    full[0] = False
+    assert worker.run_once() and states(db)["a"] == "done" and len(trace) == 2 * BATCHES

@@ -9,16 +9,18 @@ import signal
 import ssl
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from dicomnode.cloud.storage import Storage
-from dicomnode.cloud_settings import CloudPlan, Sync
+from dicomnode.cloud_settings import Cloud, CloudPlan, Sync
 from dicomnode.index.database import Database
 from dicomnode.index.jobs import Jobs, Outcome, Result
 from dicomnode.pseudonyms import Pseudonyms
 from dicomnode.sync import http
+from dicomnode.sync.endpoints import PROBE_SECONDS
 from tests.certificates import Authority
 from tests.cloud.endpoint import endpoint
 from tests.peers import quiet_environment
@@ -132,10 +134,52 @@ def test_every_fault_of_the_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     asyncio.run(main())
 
 
+def test_a_half_open_primary_is_left_for_the_backup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing says that it is gone but silence; with the defaults that is noticed within 30 seconds."""
+    assert http.REPLY_SECONDS + PROBE_SECONDS <= 30 and Cloud().stall_seconds + PROBE_SECONDS <= 30
+    monkeypatch.setattr(http, "REPLY_SECONDS", 0.4)
+    data = tmp_path / "data"
+
+    async def main() -> None:
+        db = Database(data)
+        async with (
+            endpoint(tmp_path / "one") as (one, primary),
+            endpoint(tmp_path / "two") as (two, backup),
+            fault_proxy(("127.0.0.1", int(one.rsplit(":", 1)[1]))) as proxy,
+        ):
+            section = {
+                "stow_url": f"http://127.0.0.1:{proxy.port}/studies", "stall_seconds": 0.3,
+                "backups": [{"name": "second", "stow_url": f"{two}/studies"}],
+            }  # fmt: skip
+            sender = sender_of(make_settings(data, cloud=section, delivery={"backoff_seconds": 0.05}), db)
+            add_results(db, data, 1)
+            assert await sender.flush() == 1 and len(primary.arrivals()) == 1
+            proxy.fault = "half-open"
+            add_results(db, data, 2)
+            begin = time.monotonic()
+            assert await sender.flush() == 2
+            assert time.monotonic() - begin < 20 and len(backup.arrivals()) == 2
+            proxy.fault = "pass"
+
+            async def returns() -> None:
+                while sender.endpoints.link != "online":
+                    await asyncio.sleep(0.05)
+                    await sender.endpoints.probe()
+
+            monkeypatch.setattr("dicomnode.sync.endpoints.PROBE_SECONDS", 0.01)
+            await asyncio.wait_for(returns(), 30)
+            add_results(db, data, 1)
+            assert await sender.flush() == 1 and len(primary.arrivals()) == 2
+        db.close()
+
+    asyncio.run(main())
+
+
 KILLS = int(os.environ.get("DICOMNODE_SIDECAR_KILLS", "4"))
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(120 + 60 * KILLS)
 def test_kill_9_of_the_sidecar_at_random_moments(tmp_path: Path) -> None:
     """Its line is slow, so that kills hit requests; DICOMNODE_SIDECAR_KILLS is how many."""
     chance = random.Random(KILLS)
