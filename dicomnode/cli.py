@@ -22,6 +22,7 @@ from dicomnode.cli_common import table as _table
 from dicomnode.cli_conformance import conformance
 from dicomnode.cli_delivery import alerts_app, commitments_app, deliveries_app, notifications_app
 from dicomnode.cli_models_import import models_import
+from dicomnode.cli_records import conflicts_app, records_app
 from dicomnode.cli_sync import sync_app
 from dicomnode.errors import NodeError, OperatorError
 from dicomnode.settings import Settings
@@ -41,6 +42,8 @@ app.add_typer(commitments_app, name="commitments")
 app.add_typer(notifications_app, name="notifications")
 app.add_typer(alerts_app, name="alerts")
 app.add_typer(sync_app, name="sync")
+app.add_typer(records_app, name="records")
+app.add_typer(conflicts_app, name="conflicts")
 app.command()(cloud)
 cli_models.register(models_app)
 app.add_typer(models_app, name="models")

@@ -10,6 +10,7 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from dicomnode.conflicts import KIND_OF, Limits, Strategy
 from dicomnode.model_settings import ModelPull, Repository
 from dicomnode.peer_settings import Section
 
@@ -103,6 +104,31 @@ class LaneLimits:
     items: int
 
 
+class Conflicts(Section):
+    """Which side serves when a record was changed at both ends, by kind of data; see :mod:`dicomnode.conflicts`."""
+
+    patients: Strategy = Field(
+        Strategy.review, description="corrections of demographics: newest|cloud|edge|merge|review"
+    )
+    studies: Strategy = Field(Strategy.newest, description="metadata of studies")
+    results: Strategy = Field(Strategy.cloud, description="summaries of analyses and reviews of them")
+    preferences: Strategy = Field(Strategy.edge, description="preferences of users, such as the dashboard's language")
+    settings: Strategy = Field(Strategy.merge, description="settings, such as the limits of warnings")
+    tie_seconds: float = Field(1.0, ge=0, description="newest: changes closer than this are for a person to decide")
+    skew_seconds: float = Field(
+        300.0, gt=0, description="newest: a clock that is off by more is for a person to decide"
+    )
+
+    def strategy(self, kind: str) -> Strategy:
+        """Of a type of records; one that is not known is for a person to decide."""
+        found = KIND_OF.get(kind)
+        return getattr(self, found) if found else Strategy.review
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(self.tie_seconds, self.skew_seconds)
+
+
 class Sync(Section):
     """What goes to the cloud, how soon, and how much of the line it may take."""
 
@@ -119,6 +145,11 @@ class Sync(Section):
     studies: Lane = Field("batch", description="class of study metadata")
     settings: Lane = Field("batch", description="class of this node's settings")
     preferences: Lane = Field("batch", description="class of user preferences")
+    pull_seconds: float = Field(30.0, gt=0, description="seconds between two looks for records changed at the cloud")
+    patients_identity: Identity = Field(
+        "removed", description="removed | kept: whether corrections of names, IDs and birth dates leave"
+    )
+    conflicts: Conflicts = Field(Conflicts(), description="who serves when both ends changed a record, by kind of data")
 
     bandwidth_kb: int = Field(0, ge=0, description="KiB per second that go out at most; 0: no cap")
     spool_mb: int = Field(0, ge=0, description="MiB that may wait before batch jobs do; 0: no cap")
@@ -146,6 +177,9 @@ class Sync(Section):
                 ("study", "studies"),
                 ("settings", "settings"),
                 ("preferences", "preferences"),
+                ("limits", "settings"),
+                ("patient", "studies"),
+                ("result-review", "summaries"),
             )
         }
 

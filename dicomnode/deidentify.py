@@ -221,9 +221,11 @@ _RECORD_KEPT: Mapping[str, frozenset[str]] = {
             *("segments", "measurements", "findings", "slices", "engine", "notes"),
         }
     ),
+    "result-review": frozenset({"status", "reason"}),
+    "patient": frozenset({"PatientSex"}),
 }
 _RECORD_UIDS = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")
-_PATIENT_TYPES = frozenset(_RECORD_KEPT)
+PATIENT_TYPES = frozenset(_RECORD_KEPT)
 """Types of records that concern a patient; the others (settings, preferences) leave as they are."""
 
 
@@ -235,7 +237,7 @@ def deidentify_record(
     ``patient``: PatientID, IssuerOfPatientID and PatientName and AccessionNumber of its study. A type
     that concerns a patient and is not known here leaves empty.
     """
-    if kind not in _PATIENT_TYPES and not patient:
+    if kind not in PATIENT_TYPES and not patient:
         return dict(data), {}
     patient_id, issuer = patient.get("PatientID", ""), patient.get("IssuerOfPatientID", "")
     days = pseudonyms.days(patient_id, issuer)

@@ -9,7 +9,7 @@ from prometheus_client import Counter, Gauge
 
 from dicomnode.metrics import REGISTRY
 
-__all__ = ["RECORDS_TOTAL", "REGISTRY", "show_cloud"]
+__all__ = ["RECORDS_TAKEN", "RECORDS_TOTAL", "REGISTRY", "show_cloud"]
 STATES = ("online", "degraded", "offline")
 
 CLOUD_STATE = Gauge(
@@ -32,6 +32,12 @@ CLOUD_ENDPOINT_SECONDS = Gauge(
 )
 RECORDS_TOTAL = Counter(
     "dicomnode_sync_records", "Records sent to the cloud, by outcome", ["outcome"], registry=REGISTRY
+)
+RECORDS_TAKEN = Counter(
+    "dicomnode_records_taken",
+    "Records that came from the cloud, by what became of them (own, applied, kept, merged, review, refused, ...)",
+    ["outcome"],
+    registry=REGISTRY,
 )
 
 

@@ -25,6 +25,7 @@ from dicomnode.sync.endpoints import PROBE_SECONDS, Endpoints
 from dicomnode.sync.node_record import describe_node
 from dicomnode.sync.promote import Promoter
 from dicomnode.sync.pull import ModelPuller
+from dicomnode.sync.pull_records import RecordPuller
 from dicomnode.sync.repository import ModelRepository
 from dicomnode.sync.schedule import Schedule
 from dicomnode.sync.sender import CloudSender
@@ -84,8 +85,8 @@ async def _work(
 ) -> None:
     log, loop = logs.get(), asyncio.get_running_loop()
     processes, schedule = Processes(db), Schedule()
-    endpoints = Endpoints(settings, db)
-    sender = CloudSender(settings, db, endpoints, Departures(settings, db), NAME)
+    endpoints, departures = Endpoints(settings, db), Departures(settings, db)
+    sender = CloudSender(settings, db, endpoints, departures, NAME)
     alerts = AlertSender(settings, db)
     await asyncio.to_thread(sender.start)
 
@@ -106,7 +107,7 @@ async def _work(
     schedule.every("remember-time", REMEMBER_SECONDS, remember)
     if endpoints.all:
         await asyncio.to_thread(describe_node, settings, db)
-        _send_to_cloud(settings, schedule, endpoints, sender)
+        _send_to_cloud(settings, schedule, endpoints, sender, RecordPuller(settings, db, endpoints, departures))
     if settings.alerts.url:
         schedule.every("alerts", ALERT_SECONDS, alerts.flush)
     if settings.cloud.models:
@@ -137,11 +138,15 @@ async def _work(
         await asyncio.to_thread(beat, "stopping")
 
 
-def _send_to_cloud(settings: Settings, schedule: Schedule, endpoints: Endpoints, sender: CloudSender) -> None:
+def _send_to_cloud(
+    settings: Settings, schedule: Schedule, endpoints: Endpoints, sender: CloudSender, records: RecordPuller
+) -> None:
     """The classes beside each other: what is urgent does not wait for a large batch."""
     schedule.every("cloud-health", PROBE_SECONDS, endpoints.probe)
     for lane in LANES:
         schedule.every(f"cloud-{lane}", settings.sync.lane(lane).seconds, partial(sender.flush, lane))
+    if settings.cloud.records_url:
+        schedule.every("cloud-records", settings.sync.pull_seconds, records.run_once)
 
 
 async def _models_in(

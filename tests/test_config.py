@@ -8,6 +8,8 @@ import re
 import shutil
 import subprocess
 import tomllib
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from dicomnode.admin.exposition import metric_names
+from dicomnode.cloud_settings import Conflicts
 from dicomnode.endpoint_settings import Endpoint
 from dicomnode.settings import (
     CloudEndpoint,
@@ -51,11 +54,12 @@ def block(name: str) -> str:
 
 
 def sections() -> dict[str, type[BaseModel]]:
-    return {
+    found = {
         name: field.annotation
         for name, field in Settings.model_fields.items()
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
     }
+    return {**found, "sync.conflicts": Conflicts}
 
 
 def plain(value: Any) -> Any:
@@ -64,10 +68,10 @@ def plain(value: Any) -> Any:
 
 @pytest.mark.parametrize("name", sections())
 def test_each_section_has_each_key_with_its_default(name: str) -> None:
-    example, text = tomllib.loads(TEXT)[name], block(name)
+    example, text = reduce(getitem, name.split("."), tomllib.loads(TEXT)), block(name)
     for key, field in sections()[name].model_fields.items():
         default = plain(field.get_default(call_default_factory=True))
-        if f"{name}.{key}" in LISTS:
+        if f"{name}.{key}" in LISTS or f"{name}.{key}" in sections():
             continue  # a section of its own
         if key in example:
             assert example[key] == default, f"{name}.{key}"

@@ -23,6 +23,7 @@ COMPOSITION = frozenset(
             "cli_delivery",
             "cli_jobs",
             "cli_models_import",
+            "cli_records",
             "cli_sync",
         ),
         *("__main__", "sidecar", "doctor", "demo"),

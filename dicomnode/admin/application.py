@@ -20,6 +20,7 @@ from dicomnode.admin.model_figures import version_figures
 from dicomnode.admin.models_api import Desk, IndexOnly, ModelsApi
 from dicomnode.admin.models_page import RECENT
 from dicomnode.admin.ready import Check, check_port, local_checks
+from dicomnode.admin.records_api import RecordsApi
 from dicomnode.admin.status import status_report
 from dicomnode.admin.words import choose_language
 from dicomnode.errors import IllegalTransition, NodeError, OperatorError, StorageError
@@ -29,8 +30,10 @@ from dicomnode.index.database import Database, Row
 from dicomnode.index.jobs import Jobs
 from dicomnode.index.notices import Notices, NoticeState
 from dicomnode.index.outbox import Outbox
+from dicomnode.index.record_reviews import Reviews, serving
 from dicomnode.index.states import JobState, SendState
 from dicomnode.index.urgency import Alerts
+from dicomnode.record_shapes import DASHBOARD, WARNINGS
 from dicomnode.settings import Settings
 
 READY_KEPT_SECONDS = 1.0
@@ -89,9 +92,11 @@ class Admin:
 
     async def dashboard(self, request: web.Request) -> web.Response:
         checks = await self.checks()
-        language = choose_language(request.query.get("lang"), request.headers.get("Accept-Language", ""))
 
         def collect() -> str:
+            preferences = serving(self.db, "preferences", DASHBOARD)
+            asked = request.query.get("lang") or preferences.get("language") or None
+            language = choose_language(asked, request.headers.get("Accept-Language", ""))
             view = page.View(
                 settings=self.settings,
                 report=status_report(self.db, self.settings),
@@ -105,6 +110,9 @@ class Admin:
                 model_figures=version_figures(self.db, self.settings.rollout),
                 model_history=self.desk.history(limit=RECENT),
                 model_comparisons=self.desk.comparisons(limit=RECENT),
+                conflicts=Reviews(self.db, self.settings.cloud_plan).listing(25),
+                limits=serving(self.db, "limits", WARNINGS),
+                refresh_seconds=round(preferences.get("refresh_seconds") or page.REFRESH_SECONDS),
                 language=language,
                 changes_allowed=guard.is_loopback(self.settings.http.host),
             )
@@ -230,6 +238,7 @@ def make_app(
     app.router.add_get("/api/v1/sync", admin.outbox("sync_items", "items"))
     app.router.add_post(f"/api/v1/sync/{_ITEM}/retry", admin.retry_item("sync_items", "sidecar"))
     ModelsApi(desk).add_routes(app.router)
+    RecordsApi(db, settings).add_routes(app.router)
     return app
 
 
@@ -268,6 +277,8 @@ async def _errors_middleware(request: web.Request, handler: Handler) -> web.Stre
     try:
         return await handler(request)
     except web.HTTPException as error:
+        if error.content_type == "application/json":
+            raise
         answer = _problem(error.status, NodeError("answer request", error.reason))
         if isinstance(error, web.HTTPMethodNotAllowed):
             answer.headers["Allow"] = error.headers["Allow"]

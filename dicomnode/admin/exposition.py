@@ -18,6 +18,7 @@ from dicomnode.admin.model_figures import VersionFigures, version_figures
 from dicomnode.admin.model_figures import families as model_families
 from dicomnode.admin.status import MEBIBYTE, library_versions, serving_models, waiting_versions
 from dicomnode.admin.tls_state import own_certificate
+from dicomnode.conflicts import KIND_OF
 from dicomnode.errors import OperatorError
 from dicomnode.index.catalogue import Catalogue
 from dicomnode.index.commitment import Commitments
@@ -26,7 +27,9 @@ from dicomnode.index.jobs import Jobs
 from dicomnode.index.operation import Figures, Models, Processes
 from dicomnode.index.outbox import Outbox
 from dicomnode.index.procedure import Steps
+from dicomnode.index.record_reviews import TAKES, Reviews, serving
 from dicomnode.index.trust import trust_rows
+from dicomnode.record_shapes import WARNINGS
 from dicomnode.settings import Settings
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -60,11 +63,15 @@ class Facts:
     reserve_bytes: int = 0
     certificate_ends_at: float | None = None
     versions: list[VersionFigures] = field(default_factory=list)
+    reviews: Mapping[str, int] = field(default_factory=dict)
+    oldest_review_seconds: float = 0.0
+    conflicts: Mapping[str, int] = field(default_factory=dict)
+    limits: Mapping[str, float] = field(default_factory=dict)
 
 
 def read_facts(db: Database, settings: Settings) -> Facts:
     """Blocking: run it off the event loop."""
-    figures, models = Figures(db), Models(db)
+    figures, models, reviews = Figures(db), Models(db), Reviews(db, settings.cloud_plan)
     return Facts(
         processes=Processes(db).listing(),
         jobs=Jobs(db).counts(),
@@ -88,6 +95,10 @@ def read_facts(db: Database, settings: Settings) -> Facts:
         reserve_bytes=settings.node.reserve_mb * MEBIBYTE,
         certificate_ends_at=_certificate_ends_at(settings),
         versions=version_figures(db, settings.rollout),
+        reviews=reviews.counts(),
+        oldest_review_seconds=reviews.oldest_seconds(),
+        conflicts=reviews.decided(),
+        limits={k: v for k, v in serving(db, "limits", WARNINGS).items() if v is not None},
     )
 
 
@@ -290,6 +301,37 @@ def _repository(facts: Facts) -> list[Metric]:
             "1 for what a pulled version waits for before it goes on by its policy",
             ("model", "version", "state", "reason"),
             [((r["name"], r["version"], r["state"], r["waits"]), 1.0) for r in facts.waiting],
+        ),
+        *_record_gauges(facts),
+    ]
+
+
+def _record_gauges(facts: Facts) -> list[Metric]:
+    """Records that both ends may change."""
+    return [
+        _gauge(
+            "record_reviews_open",
+            "Records changed at both ends that wait for a person's decision, by type",
+            ("type",),
+            [((kind,), facts.reviews.get(kind, 0)) for kind in sorted({*KIND_OF, *facts.reviews})],
+        ),
+        _gauge(
+            "record_review_oldest_seconds",
+            "Age of the oldest record that waits for a decision, seconds",
+            (),
+            [((), facts.oldest_review_seconds)],
+        ),
+        _gauge(
+            "record_conflicts",
+            "Conflicts of records that were decided, by the side that was taken",
+            ("taken",),
+            [((side,), facts.conflicts.get(side, 0)) for side in TAKES],
+        ),
+        _gauge(
+            "warning_limit",
+            "Limits that people set (record limits/warnings), in the unit of their name",
+            ("limit",),
+            [((name,), value) for name, value in sorted(facts.limits.items())],
         ),
     ]
 

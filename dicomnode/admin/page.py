@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from dicomnode.admin.conflicts_page import conflicts_table
 from dicomnode.admin.markup import Child, Markup, document, element, join
 from dicomnode.admin.model_figures import VersionFigures
 from dicomnode.admin.models_page import comparisons_table, history_table, versions_table
@@ -18,6 +19,7 @@ from dicomnode.settings import Settings
 
 REFRESH_SECONDS = 10
 _GOOD = {
+    "review_decided",
     "done",
     "stored",
     "committed",
@@ -38,6 +40,7 @@ _GOOD = {
 }
 _BAD = {"failed", "rejected", "error", "silent_state", "problem", "expired", "offline"}
 _WARN = {
+    "review_open",
     "canary",
     "refused",
     "away",
@@ -70,6 +73,9 @@ class View:
     model_figures: Sequence[VersionFigures] = ()
     model_history: Sequence[Mapping[str, Any]] = ()
     model_comparisons: Sequence[Mapping[str, Any]] = ()
+    conflicts: Sequence[Mapping[str, Any]] = ()
+    limits: Mapping[str, Any] = field(default_factory=dict)
+    refresh_seconds: int = REFRESH_SECONDS
 
 
 def render(view: View) -> str:
@@ -84,7 +90,7 @@ def render(view: View) -> str:
         "head",
         element("meta", charset="utf-8"),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("meta", http_equiv="refresh", content=str(REFRESH_SECONDS)),
+        element("meta", http_equiv="refresh", content=str(view.refresh_seconds)),
         element("title", f"{view.settings.node.ae_title} · {w('title')}"),
         element("link", rel="stylesheet", href="/static/style.css"),
         element("link", rel="icon", href="/static/icon.svg", type="image/svg+xml"),
@@ -105,6 +111,7 @@ def render(view: View) -> str:
         _commitments(view, w),
         _notifications(view, w),
         _sync(view, w),
+        _conflicts(view, w),
         _peers(view, w),
         _tls(view, w),
         _models(view, w),
@@ -135,14 +142,21 @@ def _numbers(view: View, w: Words) -> Markup:
         ("studies", report["instances"]["studies"], ""),
         ("series", report["instances"]["series"], ""),
         ("instances", report["instances"]["instances"], ""),
-        ("waiting_jobs", jobs["pending"], ""),
+        ("waiting_jobs", jobs["pending"], _over(view, "oldest_job_minutes", report["oldest_job_seconds"] / 60)),
         ("running_jobs", jobs["running"], ""),
         ("failed_jobs", failed, "bad" if failed else ""),
         ("waiting_deliveries", deliveries["pending"] + deliveries["sending"], ""),
         ("uncommitted_deliveries", deliveries["committing"], ""),
         ("rejected_deliveries", deliveries["rejected"], "bad" if deliveries["rejected"] else ""),
-        ("disk_free", _size(report["disk"]["free_mb"]), "" if report["disk"]["above_reserve"] else "bad"),
+        ("disk_free", _size(report["disk"]["free_mb"]), "" if _disk_well(view) else "bad"),
     ]
+    waits = max((lane["oldest_seconds"] for lane in report["cloud"]["waiting"]), default=0.0) / 3600
+    if report["cloud"]["configured"]:
+        items = sum(lane["count"] for lane in report["cloud"]["waiting"])
+        cards.append(("waiting_cloud", items, _over(view, "oldest_sync_hours", waits)))
+    reviews = sum(report["reviews"].values())
+    if reviews:
+        cards.append(("open_reviews", reviews, _over(view, "open_reviews", reviews)))
     return element(
         "section",
         *(
@@ -151,6 +165,17 @@ def _numbers(view: View, w: Words) -> Markup:
         ),
         class_="cards",
     )
+
+
+def _over(view: View, limit: str, value: float) -> str:
+    """The tone of a figure: bad beyond the limit that people set (record ``limits/warnings``)."""
+    found = view.limits.get(limit)
+    return "bad" if found is not None and value > found else ""
+
+
+def _disk_well(view: View) -> bool:
+    disk, limit = view.report["disk"], view.limits.get("disk_free_mb")
+    return bool(disk["above_reserve"]) and (limit is None or disk["free_mb"] >= limit)
 
 
 def _checks(view: View, w: Words) -> Markup:
@@ -260,6 +285,13 @@ def _cloud(cloud: Mapping[str, Any], w: Words) -> list[Markup]:
     if waiting:
         parts.append(_table(["class", "waiting", "size", "oldest"], waiting, w))
     return parts
+
+
+def _conflicts(view: View, w: Words) -> Markup | None:
+    """Only where there are any."""
+    if not view.conflicts:
+        return None
+    return _section(w("conflicts"), conflicts_table(view.conflicts, w, pill=_pill, table=_table))
 
 
 def _outbox(view: View, w: Words, collection: str, items: Sequence[Mapping[str, Any]]) -> Markup:

@@ -25,6 +25,7 @@ from dicomnode.index.notices import Notices
 from dicomnode.index.operation import Events, Figures, Models, Processes
 from dicomnode.index.outbox import Outbox
 from dicomnode.index.procedure import Steps
+from dicomnode.index.record_reviews import Reviews
 from dicomnode.index.trust import trust_rows
 from dicomnode.index.urgency import Alerts
 from dicomnode.settings import Settings
@@ -53,6 +54,7 @@ def status_report(db: Database, settings: Settings) -> dict[str, Any]:
         "oldest_job_seconds": round(figures.oldest_job_seconds(), 1),
         "deliveries": Outbox(db, "deliveries").counts(),
         "sync_items": Outbox(db, "sync_items").counts(),
+        "reviews": Reviews(db, settings.cloud_plan).counts(),
         "cloud": cloud_report(db, settings, processes),
         "commitments": Commitments(db).counts(),
         "notifications": Notices(db).counts(),

@@ -100,7 +100,8 @@ class Cloud:
         limit = shapes.number(request.query.get("limit"), FEED_DEFAULT, 1, FEED_MOST, "limit")
         kind = shapes.kind(request.query["type"]) if "type" in request.query else None
         rows = await self.blocking(self.storage.feed, after, kind, limit)
-        return web.json_response({"records": rows, "next": rows[-1]["seq"] if rows else after})
+        newest = await self.blocking(self.storage.newest)
+        return web.json_response({"records": rows, "next": rows[-1]["seq"] if rows else after, "newest": newest})
 
     async def get_record(self, request: web.Request) -> web.Response:
         row = await self.blocking(self.storage.record, request.match_info["type"], request.match_info["id"])

@@ -293,6 +293,10 @@ class Storage:
         )
         return [self._shown(row) for row in rows]
 
+    def newest(self) -> int:
+        """The last ``seq`` of all; smaller than a node remembers after a restore from a backup."""
+        return int(self.rows("SELECT coalesce(max(seq), 0) AS n FROM arrivals")[0]["n"])
+
     def conflicts(self, state: str | None, limit: int) -> list[Row]:
         rows = self.rows(
             "SELECT * FROM conflicts WHERE ? IS NULL OR state = ? ORDER BY id DESC LIMIT ?", (state, state, limit)

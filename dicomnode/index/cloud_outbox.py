@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from dicomnode.index.database import Database, Row
 from dicomnode.index.outbox import Outbox
@@ -57,11 +57,29 @@ class CloudOutbox(Outbox):
                 if self._leave(item_id, owner, SendEvent.retry, error, 0.0) and not tried:
                     self.db.execute("UPDATE sync_items SET attempts = max(0, attempts - 1) WHERE id = ?", (item_id,))
 
-    def settle(self, stored: Sequence[int], owner: str) -> None:
-        """The other side has these; one transaction for all."""
-        with self.db.transaction():
+    def settle(self, stored: Sequence[int], owner: str, conflicts: Collection[int] = ()) -> None:
+        """The other side has these; one transaction for all.
+
+        ``conflicts``: records among them where another change serves there. Of the others, this
+        version is the last one that both ends had.
+        """
+        db = self.db
+        with db.transaction():
             for item_id in stored:
-                self._leave(item_id, owner, SendEvent.store, None, 0.0, finish=True)
+                if not self._leave(item_id, owner, SendEvent.store, None, 0.0, finish=True):
+                    continue
+                conflict = item_id in conflicts
+                outcome = "conflict" if conflict else "stored"
+                db.execute(
+                    "UPDATE sync_items SET outcome = ? WHERE id = ? AND record_id IS NOT NULL", (outcome, item_id)
+                )
+                if not conflict:
+                    db.execute(
+                        "UPDATE records SET common_version = i.version, common_data = i.data, common_key ="
+                        " i.idempotency_key, common_time = i.changed_time FROM sync_items i WHERE i.id = ?"
+                        " AND records.type = i.type AND records.record_id = i.record_id",
+                        (item_id,),
+                    )
 
     def listing(self, limit: int = 100, state: str | None = None) -> list[Row]:
         """Newest first, without the content of records."""

@@ -79,19 +79,34 @@ def put_record(
     job_id: int | None = None,
     study_id: int | None = None,
     identified: int = 0,
+    reported: bool = True,
+    settles: Sequence[str] = (),
 ) -> int:
-    """Inside a transaction: the next version of a record, and its item; 0 when nothing has changed."""
-    text = json.dumps(data, sort_keys=True, ensure_ascii=False)
-    held = db.row("SELECT version, data FROM records WHERE type = ? AND record_id = ?", (kind, record_id))
-    if held is not None and held["data"] == text:
+    """Inside a transaction: the next version of a record, and its item; 0 when nothing has changed.
+
+    ``reported``: ``data`` is what the node itself knows. Only what it says otherwise than before is
+    changed, so a correction by people at either end stays. ``settles``: keys of changes whose conflict
+    this one decides; it goes out even when the value is the one that serves.
+    """
+    held = db.row("SELECT * FROM records WHERE type = ? AND record_id = ?", (kind, record_id))
+    said = canonical(data) if reported else held["reported"] if held else None
+    if reported and held is not None:
+        if held["reported"] == said:
+            return 0
+        before_it = json.loads(held["reported"] or "{}")
+        news = {k: v for k, v in data.items() if k not in before_it or before_it[k] != v}
+        data = {**json.loads(held["data"]), **news} if held["reported"] else data
+    text = canonical(data)
+    if held is not None and held["data"] == text and not settles:
+        db.execute("UPDATE records SET reported = ? WHERE type = ? AND record_id = ?", (said, kind, record_id))
         return 0
     before = int(held["version"]) if held else 0
-    moment = iso(db.clock.wall())
+    moment, key = iso(db.clock.wall()), str(uuid.uuid4())
     db.execute(
-        "INSERT INTO records (type, record_id, version, data, changed_time) VALUES (?, ?, ?, ?, ?)"
+        "INSERT INTO records (type, record_id, version, data, changed_time, key, reported) VALUES (?, ?, ?, ?, ?, ?, ?)"
         " ON CONFLICT (type, record_id) DO UPDATE SET version = excluded.version, data = excluded.data,"
-        " changed_time = excluded.changed_time",
-        (kind, record_id, before + 1, text, moment),
+        " changed_time = excluded.changed_time, key = excluded.key, reported = excluded.reported",
+        (kind, record_id, before + 1, text, moment, key, said),
     )
     if plan.destination and plan.records:
         row = {
@@ -99,7 +114,9 @@ def put_record(
             "record_id": record_id,
             "version": before + 1,
             "base_version": before,
-            "idempotency_key": str(uuid.uuid4()),
+            "base_key": held["key"] if held else None,
+            "settles": json.dumps(list(settles)) if settles else None,
+            "idempotency_key": key,
             "data": text,
             "changed_time": moment,
             "size": len(text.encode()),
@@ -109,6 +126,10 @@ def put_record(
         }
         _enqueue(db, plan, row, plan.priority(kind) if priority is None else priority)
     return before + 1
+
+
+def canonical(data: Mapping[str, Any]) -> str:
+    return json.dumps(data, sort_keys=True, ensure_ascii=False)
 
 
 def _enqueue(db: Database, plan: CloudPlan, row: Row, priority: int) -> None:

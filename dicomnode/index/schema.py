@@ -16,6 +16,7 @@ from dicomnode.index.names import name_keys
 from dicomnode.index.schema_cloud import create_cloud_outbox
 from dicomnode.index.schema_life import create_model_life
 from dicomnode.index.schema_priors import create_companions, create_priors
+from dicomnode.index.schema_records import create_records
 from dicomnode.index.schema_trust import create_trust
 
 migrations: Any = Migrations("dicomnode")
@@ -495,3 +496,9 @@ def m0018_settled_runs(db: Database) -> None:
 def m0020_trust(db: Database) -> None:
     """Models from a signed repository; see :mod:`dicomnode.index.trust`."""
     create_trust(db)
+
+
+@migrations()
+def m0023_records(db: Database) -> None:
+    """Records changed at both ends, and their conflicts; see :mod:`dicomnode.index.records`."""
+    create_records(db)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dicomnode.deidentify import deidentify, deidentify_record
+from dicomnode.deidentify import PATIENT_TYPES, deidentify, deidentify_record
 from dicomnode.errors import MalformedDataSet
 from dicomnode.index.database import Database, Row
 from dicomnode.index.mapping import PseudonymRows
@@ -56,12 +56,12 @@ class Departures:
         data = json.loads(item["data"])
         patient = self._db.row(_PATIENT, (item["study_id"],)) if item["study_id"] is not None else None
         name, study = str(item["record_id"]), str(patient["StudyInstanceUID"]) if patient else None
-        if not item["identified"] and (patient is not None or item["type"] in ("study", "ai-result")):
+        if not item["identified"] and (patient is not None or item["type"] in PATIENT_TYPES):
             codec = self._codec()
             known = {k: str(v or "") for k, v in (patient or {}).items()}
             data, mapping = deidentify_record(item["type"], data, known, codec)
             self._note(mapping)
-            name = codec.uid(name) if item["type"] == "study" else codec.record(item["type"], name)
+            name = self._name(item["type"], name)
             study = codec.uid(study) if study else None
         return {
             "idempotency_key": item["idempotency_key"],
@@ -69,10 +69,22 @@ class Departures:
             "id": name,
             "version": item["version"],
             "base_version": item["base_version"],
+            "base_key": item["base_key"],
+            "settles": json.loads(item["settles"] or "[]"),
             "changed_time": item["changed_time"],
             "study": study,
             "data": data,
         }
+
+    def _name(self, kind: str, name: str) -> str:
+        """A patient's record is known by a pseudonym at home, too; a review goes by the name of its result."""
+        if kind == "patient":
+            return name
+        codec = self._codec()
+        kind = "ai-result" if kind == "result-review" else kind
+        left = codec.uid(name) if kind == "study" else codec.record(kind, name)
+        self._note({(kind, left): name})
+        return left
 
     def keep(self) -> None:
         with self._lock:  # also while it commits: another thread's items may need the same rows

@@ -54,8 +54,11 @@ class Fate(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
+    """``conflict``: of a record that is kept there beside another one, which serves."""
+
     fate: Fate
     cause: str = ""
+    conflict: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ async def send_records(
     now: datetime,
     throttle: Throttle,
 ) -> Answer:
-    """Verdicts by ``idempotency_key``. A conflict is settled: the cloud keeps both sides and somebody decides."""
+    """Verdicts by ``idempotency_key``. A conflict is settled as far as sending goes: the cloud keeps both sides."""
     keys = [str(r["idempotency_key"]) for r in records]
     body = json.dumps({"node": node, "records": list(records)}, ensure_ascii=False).encode()
     progress = Progress()
@@ -80,9 +80,7 @@ def _verdict(outcomes: Mapping[str, Mapping[str, Any]] | None, key: str) -> Verd
         return Verdict(Fate.retry, "the reply does not name the record")
     outcome = found.get("outcome")
     if outcome in _SETTLED:
-        return Verdict(
-            Fate.stored, "the cloud has another value; it serves until somebody decides" * (outcome == "conflict")
-        )
+        return Verdict(Fate.stored, conflict="conflict" in (outcome, found.get("was")))
     if outcome == "rejected":
         # Its reason may quote what was sent, so it stays out of our rows.
         return Verdict(Fate.reject, "the cloud refused the record for good")

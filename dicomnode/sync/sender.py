@@ -54,6 +54,7 @@ class _Batch:
     """What became of the items of one lease."""
 
     stored: list[int] = field(default_factory=list)
+    conflicts: set[int] = field(default_factory=set)
     again: list[tuple[int, str]] = field(default_factory=list)
     untried: list[int] = field(default_factory=list)
     settled: int = 0
@@ -259,6 +260,8 @@ class CloudSender:
         for item, verdict in pairs:
             if verdict.fate is Fate.stored:
                 batch.stored.append(item["id"])
+                if verdict.conflict:
+                    batch.conflicts.add(item["id"])
                 batch.settled += 1
                 self._count(item, "stored", sizes.get(item["id"], 0))
             elif verdict.fate is Fate.reject:
@@ -274,7 +277,7 @@ class CloudSender:
 
     def _finish(self, batch: _Batch) -> None:
         if batch.stored:
-            self.outbox.settle(batch.stored, self.owner)
+            self.outbox.settle(batch.stored, self.owner, batch.conflicts)
         for cause in dict.fromkeys(c for _, c in batch.again):
             self.outbox.release([i for i, c in batch.again if c == cause], self.owner, cause)
         if batch.untried:

@@ -1,0 +1,271 @@
+"""Records that both ends may change: what came from the cloud, what became of it, and conflicts with both sides kept.
+
+Everything is decided in one transaction from committed rows, so it does not matter where a process
+ends: what came is a row with its cursor, what is decided is a row, what goes out is an item.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from dicomnode.clock import iso
+from dicomnode.cloud_settings import CloudPlan, Conflicts
+from dicomnode.conflicts import KIND_OF, Decision, Outcome, Side, decide, differing, returned
+from dicomnode.index.cloud_rows import canonical, put_record
+from dicomnode.index.database import Database, Row
+from dicomnode.index.record_reviews import close, origin_of
+from dicomnode.record_shapes import fault
+
+Leave = Callable[[Row], Mapping[str, Any]]
+"""What leaves in place of a record of ours: :meth:`dicomnode.sync.departure.Departures.record`."""
+
+BEGUN_AT_CLOUD = frozenset({"preferences", "limits"})
+"""Types whose records may begin at the cloud. Of others only what concerns something here is taken."""
+
+MOST_SETTLED = 100  # config/cloud-api.yaml
+
+
+class Taken(StrEnum):
+    """What became of a record that came.
+
+    ``own``: it is ours. ``later``: something of ours is still on its way. ``stale``: older than what both
+    ends had. ``unknown``: it concerns nothing here.
+    """
+
+    own = "own"
+    applied = "applied"
+    kept = "kept"
+    merged = "merged"
+    review = "review"
+    unknown = "unknown"
+    refused = "refused"
+    later = "later"
+    stale = "stale"
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """How records are taken in."""
+
+    plan: CloudPlan
+    policy: Conflicts
+    leave: Leave
+
+
+class Records:
+    """Incoming records and decisions over one index."""
+
+    def __init__(self, db: Database, rules: Rules) -> None:
+        self.db = db
+        self.rules = rules
+
+    def after(self, address: str) -> int:
+        """Up to where the feed of an endpoint was read."""
+        return int(self.db.value("SELECT after_seq FROM record_feeds WHERE address = ?", (address,)) or 0)
+
+    def keep(self, address: str, page: Sequence[Mapping[str, Any]], after: int) -> int:
+        """A page of the feed and the place behind it, in one transaction; how many records were new."""
+        db, new = self.db, 0
+        with db.transaction():
+            for r in page:
+                new += db.execute(
+                    "INSERT INTO cloud_records (type, cloud_id, version, key, node, data, changed_time, settled, seq,"
+                    " state) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 'new') ON CONFLICT (type, cloud_id) DO UPDATE SET"
+                    " version = excluded.version, key = excluded.key, node = excluded.node, data = excluded.data,"
+                    " changed_time = excluded.changed_time, settled = excluded.settled, seq = excluded.seq,"
+                    " state = 'new' WHERE key != excluded.key OR settled != excluded.settled",
+                    (r["type"], r["id"], r["version"], r["key"], r["node"], canonical(r["data"]), r["changed_time"],
+                     json.dumps(r["settled"]), r["seq"]),
+                )  # fmt: skip
+            db.execute(
+                "INSERT INTO record_feeds VALUES (?, ?) ON CONFLICT (address) DO UPDATE SET after_seq = ?2",
+                (address, after),
+            )
+        return new
+
+    def take_all(self) -> dict[Taken, int]:
+        """Decide on everything that waits; counts by what became of it."""
+        found: dict[Taken, int] = {}
+        waiting = self.db.rows("SELECT type, cloud_id FROM cloud_records WHERE state = 'new' ORDER BY seq")
+        for row in waiting:
+            what = self._take(row["type"], row["cloud_id"])
+            found[what] = found.get(what, 0) + 1
+        return found
+
+    def _take(self, kind: str, cloud_id: str) -> Taken:
+        db = self.db
+        with db.transaction():
+            came = db.row("SELECT * FROM cloud_records WHERE type = ? AND cloud_id = ?", (kind, cloud_id))
+            assert came is not None
+            name = self._home(kind, cloud_id)
+            if name is None:
+                return self._done(came, None, Taken.unknown)
+            if db.row(
+                f"SELECT 1 AS one FROM sync_items WHERE {_ITEM} AND state IN ('pending', 'sending')", (kind, name)
+            ):
+                return Taken.later
+            held = db.row("SELECT * FROM records WHERE type = ? AND record_id = ?", (kind, name))
+            settled = json.loads(came["settled"])
+            self._decided_there(kind, name, settled)
+            if held is not None and came["key"] in (held["common_key"], held["key"]):
+                return self._done(came, name, Taken.own)
+            if db.row("SELECT 1 AS one FROM sync_items WHERE idempotency_key = ?", (came["key"],)):
+                return self._done(came, name, Taken.own)  # the cloud went back to an older one; ours stays
+            if self._stale(came, held, name):
+                return self._done(came, name, Taken.stale)
+            theirs = json.loads(came["data"])
+            if fault(kind, name, theirs):
+                return self._done(came, name, Taken.refused)
+            return self._done(came, name, self._decide(came, name, held, theirs, settled))
+
+    def _stale(self, came: Row, held: Row | None, name: str) -> bool:
+        """An endpoint that is behind, a backup or one that was set back: what it lacks it gets by the next change."""
+        behind = held is not None and came["version"] <= held["common_version"]
+        return behind and not self.unsettled(came["type"], name)
+
+    def _decide(self, came: Row, name: str, held: Row | None, theirs: Mapping[str, Any], settled: list[str]) -> Taken:
+        kind = str(came["type"])
+        origin = origin_of(self.db, kind, name)
+        home: dict[str, Any] = json.loads(held["data"]) if held else {}
+        ours = self._wire(kind, name, origin, home)
+        allowed = self._wire(kind, name, origin, {**theirs, **home})
+        cloud = Side(came["version"], came["changed_time"], {k: v for k, v in theirs.items() if k in allowed})
+        if held is None:
+            self._write(kind, name, came, returned({}, {}, cloud.data))
+            return Taken.applied
+        edge = Side(held["version"], held["changed_time"], ours)
+        common = None
+        if held["common_data"] is not None:
+            before = self._wire(kind, name, origin, json.loads(held["common_data"]))
+            common = Side(held["common_version"], held["common_time"] or "", before)
+        strategy = self.rules.policy.strategy(kind)
+        made = decide(strategy, edge, cloud, common, now=self.db.clock.wall(), limits=self.rules.policy.limits)
+        keys = [k for k in self.unsettled(kind, name) if k not in settled]
+        taken = returned(home, ours, cloud.data)
+        self._write(kind, name, came, taken)
+        if made.conflict:
+            self._note(came, name, held, made, strategy, home, taken, keys)
+        if made.outcome is Outcome.review:
+            return Taken.review
+        serves = returned(home, ours, made.data)
+        if differing(serves, taken) or keys:
+            put_record(self.db, self.rules.plan, kind, name, serves, reported=False, settles=keys, **origin)
+        return {Outcome.edge: Taken.kept, Outcome.merged: Taken.merged}.get(made.outcome, Taken.applied)
+
+    def _write(self, kind: str, name: str, came: Row, data: Mapping[str, Any]) -> None:
+        """The cloud's value is what both ends have now; what goes out next builds on it."""
+        text = canonical(data)
+        self.db.execute(
+            "INSERT INTO records (type, record_id, version, data, changed_time, key, common_version, common_data,"
+            " common_key, common_time) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?3, ?4, ?6, ?5) ON CONFLICT (type, record_id)"
+            " DO UPDATE SET version = ?3, data = ?4, changed_time = ?5, key = ?6, common_version = ?3,"
+            " common_data = ?4, common_key = ?6, common_time = ?5",
+            (kind, name, came["version"], text, came["changed_time"], came["key"]),
+        )
+
+    def _note(
+        self, came: Row, name: str, held: Row, made: Decision, strategy: str, home: Row, taken: Row, keys: list[str]
+    ) -> None:
+        db, moment = self.db, iso(self.db.clock.wall())
+        review = made.outcome is Outcome.review
+        db.insert(
+            "record_conflicts",
+            {
+                "type": came["type"],
+                "record_id": name,
+                "strategy": str(strategy),
+                "outcome": str(made.outcome),
+                "why": made.why,
+                "fields": json.dumps(made.fields),
+                "keys": json.dumps(keys),
+                "edge_version": held["version"],
+                "edge_time": held["changed_time"],
+                "edge_data": canonical(home),
+                "cloud_version": came["version"],
+                "cloud_time": came["changed_time"],
+                "cloud_data": canonical(taken),
+                "cloud_node": came["node"],
+                "common_version": held["common_version"],
+                "common_data": held["common_data"],
+                "state": "open" if review else "decided",
+                "decided_as": None if review else str(made.outcome),
+                "decided_by": None if review else "policy",
+                "created_at": db.clock.ticks(),
+                "created_time": moment,
+                "decided_time": None if review else moment,
+            },
+        )
+
+    def _decided_there(self, kind: str, name: str, settled: list[str]) -> None:
+        """Reviews that are open here and were closed at the cloud."""
+        query = "SELECT id, keys FROM record_conflicts WHERE type = ? AND record_id = ? AND state = 'open'"
+        for row in self.db.rows(query, (kind, name)):
+            keys = json.loads(row["keys"])
+            if keys and set(keys) <= set(settled):
+                close(self.db, row["id"], "cloud", "the cloud")
+
+    def unsettled(self, kind: str, name: str) -> list[str]:
+        """Keys of our changes that are in conflict at the cloud, but for those under review here."""
+        query = f"SELECT idempotency_key, settles, outcome FROM sync_items WHERE {_ITEM} ORDER BY id"
+        items = self.db.rows(query, (kind, name))
+        gone = {k for i in items if i["outcome"] == "stored" for k in json.loads(i["settles"] or "[]")}
+        open_here = "SELECT keys FROM record_conflicts WHERE type = ? AND record_id = ? AND state = 'open'"
+        gone |= {k for c in self.db.rows(open_here, (kind, name)) for k in json.loads(c["keys"])}
+        found = [i["idempotency_key"] for i in items if i["outcome"] in _CONFLICT]
+        found += [k for i in items if i["outcome"] in _CONFLICT for k in json.loads(i["settles"] or "[]")]
+        return [k for k in dict.fromkeys(found) if k not in gone][-MOST_SETTLED:]
+
+    def _wire(self, kind: str, name: str, origin: Mapping[str, Any], data: Mapping[str, Any]) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = self.rules.leave(self._item(kind, name, origin, data))["data"]
+        return found
+
+    @staticmethod
+    def _item(kind: str, name: str, origin: Mapping[str, Any], data: Mapping[str, Any]) -> Row:
+        item = dict.fromkeys(("idempotency_key", "version", "base_version", "base_key", "settles", "changed_time"))
+        return {**item, "type": kind, "record_id": name, "data": canonical(data), **origin}
+
+    def _home(self, kind: str, cloud_id: str) -> str | None:
+        """The id here of a record that came; None where it concerns nothing here."""
+        if kind not in KIND_OF:
+            return None
+        owner = "ai-result" if kind == "result-review" else kind
+        if self.db.row("SELECT 1 AS one FROM records WHERE type = ? AND record_id = ?", (owner, cloud_id)):
+            return cloud_id
+        found = self.db.value("SELECT original FROM pseudonyms WHERE pseudonym = ? AND kind = ?", (cloud_id, owner))
+        if found is not None:
+            return cloud_id if kind == "patient" else str(found)
+        return cloud_id if kind in BEGUN_AT_CLOUD else None
+
+    def _done(self, came: Row, name: str | None, what: Taken) -> Taken:
+        """What concerns nothing here is not kept: it may be another node's patient."""
+        where = (came["type"], came["cloud_id"])
+        if what is Taken.unknown:
+            self.db.execute("DELETE FROM cloud_records WHERE type = ? AND cloud_id = ?", where)
+            return what
+        state = "refused" if what is Taken.refused else "taken"
+        self.db.execute("UPDATE cloud_records SET state = ? WHERE type = ? AND cloud_id = ?", (state, *where))
+        self.db.execute(
+            f"UPDATE sync_items SET outcome = 'taken' WHERE {_ITEM} AND outcome = 'conflict'", (came["type"], name)
+        )
+        return what
+
+    def missing(self) -> list[tuple[str, str]]:
+        """Type and id at the cloud of records whose other side has not come: it concerned nothing here before."""
+        rows = self.db.rows(
+            "SELECT DISTINCT type, record_id FROM sync_items WHERE outcome = 'conflict'"
+            " AND record_id IS NOT NULL LIMIT 100"
+        )
+        found = []
+        for r in rows:
+            item = self._item(r["type"], r["record_id"], origin_of(self.db, r["type"], r["record_id"]), {})
+            found.append((str(r["type"]), str(self.rules.leave(item)["id"])))
+        waiting = "SELECT 1 AS one FROM cloud_records WHERE type = ? AND cloud_id = ? AND state = 'new'"
+        return [one for one in found if not self.db.row(waiting, one)]
+
+
+_CONFLICT = ("conflict", "taken")
+_ITEM = "type = ? AND record_id = ?"

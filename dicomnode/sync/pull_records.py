@@ -1,0 +1,168 @@
+"""Records that were changed at the cloud: pulled from where the feed was left, taken in, decided.
+
+A page and the place behind it are one transaction, so nothing is skipped and nothing counts twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+from urllib.parse import quote
+
+import aiohttp
+
+from dicomnode import logs
+from dicomnode.conflicts import KIND_OF
+from dicomnode.errors import OperatorError, PeerAway, PeerError
+from dicomnode.index.database import Database, Row
+from dicomnode.index.operation import Events
+from dicomnode.index.records import Records, Rules, Taken
+from dicomnode.metrics_cloud import RECORDS_TAKEN
+from dicomnode.settings import Settings
+from dicomnode.sync.endpoints import Endpoints
+from dicomnode.sync.http import Progress, read_bounded, watched
+
+PAGE = 200
+MOST_PAGES = 50
+"""Of one run; the next one goes on where it ended."""
+
+MAX_PAGE_BYTES = 64 << 20
+_FIELDS: Mapping[str, type] = {
+    "type": str,
+    "id": str,
+    "version": int,
+    "key": str,
+    "node": str,
+    "data": dict,
+    "changed_time": str,
+    "settled": list,
+    "seq": int,
+}
+
+
+class Leaving(Protocol):
+    """Of :class:`dicomnode.sync.departure.Departures`, what is needed to compare both ends."""
+
+    def ready(self) -> None: ...
+
+    def record(self, item: Row) -> Mapping[str, Any]: ...
+
+    def keep(self) -> None: ...
+
+
+class RecordPuller:
+    """One per node, in the event loop of the sidecar."""
+
+    def __init__(self, settings: Settings, db: Database, endpoints: Endpoints, leaving: Leaving) -> None:
+        self.settings = settings
+        self.db = db
+        self.endpoints = endpoints
+        self._leaving = leaving
+        self.records = Records(db, Rules(settings.cloud_plan, settings.sync.conflicts, leaving.record))
+        self._log = logs.get()
+
+    async def run_once(self) -> dict[Taken, int]:
+        """Pull what is new and decide on it; what became of how many.
+
+        Raises PeerError when the endpoint answers otherwise than config/cloud-api.yaml says.
+        """
+        await asyncio.to_thread(self._leaving.ready)
+        number = self.endpoints.current()
+        if number is None:
+            return await asyncio.to_thread(self._take)
+        url = self.endpoints.all[number].records_url
+        headers = await self.endpoints.headers(number)
+        try:
+            async with self.endpoints.session(number) as session:
+                await self._pages(session, url, headers)
+                found = await asyncio.to_thread(self._take)
+                for kind, name in await asyncio.to_thread(self.records.missing):
+                    one = await self._get(session, f"{url}/records/{kind}/{quote(name, safe='')}", headers)
+                    if one is not None:
+                        await asyncio.to_thread(self._keep_one, url, checked([one]))
+        except PeerAway as error:
+            self.endpoints.failed(number, error.cause)
+            return await asyncio.to_thread(self._take)
+        return found
+
+    async def _pages(self, session: aiohttp.ClientSession, url: str, headers: dict[str, str]) -> None:
+        for _ in range(MOST_PAGES):
+            after = await asyncio.to_thread(self.records.after, url)
+            page = await self._get(session, f"{url}/records?after={after}&limit={PAGE}", headers)
+            rows, following = page_of(page)
+            newest = page.get("newest")
+            if isinstance(newest, int) and newest < after:  # the cloud was set back: all of it is read again
+                self._log.warning("the records of the cloud begin anew", after=after, newest=newest)
+                rows, following = [], 0
+            if following == after:
+                return
+            await asyncio.to_thread(self.records.keep, url, [r for r in rows if r["type"] in KIND_OF], following)
+
+    def _keep_one(self, url: str, rows: Sequence[Row]) -> None:
+        self.records.keep(url, rows, self.records.after(url))
+
+    def _take(self) -> dict[Taken, int]:
+        found = self.records.take_all()
+        self._leaving.keep()
+        for what, number in found.items():
+            RECORDS_TAKEN.labels(str(what)).inc(number)
+        if found.get(Taken.refused):
+            text = f"{found[Taken.refused]} records of the cloud are not as they have to be and were not taken"
+            Events(self.db).add("warning", "record-refused", "cloud", text)
+        if found.get(Taken.review):
+            text = f"{found[Taken.review]} conflicts wait for a decision: dicomnode conflicts list"
+            Events(self.db).add("warning", "record-review", "cloud", text)
+        return found
+
+    async def _get(self, session: aiohttp.ClientSession, url: str, headers: dict[str, str]) -> Any:
+        """The JSON value, None for 404."""
+        progress = Progress()
+
+        async def request() -> tuple[int, bytes]:
+            progress.waiting_for_reply()
+            async with session.get(url, headers=headers, allow_redirects=False) as response:
+                return response.status, await read_bounded(response, MAX_PAGE_BYTES, progress)
+
+        operation = "pull records"
+        try:
+            status, body = await watched(request(), progress, self.settings.cloud.stall_seconds)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise PeerAway(operation, f"the endpoint cannot be reached ({type(error).__name__})") from None
+        if status == 404:
+            return None
+        if status in (401, 403):
+            raise OperatorError(operation, f"HTTP {status}", "Check the token and its rights at the cloud")
+        if status >= 500 or status == 429:
+            raise PeerAway(operation, f"HTTP {status}")
+        if status != 200:
+            raise PeerError(operation, f"HTTP {status} was not expected")
+        try:
+            return json.loads(body)
+        except (ValueError, RecursionError):
+            raise PeerError(operation, "the reply is not JSON", retryable=True) from None
+
+
+def page_of(page: Any) -> tuple[list[Row], int]:
+    """Rows and the place behind them; raises PeerError for another form. Pure."""
+    if not isinstance(page, dict) or not isinstance(page.get("records"), list) or not _whole(page.get("next")):
+        raise PeerError("pull records", "the reply is not a page of records", retryable=True)
+    return checked(page["records"]), int(page["next"])
+
+
+def checked(rows: Sequence[Any]) -> list[Row]:
+    """Rows as config/cloud-api.yaml has them; raises PeerError for others. Pure."""
+    for row in rows:
+        whole = isinstance(row, dict) and all(isinstance(row.get(k), t) for k, t in _FIELDS.items())
+        if not whole or not all(_whole(row[k]) for k in ("version", "seq")) or not _texts(row["settled"]):
+            raise PeerError("pull records", "a record of the reply is not whole", retryable=True)
+    return list(rows)
+
+
+def _texts(values: Sequence[Any]) -> bool:
+    return all(isinstance(v, str) for v in values)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
