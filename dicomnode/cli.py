@@ -173,6 +173,9 @@ def status(config: Config = None, as_json: Json = False) -> None:
         console.print(f"TLS: {_tls_line(data['tls'])}")
         disk = data["disk"]
         console.print(f"disk: {disk['free_mb']} MiB free, {disk['reserve_mb']} MiB reserved")
+        if data["reviews"]:
+            said = ", ".join(f"{kind} {number}" for kind, number in data["reviews"].items())
+            console.print(f"to decide (dicomnode conflicts list --state open): {said}")
         if data["events"]:
             console.print()
             _table(

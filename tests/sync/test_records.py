@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aiohttp import ClientSession
+from aiohttp import ClientSession, web
 
 from dicomnode.cloud.storage import Storage
-from dicomnode.errors import OperatorError, PeerError
+from dicomnode.errors import NodeError, OperatorError, PeerError
 from dicomnode.index.database import Database
 from dicomnode.index.record_reviews import Reviews, serving
 from dicomnode.index.records import Taken
@@ -24,6 +24,7 @@ from dicomnode.sync.departure import Departures
 from dicomnode.sync.endpoints import Endpoints
 from dicomnode.sync.pull_records import RecordPuller, checked, page_of
 from dicomnode.sync.sender import CloudSender
+from tests.cloud import endpoint as served
 from tests.cloud.endpoint import endpoint
 from tests.sync.index_case import CANARY, CANARY_ID, FakeClock, add_results, as_they_are, make_settings
 
@@ -302,6 +303,33 @@ def test_a_correction_outlives_the_next_analysis(tmp_path: Path) -> None:
     run(tmp_path, body)
 
 
+def test_a_record_that_concerned_nothing_here_is_fetched_when_it_does(tmp_path: Path) -> None:
+    """Another node told of a study first: its record was not kept, so it is asked for once ours is in conflict."""
+
+    async def body(cloud: Cloud, one: Node, two: Node) -> None:
+        from dicomnode.index.cloud_rows import put_record
+
+        def tell(node: Node, **data: Any) -> None:
+            with node.db.transaction():
+                put_record(node.db, node.settings.cloud_plan, "study", "1.2.3", data)
+            as_they_are(node.db)
+
+        tell(one, StudyDescription="CT", count=1)
+        await one.exchange()
+        assert await two.pull() == {Taken.unknown: 1} and two.db.value("SELECT count(*) FROM cloud_records") == 0
+        two.clock.now += 60.0
+        tell(two, StudyDescription="CT chest", count=2)
+        await two.push()
+        assert await two.pull() == {}, "now it is asked for"
+        assert await two.pull() == {Taken.kept: 1}
+        await two.exchange()
+        await one.exchange()
+        assert one.holds("study", "1.2.3") == two.holds("study", "1.2.3") == cloud.holds("study", "1.2.3")
+        assert one.holds("study", "1.2.3") == {"StudyDescription": "CT chest", "count": 2} and cloud.open() == []
+
+    run(tmp_path, body, 2)
+
+
 def test_corrections_of_patients_leave_without_identity_and_wait_for_people(tmp_path: Path) -> None:
     async def body(cloud: Cloud, node: Node) -> None:
         add_results(node.db, node.settings.node.data_dir, cloud=node.settings.cloud_plan)
@@ -386,3 +414,60 @@ def test_a_record_that_lacks_something_is_told() -> None:
     for change in ({"data": None}, {"version": -1}, {"version": True}, {"settled": [1]}):
         with pytest.raises(PeerError):
             checked([{**row, **change}])
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        ({"status": 503}, None),
+        ({"status": 429}, None),
+        ({"status": 401}, "HTTP 401"),
+        ({"status": 302, "headers": {"Location": "http://192.0.2.1/"}}, "HTTP 302"),
+        ({"text": "<html>"}, "not JSON"),
+        ({"text": "[]"}, "not a page"),
+        ({"text": '{"records": [{"type": "study"}], "next": 9, "newest": 9}'}, "not whole"),
+        ({"body": b" " * (65 << 20)}, "longer"),
+        ("cut", None),
+    ],
+)
+def test_a_bad_answer_changes_nothing_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: Any, told: str | None
+) -> None:
+    """Where it passes the endpoint is blamed and all waits; else an operator is told; the place in the feed stays."""
+    make_app, bad = served.make_app, [True]
+
+    @web.middleware
+    async def broken(request: web.Request, handler: Any) -> web.StreamResponse:
+        if not bad or request.method != "GET" or request.path != "/v1/records":
+            return await handler(request)  # type: ignore[no-any-return]
+        if answer != "cut":
+            return web.Response(**answer)
+        stream = web.StreamResponse(headers={"Content-Length": "1000"})
+        await stream.prepare(request)
+        await stream.write(b'{"records": [')
+        assert request.transport is not None
+        request.transport.abort()
+        return stream
+
+    def app(*arguments: Any) -> web.Application:
+        made = make_app(*arguments)
+        made.middlewares.append(broken)
+        return made
+
+    monkeypatch.setattr(served, "make_app", app)
+
+    async def body(cloud: Cloud, node: Node) -> None:
+        await cloud.change(*PREF, language="zh")
+        if told is None:
+            assert await node.pull() == {}
+            assert not node.endpoints.health[0].well
+        else:
+            with pytest.raises(NodeError, match=told):
+                await node.pull()
+        assert node.db.rows("SELECT * FROM cloud_records") == node.db.rows("SELECT * FROM record_feeds") == []
+        bad.clear()
+        node.clock.now += 60.0
+        assert await node.pull() == {Taken.applied: 1}
+        assert node.holds(*PREF) == {"language": "zh"}
+
+    run(tmp_path, body)
