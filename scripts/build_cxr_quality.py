@@ -135,8 +135,8 @@ def image_measurements() -> list[dict[str, Any]]:
             for side in ("head", "feet", "right", "left")
         ),
         entry(
-            "spine_offset", own("CXRSPINEOFFSET", "Spine off middle of chest, to the left"), PERCENT,
-            "spine_offset_percent", **sides,
+            "midline_offset", own("CXRMIDOFFSET", "Spine and mediastinum off middle of chest, left"), PERCENT,
+            "midline_offset_percent", **sides,
         ),
         entry(
             "tilt", own("CXRTILT", "Tilt of chest in image, head to the left"), code("deg", "UCUM", "degree"),

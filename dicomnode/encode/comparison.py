@@ -40,10 +40,18 @@ def change_concept(name: Code) -> Code:
     return Code(value, SCHEME, f"Change of {name.meaning} since prior study")
 
 
-def add_changes(group: Sequence[Dataset], prior: Prior | None, segment: int | None) -> None:
-    """Append to a measurement group the changes of its segment: each inferred from the former value (TID 300)."""
+def add_changes(group: Sequence[Dataset], prior: Prior | None, segment: int | None, image: int | None = None) -> None:
+    """Append to a measurement group the changes of its segment: each inferred from the former value (TID 300).
+
+    ``image``: without a segment, the image that the group is of.
+    """
     for change in prior.changes if prior and group else ():
-        if change.measurement.segment == segment and math.isfinite(change.before + change.measurement.value):
+        one = change.measurement
+        if (
+            one.segment == segment
+            and (segment is not None or one.image == image)
+            and math.isfinite(change.before + change.measurement.value)
+        ):
             group[0].ContentSequence.append(_change(change, prior))  # type: ignore[arg-type]  # there is one
 
 

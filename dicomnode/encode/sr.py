@@ -112,8 +112,7 @@ def encode_sr(
     for image in dict.fromkeys(m.image for m in analysis.measurements if m.segment is None):
         of_it = [m for m in analysis.measurements if m.segment is None and m.image == image]
         group = _whole_group(of_it, image, context)
-        if image is None or len(analysis.source_uids) == 1:
-            add_changes(group, analysis.prior, None)
+        add_changes(group, analysis.prior, None, image)
         groups += group
     unknown = {m.segment for m in analysis.measurements} - {None, *(s.number for s in analysis.segments)}
     if unknown:

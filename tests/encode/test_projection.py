@@ -12,7 +12,7 @@ from pydicom.dataset import Dataset
 from dicomnode.encode import encode_results
 from dicomnode.identity import derived_uid
 from dicomnode.orders import KINDS, LABELMAP, LABELMAP_SR, order_for, shares
-from dicomnode.records import Analysis, Code, Finding, Measurement
+from dicomnode.records import Analysis, Change, Code, Finding, Measurement, Prior
 from tests.encode.encode_case import LUNG, SEGMENTS, Case, identity
 from tests.encode.source_case import ABSENT, COLUMNS, PNEUMOTHORAX, PRESENT, ROWS, dx, pixels, save, with_pixels
 from tests.encode.test_kinds import by_kind, errors, references
@@ -68,6 +68,19 @@ def encode(case: Case, order=EVERYTHING):
 def groups(sr: Dataset) -> list[Dataset]:
     (container,) = [c for c in sr.ContentSequence if c.ConceptNameCodeSequence[0].CodeValue == "126010"]
     return list(container.ContentSequence)
+
+
+def test_changes_since_an_earlier_study_stand_with_their_image(tmp_path: Path) -> None:
+    case = two_images(tmp_path)
+    whole = [m for m in case.analysis.measurements if m.segment is None]
+    changes = tuple(Change(m, before) for m, before in zip(whole, (40.0, 40.0), strict=True))
+    prior = Prior("1.2.3", "1.2.4", "20200101", "DX", (("1.2.840.10008.5.1.4.1.1.1.1", "1.2.5"),), "1.0.0", changes)
+    found = by_kind(encode(case.with_analysis(prior=prior)))
+    numbers = [
+        [float(c.MeasuredValueSequence[0].NumericValue) for c in group.ContentSequence if c.ValueType == "NUM"]
+        for group in groups(found["SR"][0])
+    ]
+    assert numbers[-2:] == [[50.0, 10.0], [25.0, -15.0]]
 
 
 @pytest.mark.peers

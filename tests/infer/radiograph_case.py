@@ -8,14 +8,17 @@ from typing import Any
 
 import numpy as np
 from pydicom.dataset import Dataset
+from scipy import ndimage
 
-from dicomnode.demo.radiograph import Radiograph, radiograph, to_dataset
+from dicomnode.demo.radiograph import WHITE, Radiograph, radiograph, to_dataset
 from dicomnode.identity import derived_uid
 from dicomnode.infer.contract import ProjectionContract
 from dicomnode.infer.golden import ReadyModel, open_model
 from dicomnode.infer.ort import OnnxRuntimeCpu
+from dicomnode.infer.volume import read_volume
 from tests.encode.source_case import dx, with_pixels
-from tests.infer.infer_case import ROOT
+from tests.infer.infer_case import CONTRACT as CT_CONTRACT
+from tests.infer.infer_case import DATA, ROOT
 
 BUNDLE = ROOT / "models" / "cxr-quality" / "1.0.0"
 CLASSES = ("1.2.840.10008.5.1.4.1.1.1", "1.2.840.10008.5.1.4.1.1.1.1", "1.2.840.10008.5.1.4.1.1.1.1.1")
@@ -66,3 +69,25 @@ def radiograph_file(folder: Path, kind: Any = "DX", **options: Any) -> Path:
 
 def quality_model() -> ReadyModel:
     return open_model(BUNDLE, OnnxRuntimeCpu(), threads=1)
+
+
+@cache
+def _real_attenuation() -> tuple[np.ndarray, tuple[float, float, float]]:
+    """The real chest CT, every other slice and fourth pixel: per mm, and mm between slices, rows, columns."""
+    files = sorted((DATA / "ct-chest-ricord").glob("*.dcm"))
+    volume = read_volume(files, CT_CONTRACT)
+    hu = volume.values[::2, ::4, ::4].astype(np.float32)
+    between, down, across = volume.spacing
+    return np.clip(hu + 1000, 0, None) * np.float32(2e-5), (2 * between, 4 * down, 4 * across)
+
+
+def of_real_ct(*, turned: float = 0.0, leaning: float = 0.0, mm: float = 1.0) -> Radiograph:
+    """A radiograph computed from it: line integrals, no noise; turned and leaning as of ``radiograph``."""
+    attenuation, (between, down, across) = _real_attenuation()
+    if turned:
+        attenuation = ndimage.rotate(attenuation, turned, axes=(1, 2), reshape=False, order=1)
+    lines = ndimage.zoom(attenuation.sum(axis=1)[::-1] * down, (between / mm, across / mm), order=1)
+    if leaning:
+        lines = ndimage.rotate(lines, -leaning, reshape=False, order=1, mode="nearest")
+    grey = np.clip(lines / np.percentile(lines, 99.8) * WHITE, 0, WHITE)
+    return Radiograph(np.rint(grey).astype(np.uint16), np.zeros(lines.shape, bool), mm)

@@ -1,19 +1,22 @@
-"""How a chest lies in its image: tilt by mirror symmetry, rotation by where the spine lies. Pure.
+"""How a chest lies in its image: tilt and sideways place of what is bright between the lungs. Pure.
 
 Works on a grid of square cells, ``GRID`` of them along the lung fields' longer side.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
+from scipy.spatial import ConvexHull
 
 Array = npt.NDArray[Any]
 GRID = 128
-MOST_TILT = 20.0
+MOST_TILT = 30.0
+ROUNDS = 3
 LEAST_ROWS = 16
 """Rows of the grid that must show both lung fields for a statement about their symmetry."""
 
@@ -21,8 +24,13 @@ LEAST_ROWS = 16
 def tilt_and_offset(
     labels: npt.NDArray[np.uint8], values: Array, mm: tuple[float, float], columns: slice, right: int, left: int
 ) -> tuple[float, float] | None:
-    """Tilt in degrees, positive where the head leans to the patient's left; and how far the spine lies from
-    the middle between the lateral borders, in percent of the chest's width, positive to the patient's left.
+    """Tilt in degrees, positive where the head leans to the patient's left; and how far the bright strip between
+    the lung fields (spine and mediastinum) lies from the middle of the chest, in percent of its width, positive
+    to the patient's left; None where nothing can be said.
+
+    The tilt is that of the line (Theil-Sen) through the strip's middle in each row, found ROUNDS times, each time
+    in the image turned upright by the former. The chest is the convex hull of both lung fields: it stays where a
+    part of a lung is not seen.
 
     ``labels``, ``values``: (rows, columns) upright, ``mm`` between them; ``columns``: of the field. None where
     not both lung fields are there, or where one is cut: its lateral border is the field's in half of the rows.
@@ -37,11 +45,17 @@ def tilt_and_offset(
     if np.count_nonzero(cut) > len(cut) / 2:
         return None
     chest, grey = _on_grid(labels, values, mm, (right, left))
-    tilt = _tilt(chest > 0)
-    chest = ndimage.rotate(chest, tilt, order=0, reshape=False)
-    grey = ndimage.rotate(grey, tilt, order=1, reshape=False, mode="nearest")
-    offset = _offset(chest, ndimage.uniform_filter1d(grey, 5, axis=0, mode="nearest"))
-    return None if offset is None else (tilt, offset)
+    tilt = 0.0
+    upright, bright = chest, grey
+    for _ in range(ROUNDS):
+        strip = _strip(upright, bright)
+        if strip is None:
+            return None
+        tilt = float(np.clip(tilt - math.degrees(math.atan(_slope(*strip))), -MOST_TILT, MOST_TILT))
+        upright = ndimage.rotate(chest, tilt, order=0, reshape=False)
+        bright = ndimage.rotate(grey, tilt, order=1, reshape=False, mode="nearest")
+    strip = _strip(upright, bright)
+    return None if strip is None else (tilt, _offset(*strip, _hull(upright > 0)))
 
 
 def _on_grid(labels: Array, values: Array, mm: tuple[float, float], numbers: tuple[int, int]) -> tuple[Array, Array]:
@@ -63,39 +77,40 @@ def _cells(pixels: int, per_cell: float) -> Array:
     return np.asarray(np.minimum(middles.astype(int), pixels - 1))
 
 
-def _tilt(mask: npt.NDArray[np.bool_]) -> float:
-    """The angle by which the mask must be turned to be most like its mirror image: steps of 2, then 0.25 degrees."""
-    best = 0.0
-    for reach, step in ((MOST_TILT, 2.0), (2.0, 0.25)):
-        angles = best + np.arange(-reach, reach + step / 2, step)
-        scores = [_mirrored(ndimage.rotate(mask.view(np.uint8), float(a), order=0, reshape=False)) for a in angles]
-        best = float(angles[int(np.argmax(scores))])
-    return best
-
-
-def _mirrored(mask: Array) -> float:
-    """Greatest share of the mask that its mirror image covers, over all vertical axes: an autoconvolution."""
-    width = 2 * mask.shape[1]
-    spectrum = np.fft.rfft(mask.astype(np.float64), width, axis=1)
-    overlap = np.fft.irfft((spectrum * spectrum).sum(axis=0), width)
-    return round(float(overlap.max()) / max(1, int(mask.sum())), 6)
-
-
-def _offset(chest: Array, grey: Array) -> float | None:
-    """Of the upper half of the rows that show both: the middle of what is brighter than the median between the
-    medial borders, which is the spine, against the middle of the lateral ones.
-    """
+def _strip(chest: Array, grey: Array) -> tuple[Array, Array] | None:
+    """Row and column of the strip's middle: of what is brighter than the median between the medial borders."""
     found = []
-    for labels, values in zip(chest, grey, strict=True):
+    for row, (labels, values) in enumerate(zip(chest, ndimage.uniform_filter1d(grey, 5, axis=0), strict=True)):
         right, left = np.flatnonzero(labels == 1), np.flatnonzero(labels == 2)
         if not (right.size and left.size) or left[0] - right[-1] < 2:
             continue
         between = values[right[-1] : left[0] + 1].astype(np.float64)
         weight = np.maximum(between - np.median(between), 0.0)
-        if weight.sum() <= 0:
-            continue
-        spine = right[-1] + float(weight @ np.arange(len(weight))) / float(weight.sum())
-        found.append((spine - (right[0] + left[-1]) / 2) / (left[-1] - right[0]))
+        if weight.sum() > 0:
+            found.append((row, right[-1] + float(weight @ np.arange(len(weight))) / float(weight.sum())))
     if len(found) < LEAST_ROWS:
         return None
-    return 100.0 * float(np.median(found[: max(LEAST_ROWS, len(found) // 2)]))
+    rows, columns = np.array(found, np.float64).T
+    return rows, columns
+
+
+def _slope(rows: Array, columns: Array) -> float:
+    """Theil-Sen: the median of the slopes between all pairs of rows."""
+    first, second = np.triu_indices(len(rows), 1)
+    return float(np.median((columns[second] - columns[first]) / (rows[second] - rows[first])))
+
+
+def _hull(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """The convex hull of a mask."""
+    equations = ConvexHull(np.argwhere(mask)).equations
+    inside = (equations[:, :2] @ np.indices(mask.shape).reshape(2, -1) + equations[:, 2:] <= 1e-9).all(axis=0)
+    return np.asarray(inside.reshape(mask.shape))
+
+
+def _offset(rows: Array, columns: Array, chest: npt.NDArray[np.bool_]) -> float:
+    """Of the upper half of the rows, where the heart does not count: the median."""
+    found = []
+    for row, column in list(zip(rows.astype(int), columns, strict=True))[: max(LEAST_ROWS, len(rows) // 2)]:
+        across = np.flatnonzero(chest[row])
+        found.append((column - (across[0] + across[-1]) / 2) / max(1, across[-1] - across[0]))
+    return 100.0 * float(np.median(found))

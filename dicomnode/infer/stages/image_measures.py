@@ -96,19 +96,19 @@ class MarginSpec(Strict):
 
 
 class OffsetSpec(Strict):
-    """How far the spine lies from the middle between the lateral borders of the lung fields, in percent of the
-    chest's width, positive to the patient's left (``chest_position``). The spine lies behind the chest's
-    middle, so that it moves sideways against the borders when the patient is turned.
+    """How far the bright strip between the lung fields, spine and mediastinum, lies from the middle of the chest,
+    in percent of the chest's width, positive to the patient's left (``chest_position``). It moves sideways when
+    the patient is turned.
     """
 
-    kind: Literal["spine_offset_percent"]
+    kind: Literal["midline_offset_percent"]
     right: int = Field(ge=1, le=255)
     left: int = Field(ge=1, le=255)
 
 
 class TiltSpec(Strict):
-    """Angle of the chest's axis with the columns of the image, in degrees, positive where the head leans to the
-    patient's left: the axis about which both lung fields are most alike (``chest_position``).
+    """Angle of that strip with the columns of the image, in degrees, positive where the head leans to the
+    patient's left (``chest_position``).
     """
 
     kind: Literal["tilt_degrees"]
