@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,9 @@ from dicomnode.index.database import Database
 from dicomnode.index.life import Change, Life
 from dicomnode.index.operation import Models
 from dicomnode.index.runs import Runs
+from dicomnode.index.trust import Trust, Trusted
 from dicomnode.model_desk import ModelDesk
-from dicomnode.settings import Settings
+from dicomnode.settings import Repository, Settings
 from tests.index.rows import job
 from tests.infer.life_case import add_version, settings_of
 
@@ -158,6 +161,8 @@ def test_one_command_each(settings: Settings, db: Database, folder: Path, monkey
 
     run("activate", f"{NAME}@1.0.0", "--why", "start")
     assert run("stage", f"{NAME}@1.1.0")["state"] == "staged"
+    assert run("approve", f"{NAME}@1.1.0", "--why", "looked at")["state"] == "staged"
+    assert run("approve", f"{NAME}@1.0.0", code=1).cause == "it is active"
     assert run("shadow", f"{NAME}@1.1.0")["state"] == "shadow"
     assert run("canary", f"{NAME}@1.1.0", "--percent", "10", "--peer", "ct1")["state"] == "canary"
     assert run("rollback", NAME)["rolled_back"] == "1.1.0"
@@ -193,6 +198,10 @@ def test_one_call_each(settings: Settings, db: Database) -> None:
             assert (await post("1.0.0/activate", {"why": "start"}))[1]["state"] == "active"
             assert (await post("1.1.0/canary", {"percent": 25, "peers": ["CT1"]}))[1]["state"] == "canary"
             assert (await post("1.1.0/shadow"))[1]["state"] == "shadow"
+            assert (await post("1.1.0/approve", headers={}))[0] == 403
+            assert (await post("1.1.0/approve", {"percent": 9}))[0] == 400
+            assert (await post("1.1.0/approve", {"why": "looked at"}))[1]["state"] == "shadow"
+            assert [(await post(f"{v}/approve"))[0] for v in ("7.7.7", "1.0.0")] == [400, 409]
             assert (await post("1.1.0/activate"))[1]["state"] == "active"
             assert (await post("rollback", {"why": "worse"}))[1]["version"] == "1.0.0"
             assert Models(db).active() == {NAME: "1.0.0"}
@@ -227,6 +236,41 @@ def test_one_call_each(settings: Settings, db: Database) -> None:
                 assert await answer.json() == {"comparisons": []}
 
     asyncio.run(main())
+
+
+def test_the_page_and_the_metrics_tell_why_a_model_does_not_come(settings: Settings, db: Database) -> None:
+    life = Life(db)
+    life.activate(NAME, "1.0.0", who="sync")
+    life.stage(NAME, "1.1.0", who="sync")
+    life.wait_for(NAME, "1.1.0", "approval", "an operator has to approve it")
+    repository = Repository(metadata_url="https://m.example/metadata", root_file=Path("root.json"))
+    chosen = settings.model_copy(update={"cloud": settings.cloud.model_copy(update={"repository": repository})})
+    trust = Trust(db, repository.metadata_url)
+    trust.good(Trusted({"root": 1}, datetime.now(UTC) + timedelta(days=9), []))
+    assert trust.bad("refused", "timestamp <b>was</b> signed by 0/1 keys")
+
+    async def main() -> tuple[str, str, str, Any]:
+        made = make_app(db, chosen, desk=desk(chosen, db))
+        async with TestServer(made, host="127.0.0.1") as server, ClientSession(server.make_url("/")) as client:
+            found = []
+            for path in ("?lang=en", "?lang=zh", "metrics", "api/v1/status"):
+                async with client.get(f"/{path}") as answer:
+                    found.append(await answer.text())
+            return found[0], found[1], found[2], json.loads(found[3])["models"]
+
+    english, chinese, text, told = asyncio.run(main())
+    for page, words in (
+        (english, ("Signed repository", "approval by an operator")),
+        (chinese, ("签名模型仓库", "管理员批准")),
+    ):
+        assert all(word in page for word in words)
+        assert f'data-retry="/api/v1/models/{NAME}/1.1.0/approve"' in page
+        assert "timestamp &lt;b&gt;was" in page and "<b>was" not in page
+    assert 'dicomnode_model_repository_info{state="refused"} 1.0' in text
+    assert f'model_waiting_info{{model="{NAME}",reason="approval",state="staged",version="1.1.0"}} 1.0' in text
+    assert re.search(r"^dicomnode_model_repository_expiry_timestamp_seconds \d", text, re.M)
+    assert (told["repository"]["state"], told["repository"]["versions"]) == ("refused", {"root": 1})
+    assert [(w["version"], w["waits_for"]) for w in told["waiting"]] == [("1.1.0", "an operator has to approve it")]
 
 
 def test_the_page_and_the_metrics_tell_how_versions_do(settings: Settings, db: Database) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from aiohttp import web
 
-_METADATA = re.compile(r"(?:\d{1,9}\.)?[a-z]{1,20}\.json")
+_METADATA = re.compile(r"(?:\d{1,9}\.)?[a-z]{1,20}\.json", re.ASCII)
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
-_ARCHIVE = re.compile(r"[0-9a-f]{64}\.\d{1,9}\.\d{1,9}\.\d{1,9}\.(?:tar\.gz|zip)")
+_ARCHIVE = re.compile(r"[0-9a-f]{64}\.\d{1,9}\.\d{1,9}\.\d{1,9}\.(?:tar\.gz|zip)", re.ASCII)
 
 
 class ModelFiles:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dicomnode.clock import iso
-from dicomnode.errors import OperatorError
+from dicomnode.errors import IllegalTransition, OperatorError
 from dicomnode.index.database import Database, Row
 from dicomnode.index.model_states import ModelEvent, ModelState, next_model_state
 
@@ -116,15 +116,14 @@ class Life:
     # Changing
 
     def approve(self, name: str, version: str, *, who: str, why: str = "") -> None:
-        """An operator lets a version go on by its policy, up to serving. Raises OperatorError where none waits."""
+        """An operator lets a version go on by its policy, up to serving. Raises OperatorError or IllegalTransition where none waits."""
         with self.db.transaction():
             row = self._row(name, version)
-            if row is None or row["state"] not in (ModelState.staged, ModelState.shadow, ModelState.canary):
-                raise OperatorError(
-                    f"approve {name}@{version}",
-                    "no such version waits" if row is None else f"it is {row['state']}",
-                    "See 'dicomnode models list'; a retired one is staged first",
-                )
+            operation, hint = f"approve {name}@{version}", "See 'dicomnode models list'; a retired one is staged first"
+            if row is None:
+                raise OperatorError(operation, "no such version waits", hint)
+            if row["state"] not in (ModelState.staged, ModelState.shadow, ModelState.canary):
+                raise IllegalTransition(operation, f"it is {row['state']}", hint)
             self.db.execute(
                 "UPDATE model_versions SET approved_by = ?, approved_time = ? WHERE name = ? AND version = ?",
                 (who[:TEXT_MOST], iso(self.db.clock.wall()), name, version),

@@ -23,7 +23,7 @@ from dicomnode.sync.http import confidential, open_session, origin, read_token
 from dicomnode.sync.reply import retry_after_seconds
 
 CHUNK_BYTES = 256 * 1024
-_RANGE = re.compile(r"bytes (\d{1,15})-(\d{1,15})/(\d{1,15}|\*)")
+_RANGE = re.compile(r"bytes (\d{1,15})-(\d{1,15})/(\d{1,15}|\*)", re.ASCII)
 
 
 class Again(PeerAway):

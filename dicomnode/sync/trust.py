@@ -31,8 +31,10 @@ from dicomnode.sync.source import Again, Source
 MOST_TARGETS_BYTES = 4 << 20
 MOST_ROOT_BYTES = 512_000
 MOST_ROTATIONS = 64
-TARGET = re.compile(r"(?P<name>[a-z0-9][a-z0-9_.-]{0,63})/(?P<version>\d{1,9}\.\d{1,9}\.\d{1,9})\.(?:tar\.gz|zip)")
-_ROOTS = re.compile(r"\d{1,9}\.root\.json")
+TARGET = re.compile(
+    r"(?P<name>[a-z0-9][a-z0-9_.-]{0,63})/(?P<version>\d{1,9}\.\d{1,9}\.\d{1,9})\.(?:tar\.gz|zip)", re.ASCII
+)
+_ROOTS = re.compile(r"\d{1,9}\.root\.json", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 

@@ -137,6 +137,19 @@ class Site:
         finally:
             db.close()
 
+    def type(self, *verb: str) -> str:
+        """A command as the operator types it."""
+        command = [sys.executable, "-m", "dicomnode", *verb, "--config", str(self.config)]
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "400"}
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def version(self, version: str) -> dict[str, Any]:
+        rows: list[dict[str, Any]] = self.look(lambda db: Life(db).versions("ct-lung"))
+        return next((r for r in rows if r["version"] == version), {})
+
     @property
     def active(self) -> str | None:
         found: dict[str, str] = self.look(lambda db: Models(db).active())
@@ -199,4 +212,17 @@ def test_a_sidecar_killed_while_it_downloads_goes_on_where_it_was(site: Site) ->
     assert (site.data_dir / "models" / "ct-lung" / "1.1.0").is_dir(), "the one before stays"
     kinds = {e["kind"] for e in site.look(lambda db: Events(db).listing())}
     assert {"model-repository", "model-rejected"} <= kinds
+    site.end(signal.SIGTERM)
+    site.config.write_text(site.config.read_text() + "canary_percent = 50.0\ncanary_studies = 1\napprove = true\n")
+    site.offer("1.4.0")
+    site.start()
+    site.until(lambda: site.version("1.4.0").get("waits") == "approval", "it waits for an operator")
+    assert (site.version("1.4.0")["state"], site.active) == ("staged", "1.3.0")
+    site.type("models", "approve", "ct-lung@1.4.0")
+    site.until(lambda: site.version("1.4.0")["state"] == "canary", "it is a canary after the approval")
+    site.until(lambda: site.version("1.4.0")["waits"] == "studies", "it waits for studies")
+    assert (site.version("1.4.0")["percent"], site.active) == (50.0, "1.3.0")
+    shown = site.type("status")
+    assert "model repository: current" in shown and "ct-lung 1.4.0 is canary and waits: 0 of 1 studies" in shown
+    assert "ct-lung 1.2.0 is rejected" in shown
     site.end(signal.SIGTERM)

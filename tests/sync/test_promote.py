@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dicomnode.errors import BundleError, OperatorError
+from dicomnode.errors import BundleError, NodeError, OperatorError
 from dicomnode.index.database import Database
 from dicomnode.index.life import Life
 from dicomnode.index.operation import Events, Models
@@ -202,6 +202,6 @@ def test_nothing_older_than_what_serves(case: Case) -> None:
 def test_approvals_that_are_none(case: Case) -> None:
     case.look(policy="stage")
     for version in ("1.0.0", "9.9.9"):
-        with pytest.raises(OperatorError, match="approve"):
+        with pytest.raises(NodeError, match="approve"):
             case.desk.approve(NAME, version, who="cli")
     assert case.waits == "goal"
