@@ -116,7 +116,10 @@ class Life:
     # Changing
 
     def approve(self, name: str, version: str, *, who: str, why: str = "") -> None:
-        """An operator lets a version go on by its policy, up to serving. Raises OperatorError or IllegalTransition where none waits."""
+        """An operator lets a version go on by its policy, up to serving.
+
+        Raises OperatorError where there is no such version, IllegalTransition where it does not wait.
+        """
         with self.db.transaction():
             row = self._row(name, version)
             operation, hint = f"approve {name}@{version}", "See 'dicomnode models list'; a retired one is staged first"
