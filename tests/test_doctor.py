@@ -18,6 +18,7 @@ from dicomnode.index.life import Life
 from dicomnode.settings import Settings
 from tests import peers
 from tests.infer.life_case import add_version
+from tests.sync.tuf_case import TufRepository
 
 ROOT = Path(__file__).resolve().parents[1]
 RULE = {"name": "chest", "match": {"Modality": "CT"}, "models": ["ct-lung"], "send_to": ["pacs"]}
@@ -232,6 +233,16 @@ def test_cloud(make: Callable[..., Settings], tmp_path: Path, free_port: int, ta
     assert one(examine(make(cloud=open_key)), "cloud", "keep a copy").level is Level.ok
     missing = examine(make(cloud={"token_file": tmp_path / "none"}))
     assert one(missing, "cloud", "cloud.token_file").level is Level.fault
+
+
+def test_the_root_of_the_model_repository(make: Callable[..., Settings], tmp_path: Path) -> None:
+    root = tmp_path / "root.json"
+    root.write_bytes(TufRepository().trusted_root)
+    cloud = {"repository": {"metadata_url": "s3://models/metadata", "root_file": root}}
+    assert one(examine(make(cloud=cloud)), "models", "signed root").level is Level.ok
+    root.write_bytes(b"{}")
+    wrong = one(examine(make(cloud=cloud)), "models", "no signed root")
+    assert (wrong.level, "root.json" in wrong.hint) == (Level.fault, True)
 
 
 def test_named_gpu_engine_without_gpu(make: Callable[..., Settings]) -> None:
