@@ -29,7 +29,7 @@ def run_worker(settings: Settings) -> int:
     data_dir = settings.node.data_dir
     jobs_bell = threading.Event()
     models, about = _serving(shell, jobs_bell.set)
-    shell.detail = lambda: {**about, "models": models.report()}
+    shell.detail = lambda: {**about(), "models": models.report()}
     store = durable.ObjectStore(data_dir)
     store.prepare()
     bell = doorbell.Doorbell(data_dir, "worker")
@@ -103,7 +103,7 @@ def _read_ahead(settings: Settings, db: Database, store: durable.ObjectStore, de
     return ReadAhead(db, store, decoder, wanted, max_bytes=settings.inference.read_ahead_mb << 20)
 
 
-def _serving(shell: Shell, on_better: Callable[[], None]) -> tuple[Any, dict[str, Any]]:
+def _serving(shell: Shell, on_better: Callable[[], None]) -> tuple[Any, Callable[[], dict[str, Any]]]:
     """The models as the worker needs them, and what the heartbeat says of the engine.
 
     With endpoints configured (``inference.places``) each job goes to the best place; a box
@@ -123,7 +123,7 @@ def _serving(shell: Shell, on_better: Callable[[], None]) -> tuple[Any, dict[str
                 raise
             shell.log.warning("no engine on this box, the endpoints serve", cause=error.cause)
     if choice is None:
-        return placed_models(settings, shell.db, None), {"engine": "kserve", "engines_rejected": {}}
+        return placed_models(settings, shell.db, None), lambda: {"engine": "kserve", "engines_rejected": {}}
     for rejection in choice.rejected:
         shell.log.info("engine not used", engine=rejection.engine, code=rejection.code, cause=rejection.text)
     local = ServingModels(
@@ -134,10 +134,13 @@ def _serving(shell: Shell, on_better: Callable[[], None]) -> tuple[Any, dict[str
         threads=inference.threads,
         on_better=on_better,
     )
-    about = {
-        "engine": choice.engines[0].name,
-        "engines_rejected": {r.engine: f"{r.code}: {r.text}" for r in choice.rejected},
-    }
+
+    def about(choice: EngineChoice = choice) -> dict[str, Any]:  # a GPU that was full may have come back
+        return {
+            "engine": choice.engines[0].name,
+            "engines_rejected": {r.engine: f"{r.code}: {r.text}" for r in choice.rejected},
+        }
+
     return placed_models(settings, shell.db, local) if inference.places else local, about
 
 

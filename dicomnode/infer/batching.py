@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 
@@ -13,6 +14,7 @@ from dicomnode.infer.engine import Array, Session
 from dicomnode.infer.faults import Remedy, remedy
 
 Arrays = Mapping[str, Array]
+RESTORE_SECONDS = 600.0
 
 
 def stream(session: Session, batches: Iterable[Arrays]) -> Iterator[Arrays]:
@@ -33,13 +35,15 @@ class CappedSession:
     """A session whose batches (axis 0 of every input) are at most ``max_batch`` long.
 
     Rows of a batch are independent of each other, as the manifest's ``engine`` says, so that
-    splitting does not change a result. After OOM the batch is halved, for good: memory that
-    was too little for one study is too little for the next of the same shape.
+    splitting does not change a result. After OOM the batch is halved, and stays so for
+    RESTORE_SECONDS: what was too little for one study is too little for the next of its shape, but
+    another program may have had the memory.
     """
 
     def __init__(self, session: Session, max_batch: int) -> None:
         self._session = session
-        self._limit = max(1, max_batch)
+        self._most = self._limit = max(1, max_batch)
+        self._shrunk_at = float("-inf")
         self._name = session.engine.split(" ")[0]
 
     @property
@@ -61,6 +65,8 @@ class CappedSession:
 
     def stream(self, batches: Iterable[Arrays]) -> Iterator[Arrays]:
         """See :func:`stream`; each yielded item is the whole batch, put together again."""
+        if time.monotonic() - self._shrunk_at >= RESTORE_SECONDS:
+            self._limit = self._most
         source = iter(batches)
         whole: list[Arrays] = []  # batches whose outputs have not been yielded, oldest first
         counts: list[int] = []  # parts of each
@@ -95,7 +101,7 @@ class CappedSession:
         longest = max((min(_length(b), self._limit) for b in whole), default=1)
         if remedy(error.code, can_shrink=longest > 1, has_other=False) is not Remedy.smaller_batch:
             return False
-        self._limit = longest // 2
+        self._limit, self._shrunk_at = longest // 2, time.monotonic()
         logs.get().warning("too little GPU memory, smaller batches", engine=self._name, batch=self._limit)
         return True
 

@@ -19,7 +19,7 @@ from dicomnode import logs, metrics
 from dicomnode.errors import EngineError
 from dicomnode.infer.batching import CappedSession
 from dicomnode.infer.bundle import Bundle, load_bundle
-from dicomnode.infer.engine import Engine, Limits, Ok, Rejected, Session, choose_engine, default_engines
+from dicomnode.infer.engine import Engine, Limits, Ok, Rejected, Session, choose_engine, default_engines, is_full
 from dicomnode.infer.golden import ReadyModel, gate, model_file, session_for
 from dicomnode.infer.isolated import Report
 from dicomnode.infer.trt import rejection_code
@@ -140,7 +140,9 @@ class EngineChoice:
         limits: Limits | None = None,
     ) -> None:
         self.automatic = setting == "auto"
+        self._known = tuple(engines)
         self.engines, self.rejected = usable_engines(setting, engines)
+        self._full_until = {r.engine: time.monotonic() + AGAIN_SECONDS for r in self.rejected if is_full(r)}
         self._threads = threads
         self._limits = limits or Limits()
         self._refusals: dict[tuple[str, str, str], _Refusal] = {}
@@ -190,6 +192,7 @@ class EngineChoice:
 
         Takes minutes: for a thread beside serving. Raises BundleError.
         """
+        self._look_again()
         bundle = load_bundle(path)
         for candidate in _candidates(self.engines, bundle):
             if candidate.text == than:
@@ -202,12 +205,31 @@ class EngineChoice:
 
     def may_improve(self, model: ReadyModel) -> bool:
         """Whether a way before the one that ``model`` runs on is open: not tried yet, or due to be tried again."""
+        if model_file(model.bundle) is not None and any(time.monotonic() >= at for at in self._full_until.values()):
+            return True
         return any(not self._out(model.bundle, c) for c in self._before(model))
 
     def settled(self, model: ReadyModel) -> bool:
         """Whether every way before the one that ``model`` runs on is closed for good."""
         known = [self._refusals.get(_key(model.bundle, c)) for c in self._before(model)]
-        return not self._lost and all(r is not None and r.until == FOR_EVER for r in known)
+        return not self._lost and not self._full_until and all(r is not None and r.until == FOR_EVER for r in known)
+
+    def _look_again(self) -> None:
+        """At engines that the box has and whose GPU was full when they were looked at last."""
+        for engine in self._known:
+            if time.monotonic() < self._full_until.get(engine.name, FOR_EVER):
+                continue
+            answer = engine.probe()
+            if is_full(answer):
+                self._full_until[engine.name] = time.monotonic() + AGAIN_SECONDS
+                continue
+            del self._full_until[engine.name]
+            others = [r for r in self.rejected if r.engine != engine.name]
+            if isinstance(answer, Rejected):
+                others.append(answer)
+            else:
+                self.engines = tuple(e for e in self._known if e in self.engines or e is engine)
+            self.rejected = tuple(others)
 
     def _before(self, model: ReadyModel) -> list[Candidate]:
         """The ways that are tried before the one that ``model`` runs on."""

@@ -51,6 +51,11 @@ class Rejected:
     text: str
 
 
+def is_full(answer: Ok | Rejected) -> bool:
+    """Whether the engine cannot serve only because the GPU's memory is taken for the moment."""
+    return isinstance(answer, Rejected) and answer.code == "OOM"
+
+
 class Session(Protocol):
     """One loaded model. Not shared between threads."""
 

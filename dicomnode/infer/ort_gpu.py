@@ -17,7 +17,7 @@ import numpy as np
 from dicomnode import metrics
 from dicomnode.errors import EngineError
 from dicomnode.infer.cuda import Bytes, Cuda, CudaError, driver_library, initialise, open_cuda
-from dicomnode.infer.engine import Array, Limits, Ok, Rejected, Session
+from dicomnode.infer.engine import Array, Limits, Ok, Rejected, Session, is_full
 from dicomnode.infer.faults import classify
 from dicomnode.infer.isolated import ChildCrashed, Isolated, Report, isolated
 
@@ -143,8 +143,8 @@ class OnnxRuntimeGpu:
             return ""
 
     def probe(self) -> Ok | Rejected:
-        """Once per process: what is installed, then a session of one node in a child."""
-        if self._answer is None:
+        """Once per process: what is installed, then a session of one node in a child. Again where the GPU was full."""
+        if self._answer is None or is_full(self._answer):
             self._answer = self._missing() or self._probe()
         return self._answer
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from dicomnode import logs, metrics
 from dicomnode.errors import EngineError
 from dicomnode.infer.cuda import driver_library
-from dicomnode.infer.engine import Limits, Ok, Rejected, RejectionCode, Session
+from dicomnode.infer.engine import Limits, Ok, Rejected, RejectionCode, Session, is_full
 from dicomnode.infer.isolated import ChildCrashed, Isolated, Report, isolated
 from dicomnode.infer.onnxshape import onnx_inputs, profile_ranges
 from dicomnode.infer.plans import MAX_TRIES, PlanKey, PlanStore
@@ -91,8 +91,8 @@ class TensorRt:
         return self._facts.device.name if self._facts else ""
 
     def probe(self) -> Ok | Rejected:
-        """Once per process: what is installed, then CUDA and a builder in a child."""
-        if self._answer is None:
+        """Once per process: what is installed, then CUDA and a builder in a child. Again where the GPU was full."""
+        if self._answer is None or is_full(self._answer):
             self._answer = self._missing() or self._probe()
         return self._answer
 
@@ -103,6 +103,7 @@ class TensorRt:
             return Rejected(self.name, "PROBE_CRASHED", f"the process that looked at the GPU failed: {crash}")
         except EngineError as error:
             return Rejected(self.name, rejection_code(error.code), error.cause)
+        self._budget = MemoryBudget(self._limits.gpu_bytes(self._facts.device.memory))
         return Ok()
 
     def built(self, onnx: bytes, precision: Precision) -> bool:
@@ -170,8 +171,7 @@ class TensorRt:
         facts = self._known()
         if self._tools is None:
             self._tools = self._open_tools()
-        if self._budget is None:
-            self._budget = MemoryBudget(self._limits.gpu_bytes(facts.device.memory))
+        assert self._budget is not None  # known since the probe
         return TrtSession(
             self._tools,
             plan,

@@ -65,7 +65,12 @@ def open_toolkit() -> Toolkit:
             "open GPU", "LIB_MISSING", f"cannot be imported: {cause}", "scripts/setup --extra t4"
         ) from cause
     except CudaError as cause:
-        raise EngineError("open GPU", "NO_DRIVER", str(cause), "See 'nvidia-smi'") from cause
+        raise EngineError("open GPU", _full_or(cause, "NO_DRIVER"), str(cause), "See 'nvidia-smi'") from cause
+
+
+def _full_or(cause: Exception, code: str) -> str:
+    """OOM where the words of a library mean that, else ``code``."""
+    return "OOM" if classify(str(cause), getattr(cause, "code", 0)) is Fault.oom else code
 
 
 def least_capability(tensorrt: str) -> tuple[int, int]:
@@ -92,7 +97,8 @@ def probe(report: Report, open_tools: OpenToolkit) -> Facts:
         with tools.cuda.current():
             builder = tools.trt.Builder(make_logger(tools.trt))
     except (TypeError, RuntimeError, CudaError) as cause:
-        raise EngineError("open GPU", "VERSION_SKEW", f"TensorRT {facts.tensorrt} makes no builder: {cause}") from cause
+        code = _full_or(cause, "VERSION_SKEW")
+        raise EngineError("open GPU", code, f"TensorRT {facts.tensorrt} makes no builder: {cause}") from cause
     if builder is None:
         raise EngineError("open GPU", "VERSION_SKEW", f"TensorRT {facts.tensorrt} makes no builder")
     return facts
@@ -151,8 +157,7 @@ def build_and_store(report: Report, open_tools: OpenToolkit, data_dir: Path, ord
             if engine is None or engine.create_execution_context() is None:
                 raise EngineError("build engine", "BUILD_FAILED", f"the new plan cannot be used: {log.words()}")
     except CudaError as cause:
-        code = "OOM" if classify(str(cause), cause.code) is Fault.oom else "BUILD_FAILED"
-        raise EngineError("build engine", code, str(cause)) from cause
+        raise EngineError("build engine", _full_or(cause, "BUILD_FAILED"), str(cause)) from cause
     store.store(order.key, plan)
     if timings:
         store.store_timings(order.timing_name, timings)

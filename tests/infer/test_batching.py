@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dicomnode.errors import EngineError
-from dicomnode.infer.batching import CappedSession, join, split, stream
+from dicomnode.infer.batching import RESTORE_SECONDS, CappedSession, join, split, stream
 
 
 @given(length=st.integers(1, 40), limit=st.integers(1, 12))
@@ -76,7 +76,9 @@ def test_whatever_fits_every_batch_comes_whole_once_and_in_order(
     assert max(inner.sizes) <= cap and session.batch <= cap
 
 
-def test_the_smaller_batch_stays() -> None:
+def test_the_smaller_batch_stays_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    moment = [1000.0]
+    monkeypatch.setattr("dicomnode.infer.batching.time.monotonic", lambda: moment[0])
     inner = Doubling(3)
     session = CappedSession(inner, 8)
     session.run({"x": np.arange(8)})
@@ -84,6 +86,15 @@ def test_the_smaller_batch_stays() -> None:
     inner.sizes.clear()
     session.run({"x": np.arange(8)})
     assert inner.sizes == [2, 2, 2, 2]
+    moment[0] += RESTORE_SECONDS
+    session.run({"x": np.arange(8)})
+    assert session.batch == 2, "it is still too much"
+    inner.room = 8  # another program has ended
+    session.run({"x": np.arange(8)})
+    assert inner.sizes[-1] == 2
+    moment[0] += RESTORE_SECONDS
+    session.run({"x": np.arange(8)})
+    assert (inner.sizes[-1], session.batch) == (8, 8)
 
 
 def test_one_row_that_does_not_fit_is_oom() -> None:

@@ -23,8 +23,11 @@ from dicomnode.infer.cuda import CudaError
 from dicomnode.infer.decode import InlineDecoder
 from dicomnode.infer.engine import Engine, Limits
 from dicomnode.infer.golden import gate
+from dicomnode.infer.isolated import inline
 from dicomnode.infer.ort import OnnxRuntimeCpu
 from dicomnode.infer.serving import ServingModels
+from dicomnode.infer.trt import TensorRt
+from dicomnode.infer.trt_build import Toolkit, probe
 from dicomnode.infer.upgrades import MAX_BROKEN
 from dicomnode.infer.worker import Worker
 from dicomnode.settings import Settings
@@ -375,6 +378,48 @@ def test_memory_that_was_short_for_a_while_is_asked_for_again(
     models.get("ct-lung")
     assert better.wait(20)
     assert engine_text(models.get("ct-lung")) == "tensorrt fp16"
+
+
+def test_a_gpu_that_is_full_when_the_worker_starts_is_looked_at_again(
+    db: Database, tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even the probe finds memory: the CPU serves, and no restart is needed when it is back."""
+    trt, full = FakeTrt(), [True]
+
+    def open_tools() -> Toolkit:
+        if full[0]:
+            raise EngineError("open GPU", "OOM", "cuCtxCreate failed: out of memory")
+        return Toolkit(trt, trt.cuda)
+
+    moment, better = [1000.0], threading.Event()
+    monkeypatch.setattr(choice_module.time, "monotonic", lambda: moment[0])
+    tensorrt = TensorRt(tmp_path / "data", LIMITS, open_tools=open_tools, run_child=inline, missing=lambda: None)
+    choice = EngineChoice("auto", (tensorrt, OnnxRuntimeCpu()), limits=LIMITS)
+    assert [(r.engine, r.code) for r in choice.rejected] == [("tensorrt", "OOM")]
+    models = serving(db, tmp_path, choice, better.set)
+    served = models.get("ct-lung")
+    assert engine_text(served) == "onnxruntime-cpu fp32" and not models.settled(served)
+    moment[0] += AGAIN_SECONDS
+    models.get("ct-lung")
+    wait_for(lambda: not models.report()["building"], 20, "it was looked at, and is full still")
+    assert not better.is_set() and choice.engines[0].name == "onnxruntime-cpu"
+    full[0] = False
+    moment[0] += AGAIN_SECONDS
+    models.get("ct-lung")
+    assert better.wait(20)
+    served = models.get("ct-lung")
+    assert engine_text(served) == "tensorrt fp16" and models.settled(served) and choice.rejected == ()
+
+
+def test_a_builder_without_memory_is_a_full_gpu_and_no_wrong_version() -> None:
+    class Full(FakeTrt):
+        def Builder(self, logger: object) -> None:
+            raise CudaError("create builder", 2, "out of memory")
+
+    trt = Full()
+    with pytest.raises(EngineError) as caught:
+        probe(lambda *_: None, lambda: Toolkit(trt, trt.cuda))
+    assert caught.value.code == "OOM"
 
 
 def test_an_upgrade_that_breaks_is_not_begun_for_ever(
