@@ -21,6 +21,7 @@ from dicomnode.cli_common import settings_of as _settings
 from dicomnode.cli_common import table as _table
 from dicomnode.cli_conformance import conformance
 from dicomnode.cli_delivery import alerts_app, commitments_app, deliveries_app, notifications_app
+from dicomnode.cli_fleet import fleet_lines
 from dicomnode.cli_models_import import models_import
 from dicomnode.cli_records import conflicts_app, records_app
 from dicomnode.cli_sync import sync_app
@@ -170,6 +171,8 @@ def status(config: Config = None, as_json: Json = False) -> None:
             if pull["last_error"]:
                 console.print(f"model {pull['name']} {pull['version']} is {pull['state']}: {pull['last_error']}")
         console.print(f"cloud: {_cloud_line(data['cloud'])}")
+        for line in fleet_lines(data):
+            console.print(line)
         console.print(f"TLS: {_tls_line(data['tls'])}")
         disk = data["disk"]
         console.print(f"disk: {disk['free_mb']} MiB free, {disk['reserve_mb']} MiB reserved")

@@ -19,6 +19,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSetti
 from dicomnode.cloud_settings import Cloud, CloudEndpoint, CloudPlan, Sync, plan_of
 from dicomnode.endpoint_settings import Endpoint, check_endpoints
 from dicomnode.errors import SettingsError
+from dicomnode.metrics_settings import MetricsSettings
 from dicomnode.model_settings import ModelPull, Repository
 from dicomnode.peer_settings import (
     AETitle,
@@ -262,6 +263,7 @@ class Settings(BaseSettings):
     cloud: Cloud = Cloud()
     sync: Sync = Sync()
     alerts: Alerts = Alerts()
+    metrics: MetricsSettings = MetricsSettings()
     logging: Logging = Logging()
     rules: tuple[Rule, ...] = ()
 
@@ -466,6 +468,9 @@ def _anchored(settings: Settings, base: Path) -> Settings:
     alerts = settings.alerts.model_copy(
         update={k: absolute(v) for k in ("secret_file", "ca_file") if (v := getattr(settings.alerts, k)) is not None}
     )
+    metrics = settings.metrics.model_copy(
+        update={k: absolute(v) for k in ("token_file", "ca_file") if (v := getattr(settings.metrics, k)) is not None}
+    )
     tls = settings.tls.model_copy(
         update={
             key: absolute(path)
@@ -474,5 +479,12 @@ def _anchored(settings: Settings, base: Path) -> Settings:
         }
     )
     return settings.model_copy(
-        update={"node": node, "inference": inference, "cloud": cloud, "alerts": alerts, "tls": tls}
+        update={
+            "node": node,
+            "inference": inference,
+            "cloud": cloud,
+            "alerts": alerts,
+            "metrics": metrics,
+            "tls": tls,
+        }
     )

@@ -19,6 +19,7 @@ from dicomnode.index.database import Database
 from dicomnode.index.operation import BEAT_SECONDS, Processes
 from dicomnode.model_desk import ModelDesk
 from dicomnode.settings import Settings
+from dicomnode.sidecar_fleet import Fleet
 from dicomnode.sync.alerts import AlertSender
 from dicomnode.sync.departure import Departures
 from dicomnode.sync.endpoints import PROBE_SECONDS, Endpoints
@@ -87,13 +88,12 @@ async def _work(
     processes, schedule = Processes(db), Schedule()
     endpoints, departures = Endpoints(settings, db), Departures(settings, db)
     sender = CloudSender(settings, db, endpoints, departures, NAME)
-    alerts = AlertSender(settings, db)
+    alerts, fleet = AlertSender(settings, db), Fleet(settings, db, NAME)
     await asyncio.to_thread(sender.start)
 
     def beat(state: str) -> None:
         detail: dict[str, Any] = {"host": settings.http.host, "port": port, "scheduled": schedule.report()}
-        if endpoints.all:
-            detail["cloud"] = endpoints.report()
+        detail |= fleet.report() | ({"cloud": endpoints.report()} if endpoints.all else {})
         processes.beat(NAME, state, detail, metrics.snapshot())
 
     async def heartbeat() -> None:
@@ -112,6 +112,7 @@ async def _work(
         schedule.every("alerts", ALERT_SECONDS, alerts.flush)
     if settings.cloud.models:
         await _models_in(settings, db, verify, desk, schedule)
+    await fleet.start(schedule)
     bell = doorbell.Doorbell(settings.node.data_dir, NAME)
 
     rung_for = [  # the other classes of the cloud gather what comes within their interval

@@ -12,7 +12,7 @@ from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from dicomnode import __version__, durable, metrics, metrics_cloud
+from dicomnode import __version__, durable, metrics, metrics_push
 from dicomnode.admin.cloud_state import lanes
 from dicomnode.admin.model_figures import VersionFigures, version_figures
 from dicomnode.admin.model_figures import families as model_families
@@ -112,7 +112,14 @@ def _certificate_ends_at(settings: Settings) -> float | None:
 
 
 def exposition(db: Database, settings: Settings, own_process: str = "sidecar") -> bytes:
-    """The page of /metrics. ``own_process`` is shown live, the others from their heartbeats."""
+    """The page of /metrics."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Fixed(families(db, settings, own_process)))
+    return generate_latest(registry)
+
+
+def families(db: Database, settings: Settings, own_process: str = "sidecar") -> list[Metric]:
+    """All of it. ``own_process`` is shown live, the others from their heartbeats."""
     facts = read_facts(db, settings)
     snapshots = {
         str(row["name"]): str(row["metrics"] or "")
@@ -120,9 +127,7 @@ def exposition(db: Database, settings: Settings, own_process: str = "sidecar") -
         if row["silent_seconds"] < SNAPSHOT_KEPT_SECONDS
     }
     snapshots[own_process] = metrics.snapshot()
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Fixed([*gauges(facts), *metrics.families(snapshots, metrics_cloud.REGISTRY)]))
-    return generate_latest(registry)
+    return [*gauges(facts), *metrics.families(snapshots, metrics_push.REGISTRY)]
 
 
 class _Fixed(Collector):
@@ -339,7 +344,7 @@ def _record_gauges(facts: Facts) -> list[Metric]:
 def metric_names() -> frozenset[str]:
     """Every sample name that /metrics can show; dashboards and alert rules are tested against it."""
     names: set[str] = set()
-    for family in [*gauges(Facts()), *metrics_cloud.REGISTRY.collect()]:
+    for family in [*gauges(Facts()), *metrics_push.REGISTRY.collect()]:
         suffixes: dict[str, tuple[str, ...]] = {
             "counter": ("_total",),
             "histogram": ("_bucket", "_count", "_sum"),

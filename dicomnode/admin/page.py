@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dicomnode.admin.conflicts_page import conflicts_table
+from dicomnode.admin.fleet_page import fleet_lines
 from dicomnode.admin.markup import Child, Markup, document, element, join
 from dicomnode.admin.model_figures import VersionFigures
 from dicomnode.admin.models_page import comparisons_table, history_table, versions_table
@@ -112,6 +113,7 @@ def render(view: View) -> str:
         _notifications(view, w),
         _sync(view, w),
         _conflicts(view, w),
+        _fleet(view, w),
         _peers(view, w),
         _tls(view, w),
         _models(view, w),
@@ -255,6 +257,11 @@ def _sync(view: View, w: Words) -> Markup:
     if not view.settings.cloud.stow_url and not view.sync:
         return _section(w("sync"), element("p", w("sync_off"), class_="empty"))
     return _section(w("sync"), join(*_cloud(view.report["cloud"], w), _outbox(view, w, "sync", view.sync)))
+
+
+def _fleet(view: View, w: Words) -> Markup | None:
+    lines = fleet_lines(view.report, w, pill=_pill)
+    return None if lines is None else _section(w("fleet"), lines)
 
 
 def _cloud(cloud: Mapping[str, Any], w: Words) -> list[Markup]:

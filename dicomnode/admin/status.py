@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from dicomnode import __version__, durable
 from dicomnode.admin.cloud_state import cloud_report
+from dicomnode.admin.fleet_state import remote_write_report
 from dicomnode.admin.tls_state import tls_report
 from dicomnode.clock import iso
 from dicomnode.index.catalogue import Catalogue
@@ -56,6 +57,7 @@ def status_report(db: Database, settings: Settings) -> dict[str, Any]:
         "sync_items": Outbox(db, "sync_items").counts(),
         "reviews": Reviews(db, settings.cloud_plan).counts(),
         "cloud": cloud_report(db, settings, processes),
+        "remote_write": remote_write_report(settings, processes),
         "commitments": Commitments(db).counts(),
         "notifications": Notices(db).counts(),
         "alerts": Alerts(db).counts(),

@@ -139,6 +139,8 @@ WORDS: Mapping[str, tuple[str, str]] = {
     "offline": ("offline", "离线"),
     "off": ("off", "关闭"),
     "well": ("well", "正常"),
+    "fleet": ("Fleet", "远程管理"),
+    "metrics_push": ("Metrics (remote-write)", "指标推送 (remote-write)"),
     "untried": ("not tried yet", "尚未连接"),
     "offline_mode": ("offline mode", "离线模式"),
     "in_use": ("In use", "使用中"),

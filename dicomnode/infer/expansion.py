@@ -20,8 +20,8 @@ import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+from dicomnode import wire
 from dicomnode.errors import BundleError
-from dicomnode.infer import wire
 from dicomnode.infer.onnxcheck import fields
 
 MAX_ELEMENTS = 1 << 28

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from dicomnode.infer import wire
+from dicomnode import wire
 from dicomnode.infer.engine import Array
 from dicomnode.infer.kserve_tensors import Reply, Signature, Tensor, TensorSpec, datatype_of, raw_bytes
 

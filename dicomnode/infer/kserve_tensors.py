@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dicomnode.infer import wire
+from dicomnode import wire
 from dicomnode.infer.engine import Array
 
 DATATYPES: Mapping[str, str] = {

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from dicomnode import wire
 from dicomnode.errors import BundleError
-from dicomnode.infer import wire
 
 ALLOWED_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml"})
 MAX_DEPTH = 32

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from dicomnode import wire
 from dicomnode.errors import BundleError
-from dicomnode.infer import wire
 from dicomnode.infer.onnxcheck import fields
 from dicomnode.infer.plans import InputRange
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import numpy_helper
 
+from dicomnode import wire
 from dicomnode.errors import BundleError
-from dicomnode.infer import wire
 from dicomnode.infer.expansion import check_expansion
 from dicomnode.infer.onnxcheck import check_onnx
 from dicomnode.infer.onnxshape import onnx_inputs

@@ -1,4 +1,4 @@
-"""The protobuf wire format (protobuf.dev, "Encoding"), as far as ONNX files and KServe messages need it.
+"""The protobuf wire format (protobuf.dev, "Encoding"), as far as ONNX files, KServe messages and remote-write need it.
 
 Hand-kept because the messages are few and small, and because a protobuf runtime would be
 pinned twice: onnxruntime and a Triton client ask for versions that exclude each other.

@@ -1,0 +1,31 @@
+"""Figures of the metrics that are pushed to a Prometheus elsewhere; in the one registry of the process."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from prometheus_client import Counter, Gauge
+
+from dicomnode.metrics_cloud import REGISTRY
+
+__all__ = ["REGISTRY", "count"]
+SampleOutcome = Literal["sent", "refused", "aged", "thinned", "damaged", "unspooled"]
+
+SAMPLES_TOTAL = Counter(
+    "dicomnode_remote_write_samples",
+    "Samples for remote-write: sent; refused by the receiver for good; aged out, thinned or damaged in the spool; "
+    "unspooled where there was no room on the disk",
+    ["outcome"],
+    registry=REGISTRY,
+)
+SPOOL_BYTES = Gauge(
+    "dicomnode_remote_write_spool_bytes", "Bytes of samples that wait for remote-write", registry=REGISTRY
+)
+SPOOL_SECONDS = Gauge(
+    "dicomnode_remote_write_oldest_seconds", "Age of the oldest samples that wait for remote-write", registry=REGISTRY
+)
+
+
+def count(outcome: SampleOutcome, samples: int) -> None:
+    if samples:
+        SAMPLES_TOTAL.labels(outcome).inc(samples)
