@@ -12,9 +12,27 @@ from typing import Any, TextIO
 from dicomnode import durable, lifeline, logs, metrics
 from dicomnode.errors import NodeError
 from dicomnode.index.database import Database
+from dicomnode.index.desired import DesiredStates
 from dicomnode.index.operation import BEAT_SECONDS, Processes
 from dicomnode.index.seen import SeenCertificates
 from dicomnode.settings import Settings
+
+
+class LogLevel:
+    """The level that the cloud desires, where it may, else that of the configuration; followed at each heartbeat."""
+
+    def __init__(self, settings: Settings, db: Database) -> None:
+        self._states = DesiredStates(db)
+        self._allowed = "log_level" in settings.fleet.accept
+        self._configured: str = settings.logging.level
+        self._now: str = self._configured
+
+    def follow(self) -> None:
+        level = (self._states.log_level() if self._allowed else None) or self._configured
+        if level != self._now:
+            self._now = level
+            logs.set_level(level)
+            logs.get().warning("log level changed", state=level)
 
 
 class Shell:
@@ -35,6 +53,7 @@ class Shell:
         durable.make_directory(settings.node.data_dir)
         self._lock = lifeline.hold_single_instance(settings.node.data_dir, name) if lock else -1
         self.db = Database(settings.node.data_dir)
+        self._level = LogLevel(settings, self.db)
         self._seen = SeenCertificates(self.db, name.partition("-")[0], [peer.name for peer in settings.peers])
         self.detail: Callable[[], dict[str, Any]] = dict
         self.healthy: Callable[[], bool] = lambda: True
@@ -68,6 +87,7 @@ class Shell:
         seen = metrics.peer_certificates()
         metrics.peer_certificates_known(self._seen.exchange(seen), seen)
         Processes(self.db).beat(self.name, self._state, self.detail(), metrics.snapshot())
+        self._level.follow()
 
     def _beat_loop(self) -> None:
         while not self._wake.wait(BEAT_SECONDS):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dicomnode import doorbell, durable, lifeline
@@ -13,6 +13,7 @@ from dicomnode.app_results import encoder, failure_reporter, warm_encoder
 from dicomnode.app_shell import Shell
 from dicomnode.errors import EngineError, NodeError
 from dicomnode.index.database import Database
+from dicomnode.index.desired import ServingRules
 from dicomnode.settings import EngineName, Settings
 
 JOB_GRACE_SECONDS = 2.0
@@ -54,8 +55,12 @@ def run_worker(settings: Settings) -> int:
         report=failure_reporter(settings, shell.db),
     )
     worker.start()
-    wanted = list(dict.fromkeys(m for rule in settings.rules for m in rule.every_model))
-    models.prepare([*wanted, *worker.router.canaries()])
+    rules = ServingRules(settings, shell.db)
+
+    def wanted() -> list[str]:
+        return list(dict.fromkeys(m for rule in rules() for m in rule.every_model))
+
+    models.prepare([*wanted(), *worker.router.canaries()])
     shadows = Shadows(settings, shell.db, worker.router)
     decoder.warm_up()
     warm_encoder(settings)
@@ -95,10 +100,12 @@ def _read_ahead(settings: Settings, db: Database, store: durable.ObjectStore, de
     from dicomnode.infer.ahead import ReadAhead
     from dicomnode.select.rules import requests_for
 
+    rules = ServingRules(settings, db)
+
     def wanted(attributes: Mapping[str, Any]) -> bool:
         if prior.fetched(db, str(attributes.get("SeriesInstanceUID"))):
             return False
-        return bool(requests_for(settings.rules, attributes))
+        return bool(requests_for(rules(), attributes))
 
     return ReadAhead(db, store, decoder, wanted, max_bytes=settings.inference.read_ahead_mb << 20)
 
@@ -145,7 +152,7 @@ def _serving(shell: Shell, on_better: Callable[[], None]) -> tuple[Any, Callable
 
 
 def _do_jobs(
-    shell: Shell, worker: Any, models: Any, shadows: Any, wanted: Sequence[str], jobs_bell: threading.Event
+    shell: Shell, worker: Any, models: Any, shadows: Any, wanted: Callable[[], list[str]], jobs_bell: threading.Event
 ) -> None:
     """Jobs while there are any; comparisons of versions, and models that could not serve, in between."""
     while not shell.stop.is_set():
@@ -154,7 +161,7 @@ def _do_jobs(
         if not worker.run_once():
             shadows.go_on()
             _wait_either(jobs_bell, shell.stop, doorbell.SLOW_BEAT_SECONDS)
-            needed = [*wanted, *worker.router.canaries()]
+            needed = [*wanted(), *worker.router.canaries()]
             models.prepare(needed)
             models.keep(needed)
 

@@ -21,7 +21,7 @@ from dicomnode.cli_common import settings_of as _settings
 from dicomnode.cli_common import table as _table
 from dicomnode.cli_conformance import conformance
 from dicomnode.cli_delivery import alerts_app, commitments_app, deliveries_app, notifications_app
-from dicomnode.cli_fleet import fleet_lines
+from dicomnode.cli_fleet import desired_app, fleet_lines
 from dicomnode.cli_models_import import models_import
 from dicomnode.cli_records import conflicts_app, records_app
 from dicomnode.cli_sync import sync_app
@@ -45,6 +45,7 @@ app.add_typer(alerts_app, name="alerts")
 app.add_typer(sync_app, name="sync")
 app.add_typer(records_app, name="records")
 app.add_typer(conflicts_app, name="conflicts")
+app.add_typer(desired_app, name="desired")
 app.command()(cloud)
 cli_models.register(models_app)
 app.add_typer(models_app, name="models")

@@ -149,6 +149,13 @@ def configure(process: str, level: str = "info", style: str = "auto") -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
 
 
+def set_level(level: str) -> None:
+    """From now on, in this process; the loggers that were got before follow."""
+    structlog.configure(
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()])
+    )
+
+
 def get() -> Any:
     """The logger of this process."""
     return structlog.get_logger()

@@ -1,4 +1,4 @@
-"""Figures of the metrics that are pushed to a Prometheus elsewhere; in the one registry of the process."""
+"""Figures of the node as one of a fleet: metrics that are pushed, the clock; in the one registry of the process."""
 
 from __future__ import annotations
 
@@ -23,6 +23,10 @@ SPOOL_BYTES = Gauge(
 )
 SPOOL_SECONDS = Gauge(
     "dicomnode_remote_write_oldest_seconds", "Age of the oldest samples that wait for remote-write", registry=REGISTRY
+)
+
+CLOCK_SKEW = Gauge(
+    "dicomnode_clock_skew_seconds", "Time that this node's clock is ahead of the cloud's, seconds", registry=REGISTRY
 )
 
 

@@ -6,13 +6,14 @@ then the state changes in one transaction, and the worker is rung. Blocking: gol
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from dicomnode import doorbell, durable
 from dicomnode.errors import BundleError, OperatorError
 from dicomnode.index.database import Database, Row
+from dicomnode.index.desired import ServingRules
 from dicomnode.index.life import Change, Life
 from dicomnode.index.model_states import ModelState
 from dicomnode.index.operation import Events, Models
@@ -42,6 +43,7 @@ class ModelDesk:
         self._verify = verify
         self._life = Life(db)
         self._pointer = Models(db)
+        self._rules = ServingRules(settings, db)
 
     def folders(self) -> list[BundleFolder]:
         return bundle_folders(self._settings.inference.models_dir, self._settings.node.data_dir)
@@ -113,6 +115,25 @@ class ModelDesk:
                 self._life.retire(name, version, who=who, why=why)
         return self._told(name, version, _WORDS[action], who)
 
+    def activate_all(
+        self, versions: Mapping[str, str], *, who: str, why: str, also: Callable[[], None] = lambda: None
+    ) -> None:
+        """Have these serve, all or none, in one transaction that begins with ``also``.
+
+        Each is verified before it; one that serves already is left alone. Raises BundleError, EngineError.
+        """
+        active = self._pointer.active()
+        changes = {n: v for n, v in versions.items() if active.get(n) != v}
+        for name, version in changes.items():
+            self._check(resolve(self.folders(), f"{name}@{version}", {}).path)
+        with self._db.transaction():
+            also()
+            for name, version in changes.items():
+                self._pin_default(name, version, who)
+                self._life.activate(name, version, who=who, why=why)
+        for name, version in changes.items():
+            self._told(name, version, _WORDS["activate"], who)
+
     def roll_back(self, name: str, *, who: str, why: str = "") -> dict[str, Any]:
         """End the canary of the model when there is one; else return to the version before the active one."""
         canary = self._life.in_state(ModelState.canary, name)
@@ -176,7 +197,7 @@ class ModelDesk:
         ends = default == version and name not in self._pointer.active()
         others = [f for f in self.folders() if f.name == name and f.version != version]
         successor = serving_version(others, name, {}, held)
-        if ends and successor is None and any(name in rule.every_model for rule in self._settings.rules):
+        if ends and successor is None and any(name in rule.every_model for rule in self._rules()):
             raise OperatorError(
                 f"{action} {name}@{version}",
                 "it is the only version that can serve the rules that name it",

@@ -19,6 +19,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSetti
 from dicomnode.cloud_settings import Cloud, CloudEndpoint, CloudPlan, Sync, plan_of
 from dicomnode.endpoint_settings import Endpoint, check_endpoints
 from dicomnode.errors import SettingsError
+from dicomnode.fleet_settings import Fleet
 from dicomnode.metrics_settings import MetricsSettings
 from dicomnode.model_settings import ModelPull, Repository
 from dicomnode.peer_settings import (
@@ -264,6 +265,7 @@ class Settings(BaseSettings):
     sync: Sync = Sync()
     alerts: Alerts = Alerts()
     metrics: MetricsSettings = MetricsSettings()
+    fleet: Fleet = Fleet()
     logging: Logging = Logging()
     rules: tuple[Rule, ...] = ()
 
@@ -292,13 +294,17 @@ class Settings(BaseSettings):
             raise ValueError("tls.port is dimse.port; TLS needs a port of its own, usually 2762")
         for peer in self.peers:
             check_peer(peer, self.tls, self.node.ae_titles)
+        self.check_rules()
+        return self
+
+    def check_rules(self) -> None:
+        """Whether the rules fit each other and the peers; raises ValueError."""
         rule_names = [r.name for r in self.rules]
         if len(set(rule_names)) != len(rule_names):
             raise ValueError("rules: two rules have the same name; names must differ")
         by_name = {p.name: p for p in self.peers}
         for rule in self.rules:
             self._check_rule(rule, by_name)
-        return self
 
     def _check_rule(self, rule: Rule, by_name: dict[str, Peer]) -> None:
         for target in rule.destinations:

@@ -88,7 +88,7 @@ async def _work(
     processes, schedule = Processes(db), Schedule()
     endpoints, departures = Endpoints(settings, db), Departures(settings, db)
     sender = CloudSender(settings, db, endpoints, departures, NAME)
-    alerts, fleet = AlertSender(settings, db), Fleet(settings, db, NAME)
+    alerts, fleet = AlertSender(settings, db), Fleet(settings, db, endpoints, desk, NAME)
     await asyncio.to_thread(sender.start)
 
     def beat(state: str) -> None:

@@ -27,6 +27,7 @@ from dicomnode.errors import IllegalTransition, NodeError, OperatorError, Storag
 from dicomnode.index.cloud_outbox import CloudOutbox
 from dicomnode.index.commitment import AskState, Commitments, PromiseState
 from dicomnode.index.database import Database, Row
+from dicomnode.index.desired import DesiredStates
 from dicomnode.index.jobs import Jobs
 from dicomnode.index.notices import Notices, NoticeState
 from dicomnode.index.outbox import Outbox
@@ -192,6 +193,11 @@ class Admin:
         doorbell.ring(self.settings.node.data_dir, "courier")
         return json_response({"id": commitment_id, "state": state}, status=202)
 
+    async def desired(self, _: web.Request) -> web.Response:
+        states = await self.blocking(DesiredStates(self.db).listing)
+        rows = [{k: v for k, v in row.items() if k not in ("decided_at", "digest")} for row in states]
+        return json_response({"accept": list(self.settings.fleet.accept), "states": rows})
+
     def retry_item(self, table: Table, bell: str) -> Handler:
         async def retry(request: web.Request) -> web.Response:
             item_id = int(request.match_info["id"])
@@ -237,6 +243,7 @@ def make_app(
     app.router.add_post(f"/api/v1/commitments/{_ITEM}/retry", admin.retry_commitment)
     app.router.add_get("/api/v1/sync", admin.outbox("sync_items", "items"))
     app.router.add_post(f"/api/v1/sync/{_ITEM}/retry", admin.retry_item("sync_items", "sidecar"))
+    app.router.add_get("/api/v1/desired", admin.desired)
     ModelsApi(desk).add_routes(app.router)
     RecordsApi(db, settings).add_routes(app.router)
     return app

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dicomnode.index.database import Row
+from dicomnode.index.database import Database, Row
+from dicomnode.index.desired import DesiredStates
 from dicomnode.settings import Settings
 
 
@@ -21,3 +22,18 @@ def remote_write_report(settings: Settings, processes: Sequence[Row]) -> dict[st
     empty = {"waiting": 0, "bytes": 0, "oldest_seconds": 0.0, "sent_time": "", "error": ""}
     known = told(processes, "remote_write") if configured else {}
     return {"state": "unknown" if configured else "off", **empty, **known}
+
+
+def fleet_report(db: Database, settings: Settings, processes: Sequence[Row]) -> dict[str, Any]:
+    """Heartbeat and clock against the cloud, and the desired states: ``serving`` and the ``newest`` decided."""
+    states = DesiredStates(db)
+    kept = ("generation", "status", "reason", "decided_time", "reported")
+    serving, newest = states.serving(), states.newest()
+    empty = {"beat_time": "", "clock_skew_seconds": None, "clock_doubt_seconds": 0.0, "desired_generation": 0}
+    return {
+        **empty,
+        **told(processes, "fleet"),
+        "accept": list(settings.fleet.accept),
+        "serving": {k: serving[k] for k in kept} if serving else None,
+        "newest": {k: newest[k] for k in kept} if newest else None,
+    }

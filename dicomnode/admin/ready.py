@@ -21,6 +21,7 @@ from dicomnode.admin.status import (
 )
 from dicomnode.errors import NodeError, StorageError
 from dicomnode.index.database import Database, Row
+from dicomnode.index.desired import serving_settings
 from dicomnode.index.operation import Figures, Processes
 from dicomnode.settings import Settings
 
@@ -126,5 +127,7 @@ def local_checks(db: Database, settings: Settings) -> tuple[dict[str, Check], tu
     checks = {"index": check_index(db), "disk": check_disk(settings)}
     processes = Processes(db).listing() if checks["index"].ok else []
     checks["receivers"] = check_receivers(processes, settings.dimse.workers)
-    checks["models"] = check_models(processes, wanted_models(settings))
+    checks["models"] = check_models(
+        processes, wanted_models(serving_settings(settings, db)) if checks["index"].ok else frozenset()
+    )
     return checks, dimse_address(processes, settings)

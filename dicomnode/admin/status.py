@@ -14,12 +14,13 @@ from typing import Any, Literal
 
 from dicomnode import __version__, durable
 from dicomnode.admin.cloud_state import cloud_report
-from dicomnode.admin.fleet_state import remote_write_report
+from dicomnode.admin.fleet_state import fleet_report, remote_write_report
 from dicomnode.admin.tls_state import tls_report
 from dicomnode.clock import iso
 from dicomnode.index.catalogue import Catalogue
 from dicomnode.index.commitment import Commitments
 from dicomnode.index.database import Database, Row
+from dicomnode.index.desired import serving_settings
 from dicomnode.index.jobs import Jobs
 from dicomnode.index.life import Life
 from dicomnode.index.notices import Notices
@@ -58,6 +59,7 @@ def status_report(db: Database, settings: Settings) -> dict[str, Any]:
         "reviews": Reviews(db, settings.cloud_plan).counts(),
         "cloud": cloud_report(db, settings, processes),
         "remote_write": remote_write_report(settings, processes),
+        "fleet": fleet_report(db, settings, processes),
         "commitments": Commitments(db).counts(),
         "notifications": Notices(db).counts(),
         "alerts": Alerts(db).counts(),
@@ -65,7 +67,7 @@ def status_report(db: Database, settings: Settings) -> dict[str, Any]:
         "destinations": [*_destinations(figures, "deliveries"), *_destinations(figures, "sync_items")],
         "models": {
             "active": models.active(),
-            "wanted": sorted(wanted_models(settings)),
+            "wanted": sorted(wanted_models(serving_settings(settings, db))),
             "serving": serving_models(processes),
             "failed": failed_models(processes),
             "building": building_engines(processes),

@@ -145,9 +145,13 @@ class Database:
         Without ``sync`` it is visible at once, but a power cut may undo it until a later
         transaction with ``sync`` has committed: the log is one sequence.
 
-        Ends the process when SQLite reports an I/O error: fsync is never retried.
+        One inside another is part of it. Ends the process when SQLite reports an I/O error: fsync is
+        never retried.
         """
         connection = self._connection()
+        if connection.in_transaction:
+            yield
+            return
         with self._write_lock, self._turn():
             try:
                 if not sync:

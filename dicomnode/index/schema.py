@@ -13,7 +13,9 @@ from sqlite_utils import Database, Migrations
 
 from dicomnode.index.keys import INSTANCE_KEYS, PATIENT_KEYS, REQUEST_KEYS, SERIES_KEYS, STUDY_KEYS
 from dicomnode.index.names import name_keys
+from dicomnode.index.schema_alerts import create_alerts
 from dicomnode.index.schema_cloud import create_cloud_outbox
+from dicomnode.index.schema_desired import create_desired
 from dicomnode.index.schema_life import create_model_life
 from dicomnode.index.schema_priors import create_companions, create_priors
 from dicomnode.index.schema_records import create_records
@@ -419,28 +421,7 @@ def m0011_orders(db: Database) -> None:
         db[table].add_column("priority", int, not_null_default=1)
     db["deliveries"].add_column("fallback_result_id", int)
     db["deliveries"].add_column("instead_of", str)
-    db["alerts"].create(
-        {
-            "id": int,
-            "job_id": int,
-            "study_id": int,
-            "uuid": str,
-            "keys": str,
-            "state": str,
-            "attempts": int,
-            "next_at": float,
-            "last_error": str,
-            "created_at": float,
-            "created_time": str,
-            "finished_time": str,
-        },
-        pk="id",
-        foreign_keys=[("job_id", "jobs", "id"), ("study_id", "studies", "id")],
-        not_null={"job_id", "study_id", "uuid", "keys", "state"},
-        defaults={"attempts": 0, "next_at": 0.0},
-    )
-    db["alerts"].create_index(["job_id"], unique=True)
-    db["alerts"].create_index(["state", "next_at"])
+    create_alerts(db)
 
 
 @migrations()
@@ -502,3 +483,9 @@ def m0020_trust(db: Database) -> None:
 def m0023_records(db: Database) -> None:
     """Records changed at both ends, and their conflicts; see :mod:`dicomnode.index.records`."""
     create_records(db)
+
+
+@migrations()
+def m0030_desired(db: Database) -> None:
+    """What the cloud desires of this node; see :mod:`dicomnode.index.desired`."""
+    create_desired(db)

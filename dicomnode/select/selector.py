@@ -11,6 +11,7 @@ from dicomnode.geometry import SlicePlane, StackReport, analyse_stack
 from dicomnode.index import chain, prior
 from dicomnode.index.catalogue import Catalogue
 from dicomnode.index.database import Database, Row
+from dicomnode.index.desired import ServingRules
 from dicomnode.index.jobs import Jobs
 from dicomnode.index.operation import Events
 from dicomnode.index.procedure import Steps
@@ -37,6 +38,7 @@ class Selector:
         self._on_jobs = on_jobs or (lambda: None)
         self._log = logs.get()
         self._reported: set[int] = set()
+        self._rules = ServingRules(settings, db)
 
     def run_once(self) -> float:
         """Select what is complete; returns seconds until the next look is needed at most."""
@@ -146,7 +148,7 @@ class Selector:
         first = self._catalogue.first_attributes(series["id"])
         uid = str(attributes.get("SeriesInstanceUID"))
         fetched = prior.fetched(self._db, uid)
-        requests = [] if fetched else requests_for(self._settings.rules, {**attributes, **first})
+        requests = [] if fetched else requests_for(self._rules(), {**attributes, **first})
         reason = f"{FETCHED}; {reason}" if fetched else reason
         made = self._jobs.select(series["id"], int(series["generation"]), reason, requests)
         if made:
