@@ -387,6 +387,6 @@ class Whole:
 
 def _run(argv: Sequence[str], environment: dict[str, str]) -> int:
     done = subprocess.run(
-        list(argv), check=False, capture_output=True, cwd=ROOT, timeout=60, env={**os.environ, **environment}
+        list(argv), check=False, capture_output=True, cwd=ROOT, timeout=180, env={**os.environ, **environment}
     )
     return done.returncode
