@@ -152,7 +152,7 @@ def test_measurements_of_each_image_are_compared(tmp_path: Path) -> None:
     [first, _] = [m for m in other["measurements"] if m["key"] == "share"]
     first["value"] *= 2
     found = compare(Finding.of(summary, {}), Finding.of(other, {}))
-    assert (found.differences["share"], found.differences["share 2"]) == (0.5, 0.0)
+    assert (found.differences["image 1.share"], found.differences["image 2.share"]) == (0.5, 0.0)
 
 
 @given(st.permutations(range(5)))
