@@ -41,8 +41,9 @@ class ProjectionContract(Strict):
     (``modality``), or as its first VOI LUT or window shows them, 0 black to 1 white (``displayed``).
     ``views`` and ``body_parts``: View Position and Body Part Examined; an image that states another one is
     left out, one that states none is taken. ``intents``: Presentation Intent Type, FOR PRESENTATION where
-    the image states none. ``needs_spacing``: only images whose pixels have a size, in mm within
-    ``pixel_spacing_mm``. ``max_images`` and ``max_pixels`` (of one image) bound memory.
+    the image states none; of a series with both only images of the one named first.
+    ``needs_spacing``: only images whose pixels have a size, in mm within ``pixel_spacing_mm``.
+    ``max_images`` and ``max_pixels`` (of one image) bound memory.
     """
 
     kind: Literal["projection"]

@@ -82,6 +82,15 @@ def _chosen(
         first = first or why
         excluded.append(h.uid)
         notes.append(f"Image {h.number or '?'} was left out: {why[1]}")
+    intents = {h.intent for h, _ in taken}
+    if len(intents) > 1:  # of one exposure both forms may come in a series
+        best = next(i for i in contract.intents if i in intents)
+        other = [h for h, _ in taken if h.intent != best]
+        taken = [(h, path) for h, path in taken if h.intent == best]
+        excluded += [h.uid for h in other]
+        notes += [
+            f"Image {h.number or '?'} was left out: it is {h.intent.title()}; others are {best.title()}" for h in other
+        ]
     if first is not None and not taken:
         more = f" (and {len(excluded) - 1} more image(s))" if len(excluded) > 1 else ""
         raise refuse(first[0], first[1] + more, first[2])

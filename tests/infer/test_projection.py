@@ -218,6 +218,19 @@ def test_a_series_with_nothing_to_take_is_refused_with_the_first_reason(tmp_path
     assert caught.value.code == "WRONG_VIEW"
 
 
+def test_of_both_presentation_intents_the_one_named_first_is_taken(tmp_path: Path) -> None:
+    shown = numbered(image(PLANE), 1)
+    raw = numbered(image(PLANE, PresentationIntentType="FOR PROCESSING"), 2)
+    paths = [saved(ds, tmp_path, f"{i}.dcm") for i, ds in enumerate((raw, shown))]
+    for intents, wanted in (
+        (("FOR PRESENTATION", "FOR PROCESSING"), shown),
+        (("FOR PROCESSING", "FOR PRESENTATION"), raw),
+    ):
+        found = read_projections(paths, contract(min_side=2, intents=intents))
+        assert [v.source_uids[0] for v in found.images] == [wanted.SOPInstanceUID]
+        assert len(found.excluded) == len(found.notes) == 1
+
+
 def twice(first: Dataset) -> list[Dataset]:
     return [first, first]
 
