@@ -21,6 +21,7 @@ from dicomnode.model_desk import ModelDesk
 from dicomnode.settings import Settings
 from dicomnode.sidecar_fleet import Fleet
 from dicomnode.sync.alerts import AlertSender
+from dicomnode.sync.aside import Aside
 from dicomnode.sync.departure import Departures
 from dicomnode.sync.endpoints import PROBE_SECONDS, Endpoints
 from dicomnode.sync.node_record import describe_node
@@ -86,7 +87,8 @@ async def _work(
 ) -> None:
     log, loop = logs.get(), asyncio.get_running_loop()
     processes, schedule = Processes(db), Schedule()
-    endpoints, departures = Endpoints(settings, db), Departures(settings, db)
+    endpoints, aside = Endpoints(settings, db), Aside()
+    departures = Departures(settings, db, aside.leave)
     sender = CloudSender(settings, db, endpoints, departures, NAME)
     alerts, fleet = AlertSender(settings, db), Fleet(settings, db, endpoints, desk, NAME)
     await asyncio.to_thread(sender.start)
@@ -136,6 +138,7 @@ async def _work(
         loop.remove_reader(bell.fileno())
         bell.close()
         await schedule.stop()
+        aside.close()
         await asyncio.to_thread(beat, "stopping")
 
 

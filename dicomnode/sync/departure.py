@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dicomnode.deidentify import PATIENT_TYPES, deidentify, deidentify_record
-from dicomnode.errors import MalformedDataSet
+from dicomnode.deidentify import PATIENT_TYPES, Departure, deidentify_record
 from dicomnode.index.database import Database, Row
 from dicomnode.index.mapping import PseudonymRows
 from dicomnode.pseudonym_key import ensure_key
 from dicomnode.pseudonyms import Pseudonyms
 from dicomnode.settings import Settings
+from dicomnode.sync.aside import leave
 
+TakeAway = Callable[[Path, bytes], Departure]
 MOST_REMEMBERED = 20_000
 _PATIENT = (
     "SELECT p.PatientID, p.IssuerOfPatientID, st.PatientName, st.AccessionNumber, st.StudyInstanceUID"
@@ -26,11 +27,14 @@ _PATIENT = (
 class Departures:
     """One per node, used by several threads; the key is read once."""
 
-    def __init__(self, settings: Settings, db: Database) -> None:
+    def __init__(self, settings: Settings, db: Database, take_away: TakeAway = leave) -> None:
+        """``take_away`` de-identifies one file, here or in another process."""
         self._settings = settings
         self._db = db
         self._rows = PseudonymRows(db)
         self._pseudonyms: Pseudonyms | None = None
+        self._key = b""
+        self._leave = take_away
         self._new: dict[tuple[str, str], str] = {}
         self._kept: set[tuple[str, str]] = set()
         self._lock = threading.Lock()
@@ -39,16 +43,14 @@ class Departures:
         """Raises OperatorError when there is no usable key; then nothing leaves."""
         with self._lock:
             if self._pseudonyms is None:
-                self._pseudonyms = Pseudonyms(ensure_key(self._settings, used=self._rows.used))
+                self._key = ensure_key(self._settings, used=self._rows.used)
+                self._pseudonyms = Pseudonyms(self._key)
 
     def object(self, item: Row, path: Path) -> tuple[str, bytes | None]:
         if item["identified"]:
             return str(item["SOPInstanceUID"]), None
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise MalformedDataSet("de-identify", f"the stored file cannot be read ({error.strerror})") from None
-        left = deidentify(content, self._codec())
+        self.ready()
+        left = self._leave(path, self._key)
         self._note(left.mapping)
         return left.sop_instance_uid, left.content
 
