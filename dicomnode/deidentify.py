@@ -22,7 +22,6 @@ import pydicom
 from pydicom.datadict import tag_for_keyword
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.errors import InvalidDicomError
 from pydicom.sequence import Sequence
 
 from dicomnode.departing_keywords import EMPTY, KEPT
@@ -93,15 +92,9 @@ def deidentify(content: bytes, pseudonyms: Pseudonyms) -> Departure:
             out, mapping = _object(ds, pseudonyms)
             buffer = BytesIO()
             pydicom.dcmwrite(buffer, out, enforce_file_format=True)
-        except (
-            InvalidDicomError,
-            EOFError,
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            NotImplementedError,
-        ) as error:
+        except MalformedDataSet:
+            raise
+        except Exception as error:  # noqa: BLE001 whatever the library meets in one object must not stop the others
             cause = f"the object cannot be de-identified ({type(error).__name__})"
             raise MalformedDataSet("de-identify", cause) from None
     return Departure(str(out.SOPInstanceUID), buffer.getvalue(), mapping)

@@ -17,7 +17,7 @@ from dicomnode.errors import MalformedDataSet
 from dicomnode.lifeline import die_with_parent
 from dicomnode.pseudonyms import Pseudonyms
 
-NICE = 10
+NICE = 5
 
 
 def leave(path: Path, key: bytes) -> Departure:

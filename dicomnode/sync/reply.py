@@ -39,7 +39,7 @@ _OPERATOR = frozenset(
     ]
 )
 _PASSING = frozenset([HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS])
-_WITH_SEQUENCES = frozenset([HTTPStatus.OK, HTTPStatus.ACCEPTED, HTTPStatus.CONFLICT])
+WITH_SEQUENCES = frozenset([HTTPStatus.OK, HTTPStatus.ACCEPTED, HTTPStatus.CONFLICT])
 
 
 class Fate(StrEnum):
@@ -83,9 +83,9 @@ def judge(status: int, reply: Reply | None, uids: Collection[str]) -> dict[str, 
 
     ``reply`` is None when there was none that could be read whole.
     """
-    if status in _WITH_SEQUENCES and reply is not None:
+    if status in WITH_SEQUENCES and reply is not None:
         return {uid: _judge_one(reply, uid) for uid in uids}
-    if status in _WITH_SEQUENCES:
+    if status in WITH_SEQUENCES:
         verdict = Verdict(Fate.retry, f"HTTP {status} with a reply that could not be read whole")
     elif status in _OPERATOR or 300 <= status < 400:
         verdict = Verdict(Fate.operator, f"HTTP {status}: check cloud.stow_url, the token and its rights")

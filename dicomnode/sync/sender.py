@@ -97,7 +97,13 @@ class CloudSender:
                 items = await asyncio.to_thread(self._lease, lane)
                 if not items:
                     break
-                batch = await self._send(lane, number, sessions, items)
+                batch = _Batch()
+                try:
+                    await self._send(lane, number, sessions, items, batch)
+                except BaseException:  # a stop, or a fault of ours: they must not wait for their lease to end
+                    ids = [i["id"] for i in items]
+                    await asyncio.shield(asyncio.to_thread(self.outbox.release, ids, self.owner, tried=False))
+                    raise
                 settled += batch.settled
                 await asyncio.to_thread(self._finish, batch)
                 await self.endpoints.tell()
@@ -116,10 +122,15 @@ class CloudSender:
         return self.outbox.lease_lane(LANES.index(lane), self.owner, seconds, limit, MOST_REQUEST_BYTES)
 
     async def _send(
-        self, lane: Lane, number: int, sessions: dict[int, aiohttp.ClientSession], items: Sequence[Row]
-    ) -> _Batch:
+        self,
+        lane: Lane,
+        number: int,
+        sessions: dict[int, aiohttp.ClientSession],
+        items: Sequence[Row],
+        batch: _Batch,
+    ) -> None:
         """Requests of one kind each, so that every stream keeps its order; ends at the first that fails as a whole."""
-        batch, blocked = _Batch(), set[str]()
+        blocked = set[str]()
         for run in runs(items):
             wanted = [i for i in run if i["stream"] not in blocked]
             batch.untried += [i["id"] for i in run if i["stream"] in blocked or batch.failed]
@@ -135,7 +146,6 @@ class CloudSender:
                 self.endpoints.failed(number, str(error), mendable=True)
                 batch.again += [(i["id"], str(error)) for i in wanted]
                 batch.failed = True
-        return batch
 
     async def _objects(
         self,

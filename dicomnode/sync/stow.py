@@ -14,7 +14,16 @@ import aiohttp
 from dicomnode.errors import NodeError
 from dicomnode.index.database import Row
 from dicomnode.sync.http import Progress, read_bounded, watched
-from dicomnode.sync.reply import Fate, Reply, Verdict, judge, parse_reply, retry_after_seconds
+from dicomnode.sync.reply import (
+    OUT_OF_RESOURCES,
+    WITH_SEQUENCES,
+    Fate,
+    Reply,
+    Verdict,
+    judge,
+    parse_reply,
+    retry_after_seconds,
+)
 
 MAX_REPLY_BYTES = 4 << 20
 SLOWEST_BYTES_PER_SECOND = 125_000
@@ -58,6 +67,14 @@ def answer_of(verdicts: dict[str, Verdict], wait: float | None) -> Answer:
     if passing and len(passing) == len(verdicts):
         return Answer(verdicts, passing[0].cause, wait, passing[0].fate is Fate.operator)
     return Answer(verdicts, "", wait)
+
+
+def speaks_of_each(status: int, reply: Reply | None, uids: Sequence[str]) -> bool:
+    """Whether the objects are to blame, each by its reason, and not the endpoint: it is not full, and it is there."""
+    if reply is None or status not in WITH_SEQUENCES:
+        return False
+    reasons = [reply.failed.get(uid) for uid in uids if uid not in reply.stored]
+    return bool(reasons) and all(r is not None and r not in OUT_OF_RESOURCES for r in reasons)
 
 
 async def store(
@@ -114,7 +131,8 @@ async def store(
         return answer_of(dict.fromkeys(uids, Verdict(Fate.retry, cause)), None)
     except NodeError as error:
         return answer_of(dict.fromkeys(uids, Verdict(Fate.retry, error.cause)), None)
-    return answer_of(judge(status, reply, uids), wait)
+    verdicts = judge(status, reply, uids)
+    return Answer(verdicts, "", wait) if speaks_of_each(status, reply, uids) else answer_of(verdicts, wait)
 
 
 async def _body(head: bytes, parts: Sequence[Part], tail: bytes) -> AsyncIterator[bytes]:

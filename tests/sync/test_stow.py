@@ -292,3 +292,35 @@ def test_what_a_dead_process_had_in_hand_is_sent(db: Database, tmp_path: Path) -
 
     drive(db, tmp_path, body)
     assert states(db) == ["stored"]
+
+
+def test_an_object_that_cannot_be_stored_now_does_not_discredit_the_endpoint(
+    db: Database, tmp_path: Path, clock: FakeClock
+) -> None:
+    """It alone waits; what comes meanwhile goes at once."""
+    [bad] = add_results(db, tmp_path)
+
+    async def body(sender: CloudSender, fake: FakeCloud) -> None:
+        assert await sender.flush() == 0
+        [good] = add_results(db, tmp_path)
+        as_they_are(db)
+        assert await sender.flush() == 1 and list(fake.stored) == [good]
+        assert sender.endpoints.link == "online"
+        clock.now += 3600
+        assert await sender.flush() == 1 and set(fake.stored) == {good, bad}
+
+    drive(db, tmp_path, body, [lambda f, r, b: f.store(r, b, {bad: 0x0110})])
+
+
+def test_a_fault_of_ours_leaves_nothing_in_hand(db: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_results(db, tmp_path, 2)
+
+    async def body(sender: CloudSender, _: FakeCloud) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(sender, "_parts", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                await sender.flush()
+        assert states(db) == ["pending"] * 2
+        assert await sender.flush() == 2
+
+    drive(db, tmp_path, body)
