@@ -185,10 +185,11 @@ def test_kill_9_of_the_sidecar_at_random_moments(tmp_path: Path) -> None:
     chance = random.Random(KILLS)
     data = tmp_path / "data"
     db = Database(data)
-    for number in range(3 * KILLS):
-        add_results(db, data, 2, cloud=PLAN)
-        if number % 3 == 0:
-            critical_result(db, data)
+
+    def more() -> None:
+        for _ in range(3):
+            add_results(db, data, 2, cloud=PLAN)
+        critical_result(db, data)
 
     async def main() -> None:
         async with endpoint(tmp_path / "cloud") as (url, storage):
@@ -208,6 +209,7 @@ def test_kill_9_of_the_sidecar_at_random_moments(tmp_path: Path) -> None:
                 return len(storage.arrivals(100_000))
 
             for _ in range(KILLS):
+                more()
                 before = count()
                 process = start()
                 try:
