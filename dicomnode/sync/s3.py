@@ -52,7 +52,7 @@ class S3Source:
             "connect_timeout": min(timedelta(seconds=30), timeout),
             "read_timeout": timeout,
             "timeout": timedelta(days=1),  # of the whole object; the caller has deadlines of its own
-            "allow_http": bool(settings.s3_endpoint) and confidential(settings.s3_endpoint),
+            "allow_http": settings.s3_endpoint.startswith("http:") and confidential(settings.s3_endpoint),
         }
         if self._cloud.ca_file:
             client["root_certificate"] = self._cloud.ca_file.read_bytes()
