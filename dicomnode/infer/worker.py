@@ -195,9 +195,9 @@ class Worker:
             self._events.add("error", "device-lost", f"job {job_id}", f"{error.cause}; the worker is restarted")
             self._lost = True
         except DeviceFull as error:
-            # The version counts it as an error: one that needs more than there is goes back.
+            # The version counts it as an error, once for each job: one that needs more than there is goes back.
             if int(job["waits"]) < MEMORY_WAITS:
-                self._wait(job, str(error), ended="error")
+                self._wait(job, str(error), ended="error" if int(job["waits"]) == 0 else "stopped")
             else:
                 self._retry(job, str(error), self._settings.inference.max_attempts)
         except (OperatorError, PeerAway) as error:

@@ -12,6 +12,7 @@ from dicomnode.index.database import Database, Row
 from dicomnode.index.jobs import Jobs
 from dicomnode.index.life import Life
 from dicomnode.index.operation import Events, Models
+from dicomnode.index.runs import Runs
 from dicomnode.infer import worker as worker_module
 from dicomnode.infer.choice import EngineChoice
 from dicomnode.infer.cuda import CudaError
@@ -96,6 +97,8 @@ def test_a_named_engine_without_memory_waits_however_long_others_take(tmp_path: 
         with db.transaction():
             db.execute("UPDATE jobs SET next_at = 0")
     assert [e["subject"] for e in Events(db).listing(kind="job-waits")] == [f"job {job_id}"]
+    bad = [r for r in Runs(db).recent("ct-lung", "1.0.0", 99) if r.state == "error"]
+    assert len(bad) == (when == "under a job"), "one study does not make a version look bad twelve times"
     node.trt.cuda.fail.clear()
     assert node.start().run_once()
     node.assert_done_once(job_id, "tensorrt")
