@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 
 from dicomnode import __version__, durable, metrics, metrics_push
 from dicomnode.admin.cloud_state import lanes
+from dicomnode.admin.fleet_state import desired_families
 from dicomnode.admin.model_figures import VersionFigures, version_figures
 from dicomnode.admin.model_figures import families as model_families
 from dicomnode.admin.status import MEBIBYTE, library_versions, serving_models, waiting_versions
@@ -23,6 +24,7 @@ from dicomnode.errors import OperatorError
 from dicomnode.index.catalogue import Catalogue
 from dicomnode.index.commitment import Commitments
 from dicomnode.index.database import Database, Row
+from dicomnode.index.desired import DesiredStates
 from dicomnode.index.jobs import Jobs
 from dicomnode.index.operation import Figures, Models, Processes
 from dicomnode.index.outbox import Outbox
@@ -127,7 +129,9 @@ def families(db: Database, settings: Settings, own_process: str = "sidecar") -> 
         if row["silent_seconds"] < SNAPSHOT_KEPT_SECONDS
     }
     snapshots[own_process] = metrics.snapshot()
-    return [*gauges(facts), *metrics.families(snapshots, metrics_push.REGISTRY)]
+    states = DesiredStates(db)
+    desired = desired_families(states.serving(), states.newest())
+    return [*gauges(facts), *desired, *metrics.families(snapshots, metrics_push.REGISTRY)]
 
 
 class _Fixed(Collector):
@@ -344,7 +348,7 @@ def _record_gauges(facts: Facts) -> list[Metric]:
 def metric_names() -> frozenset[str]:
     """Every sample name that /metrics can show; dashboards and alert rules are tested against it."""
     names: set[str] = set()
-    for family in [*gauges(Facts()), *metrics_push.REGISTRY.collect()]:
+    for family in [*gauges(Facts()), *desired_families(None, None), *metrics_push.REGISTRY.collect()]:
         suffixes: dict[str, tuple[str, ...]] = {
             "counter": ("_total",),
             "histogram": ("_bucket", "_count", "_sum"),

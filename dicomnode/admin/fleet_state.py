@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+
 from dicomnode.index.database import Database, Row
 from dicomnode.index.desired import DesiredStates
 from dicomnode.settings import Settings
@@ -37,3 +40,18 @@ def fleet_report(db: Database, settings: Settings, processes: Sequence[Row]) -> 
         "serving": {k: serving[k] for k in kept} if serving else None,
         "newest": {k: newest[k] for k in kept} if newest else None,
     }
+
+
+def desired_families(serving: Mapping[str, Any] | None, newest: Mapping[str, Any] | None) -> list[Metric]:
+    """For /metrics; nothing is shown where nothing was desired. Pure."""
+    generation = GaugeMetricFamily(
+        "dicomnode_desired_generation",
+        "Generation of the desired state: the one in force, and the newest that was decided",
+        labels=("which",),
+    )
+    refused = GaugeMetricFamily("dicomnode_desired_refused", "1 while the newest desired state is refused")
+    if newest is not None:
+        generation.add_metric(("serving",), float(serving["generation"]) if serving else 0.0)
+        generation.add_metric(("newest",), float(newest["generation"]))
+        refused.add_metric((), float(newest["status"] == "refused"))
+    return [generation, refused]

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
+from dicomnode.fleet_settings import Fleet
 from dicomnode.index.catalogue import Catalogue
 from dicomnode.index.database import Database
+from dicomnode.index.desired import DesiredStates
 from dicomnode.index.jobs import Jobs
 from dicomnode.select.selector import Selector, stack_of, stated_count
 from dicomnode.settings import Settings
@@ -140,3 +142,24 @@ def test_localizers_do_not_disturb_the_stack(db: Database) -> None:
 )
 def test_stated_count(text: str, count: int | None) -> None:
     assert stated_count({"NumberOfSeriesRelatedInstances": text}) == count
+
+
+def test_rules_that_the_cloud_desires_are_followed_without_a_restart(db: Database) -> None:
+    allowed = SETTINGS.model_copy(update={"fleet": Fleet(accept=("rules",))})
+    selector, denied = Selector(allowed, db), Selector(SETTINGS, db)
+    catalogue = opened(db)
+    rule = {"name": "theirs", "match": {"Modality": "CT"}, "models": ["other"]}
+
+    def model_for(number: int, by: Selector) -> str:
+        catalogue.commit(slices(1, SeriesInstanceUID=f"1.2.3.{number}", NumberOfSeriesRelatedInstances="1"))
+        by.run_once()
+        return str(Jobs(db).listing()[0]["model"])
+
+    assert model_for(1, selector) == "m"
+    DesiredStates(db).decide(1, "d", {"rules": [rule]}, "applied")
+    assert model_for(2, selector) == "other"
+    assert model_for(3, denied) == "m", "where the operator does not let it, it changes nothing"
+    DesiredStates(db).decide(2, "d", {"rules": []}, "refused", "wrong")
+    assert model_for(4, selector) == "other", "the last good state serves"
+    DesiredStates(db).decide(3, "d", {}, "applied")
+    assert model_for(5, selector) == "m"

@@ -22,14 +22,15 @@ from dicomnode.cli import app
 from dicomnode.cloud.storage import Storage
 from dicomnode.desired import read_desired
 from dicomnode.errors import BundleError, NodeError, PeerRefused, SettingsError
+from dicomnode.gpu_facts import gpu_facts
 from dicomnode.index.database import Database
 from dicomnode.index.desired import DesiredStates, ServingRules
 from dicomnode.index.life import Change, Life
-from dicomnode.index.operation import Models
+from dicomnode.index.operation import Models, Processes
 from dicomnode.model_desk import ModelDesk
 from dicomnode.settings import Settings
 from dicomnode.sidecar import run_sidecar
-from dicomnode.sidecar_fleet import describe, judge
+from dicomnode.sidecar_fleet import describe, judge, serving_digests
 from dicomnode.sync.desired import AGAIN_SECONDS, DesiredState
 from dicomnode.sync.endpoints import Endpoints
 from dicomnode.sync.fleet_calls import clock_skew
@@ -360,6 +361,24 @@ def test_the_heartbeat_tells_what_the_node_is_and_no_patient(tmp_path: Path, mod
     run(tmp_path, models, main)
 
 
+def test_digests_are_those_of_live_workers() -> None:
+    ready = {"m": {"name": "m", "version": "1.0.0", "engine": "cpu", "digest": "ab", "rejected": []}}
+    rows = [
+        {"name": "worker", "alive": True, "detail": {"models": {"ready": ready | {"m@1.0.0": ready["m"]}}}},
+        {"name": "worker-2", "alive": False, "detail": {"models": {"ready": {"x": {"name": "x"}}}}},
+        {"name": "courier", "alive": True, "detail": {}},
+    ]
+    assert serving_digests(rows) == [{"name": "m", "version": "1.0.0", "engine": "cpu", "digest": "ab"}]
+
+
+def test_gpus_are_told_by_the_driver(tmp_path: Path) -> None:
+    (tmp_path / "gpus" / "0000:01:00.0").mkdir(parents=True)
+    (tmp_path / "gpus" / "0000:01:00.0" / "information").write_text("Model: \t\t Tesla T4\nIRQ: 1\n")
+    (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54  Tue\nGCC version: 12\n")
+    assert gpu_facts(tmp_path) == {"devices": ["Tesla T4"], "driver": "NVIDIA UNIX x86_64 Kernel Module  550.54  Tue"}
+    assert gpu_facts(tmp_path / "none") == {"devices": [], "driver": ""}
+
+
 def test_a_clock_that_is_wrong_is_told(tmp_path: Path) -> None:
     async def handle(_: web.Request) -> web.Response:
         return web.json_response({"generation": 0}, headers={"Date": "Thu, 01 Jan 2026 00:00:00 GMT"})
@@ -428,7 +447,10 @@ def test_the_whole_sidecar_does_it_and_shows_it(tmp_path: Path, models: Path) ->
                 async with client.get(f"{base}/api/v1/status") as answer:
                     status = await answer.json()
                 async with client.get(f"{base}/metrics") as answer:
-                    assert "dicomnode_clock_skew_seconds" in await answer.text()
+                    text = await answer.text()
+                assert "dicomnode_clock_skew_seconds" in text
+                assert 'dicomnode_desired_generation{which="serving"} 1.0' in text
+                assert "dicomnode_desired_refused 0.0" in text
             assert status["fleet"]["serving"]["generation"] == 1
             stop.set()
             await task
@@ -444,10 +466,14 @@ def shown(tmp_path: Path) -> Iterator[Callable[..., str]]:
     db = Database(tmp_path / "data")
     DesiredStates(db).decide(3, "d", {"log_level": "debug"}, "applied")
     DesiredStates(db).decide(4, "d", {"rules": []}, "refused", "this node does not let the cloud set rules")
+    good = {"every_seconds": 60.0, "runs": 1, "last_time": "2026-01-01T00:00:00Z", "seconds": 0.1, "error": ""}
+    tasks = {"alerts": good, "fleet-desired": good | {"error": "it cannot be reached"}}
+    fleet = {"beat_time": "2026-01-01T00:00:00Z", "clock_skew_seconds": -1.5}
+    Processes(db).beat("sidecar", "ready", {"scheduled": tasks, "fleet": fleet})
     db.close()
 
-    def command(*arguments: str) -> str:
-        ended = CliRunner().invoke(app, ["desired", *arguments, "--config", str(config)])
+    def command(*arguments: str, verb: str = "desired") -> str:
+        ended = CliRunner().invoke(app, [*filter(None, [verb]), *arguments, "--config", str(config)])
         assert ended.exit_code == 0, ended.output
         return ended.output
 
@@ -463,5 +489,9 @@ def test_the_command_shows_what_serves_and_why_not(shown: Callable[..., str]) ->
         (4, "refused", False),
         (3, "applied", True),
     ]
+    told = shown("status", verb="")
+    assert "desired state: generation 4 refused, serving 3" in told
+    assert "periodic work: 2 tasks, 1 failed last time" in told and "fleet-desired: it cannot be reached" in told
+    assert "this clock is -1.5 s against the cloud's" in told
     assert json.loads(shown("clear", "--json")) == {"forgotten": 2}
     assert json.loads(shown("show", "--json"))["states"] == []
