@@ -111,16 +111,29 @@ class Records:
             held = db.row("SELECT * FROM records WHERE type = ? AND record_id = ?", (kind, name))
             settled = json.loads(came["settled"])
             self._decided_there(kind, name, settled)
-            if held is not None and came["key"] in (held["common_key"], held["key"]):
+            ours = "SELECT 1 AS one FROM sync_items WHERE idempotency_key = ?"
+            if held is not None and (came["key"] in (held["common_key"], held["key"]) or db.row(ours, (came["key"],))):
+                self._settle_late(kind, name, held, settled)
                 return self._done(came, name, Taken.own)
-            if db.row("SELECT 1 AS one FROM sync_items WHERE idempotency_key = ?", (came["key"],)):
-                return self._done(came, name, Taken.own)  # the cloud went back to an older one; ours stays
             if self._stale(came, held, name):
                 return self._done(came, name, Taken.stale)
             theirs = json.loads(came["data"])
             if fault(kind, name, theirs):
                 return self._done(came, name, Taken.refused)
             return self._done(came, name, self._decide(came, name, held, theirs, settled))
+
+    def _settle_late(self, kind: str, name: str, held: Row, settled: list[str]) -> None:
+        """An old change was parked and sent again when others had taken its place: what serves is told once more."""
+        keys = [k for k in self.unsettled(kind, name) if k not in settled]
+        if keys:
+            data, origin = json.loads(held["data"]), origin_of(self.db, kind, name)
+            put_record(self.db, self.rules.plan, kind, name, data, reported=False, settles=keys, **origin)
+
+    def look_again(self, kind: str, cloud_id: str) -> None:
+        """A record that was looked at before, since something of ours turned out to be in conflict with it."""
+        with self.db.transaction():
+            where = "type = ? AND cloud_id = ? AND state = 'taken'"
+            self.db.execute(f"UPDATE cloud_records SET state = 'new' WHERE {where}", (kind, cloud_id))
 
     def _stale(self, came: Row, held: Row | None, name: str) -> bool:
         """An endpoint that is behind, a backup or one that was set back: what it lacks it gets by the next change."""

@@ -81,7 +81,7 @@ class RecordPuller:
                 for kind, name in await asyncio.to_thread(self.records.missing):
                     one = await self._get(session, f"{url}/records/{kind}/{quote(name, safe='')}", headers)
                     if one is not None:
-                        await asyncio.to_thread(self._keep_one, url, checked([one]))
+                        await asyncio.to_thread(self._keep_one, url, *checked([one]))
         except PeerAway as error:
             self.endpoints.failed(number, error.cause)
             return await asyncio.to_thread(self._take)
@@ -100,8 +100,9 @@ class RecordPuller:
                 return
             await asyncio.to_thread(self.records.keep, url, [r for r in rows if r["type"] in KIND_OF], following)
 
-    def _keep_one(self, url: str, rows: Sequence[Row]) -> None:
-        self.records.keep(url, rows, self.records.after(url))
+    def _keep_one(self, url: str, row: Row) -> None:
+        if not self.records.keep(url, [row], self.records.after(url)):
+            self.records.look_again(row["type"], row["id"])
 
     def _take(self) -> dict[Taken, int]:
         found = self.records.take_all()

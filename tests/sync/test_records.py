@@ -330,6 +330,31 @@ def test_a_record_that_concerned_nothing_here_is_fetched_when_it_does(tmp_path: 
     run(tmp_path, body, 2)
 
 
+def test_an_old_change_that_was_parked_does_not_come_back(tmp_path: Path) -> None:
+    """Somebody requeues it when a later one has arrived: it is in conflict, and what serves goes on serving."""
+
+    async def body(cloud: Cloud, node: Node) -> None:
+        node.set(*PREF, language="zh")
+        await node.exchange()
+        node.set(*PREF, language="en")
+        node.db._connection().execute("UPDATE sync_items SET state = 'rejected' WHERE state = 'pending'")
+        node.set(*PREF, refresh_seconds=9)
+        await node.exchange()
+        serves = {"language": "en", "refresh_seconds": 9}
+        assert cloud.holds(*PREF) == serves
+        node.sender.outbox.requeue(2)
+        await node.push()
+        assert cloud.open() == ["preferences"]
+        await node.exchange()
+        await node.exchange()
+        assert cloud.open() == [] and cloud.holds(*PREF) == node.holds(*PREF) == serves
+        before = len(cloud.storage.arrivals())
+        await node.exchange()
+        assert len(cloud.storage.arrivals()) == before and node.puller.records.missing() == []
+
+    run(tmp_path, body)
+
+
 def test_corrections_of_patients_leave_without_identity_and_wait_for_people(tmp_path: Path) -> None:
     async def body(cloud: Cloud, node: Node) -> None:
         add_results(node.db, node.settings.node.data_dir, cloud=node.settings.cloud_plan)
