@@ -29,6 +29,7 @@ from dicomnode.index.cloud_outbox import CloudOutbox  # noqa: E402
 from dicomnode.index.database import Database  # noqa: E402
 from dicomnode.index.jobs import Jobs, Outcome, Request, Result  # noqa: E402
 from dicomnode.settings import Settings  # noqa: E402
+from dicomnode.sync.aside import Aside  # noqa: E402
 from dicomnode.sync.departure import Departures  # noqa: E402
 from dicomnode.sync.endpoints import Endpoints  # noqa: E402
 from dicomnode.sync.sender import CloudSender  # noqa: E402
@@ -129,7 +130,7 @@ def main() -> None:
             text += endpoint.stdout.readline()
         urls = json.loads(text)
         try:
-            clock = HandClock()
+            clock, aside = HandClock(), Aside()
             db = Database(data, clock)
 
             def settings(stow: str, records: str) -> Settings:
@@ -137,7 +138,7 @@ def main() -> None:
                 return Settings(node={"data_dir": data, "reserve_mb": 1}, cloud=where)
 
             def sender(where: Settings) -> CloudSender:
-                return CloudSender(where, db, Endpoints(where, db), Departures(where, db))
+                return CloudSender(where, db, Endpoints(where, db), Departures(where, db, aside.leave))
 
             real = settings(urls["stow_url"], urls["records_url"])
             away = settings("http://127.0.0.1:9/studies", "http://127.0.0.1:9/v1")
@@ -158,6 +159,7 @@ def main() -> None:
                 f" {options.results / seconds:.1f} results/s, {size / seconds / 1e6:.2f} MB/s,"
                 f" {1000 * cpu / options.results:.0f} ms of this process for each result"
             )
+            aside.close()
             db.close()
         finally:
             endpoint.terminate()
