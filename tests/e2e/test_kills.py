@@ -25,7 +25,7 @@ from tests.peers import Item, Ledger, Orthanc, SlowLink, data_set_of, item_of, p
 
 pytestmark = [pytest.mark.peers, pytest.mark.slow]
 
-QUIET_SECONDS = 12
+QUIET_SECONDS = 20.0
 
 
 @pytest.fixture(scope="module")
