@@ -1,4 +1,4 @@
-"""The admin API while four senders fill the node."""
+"""The admin API while sixteen senders fill the node."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.report import Figures, Goal, Row, Section
 from benchmarks.tools import LOOPBACK, NO_DELAY, Bench, BenchError, percentile, remove, say, timed
 from dicomnode.receive.progress import wait_until_visible
 
-SENDERS = 4
+SENDERS = 16
 LIMIT_MS = 50.0
 PAUSE_SECONDS = 0.02
 PATHS = ("/health", "/api/v1/status", "/api/v1/jobs", "/api/v1/deliveries", "/metrics")
@@ -23,7 +23,7 @@ APART = ("/ready",)
 
 
 def run(bench: Bench) -> Section:
-    sets = data.for_senders(bench, "ct", SENDERS, bench.amount(150, 10), 512)
+    sets = data.for_senders(bench, "ct", SENDERS, bench.amount(40, 4), 512)
     node = Node(bench.folder("admin"))
     with node.serving():
         say.print("admin API: at rest …")
