@@ -219,6 +219,7 @@ def test_kill_9_of_the_sidecar_at_random_moments(tmp_path: Path) -> None:
                 finally:
                     process.send_signal(signal.SIGKILL)
                     process.wait()
+            more()  # so that it has begun before it is told to stop
             process = start()
             try:
                 left = "SELECT 1 AS one FROM sync_items WHERE state != 'stored'"
