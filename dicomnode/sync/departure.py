@@ -38,6 +38,7 @@ class Departures:
         self._new: dict[tuple[str, str], str] = {}
         self._kept: set[tuple[str, str]] = set()
         self._lock = threading.Lock()
+        self._keeping = threading.Lock()
 
     def ready(self) -> None:
         """Raises OperatorError when there is no usable key; then nothing leaves."""
@@ -89,14 +90,21 @@ class Departures:
         return left
 
     def keep(self) -> None:
-        with self._lock:  # also while it commits: another thread's items may need the same rows
-            if not self._new:
+        with self._keeping:  # whose rows another thread is committing waits here: nothing leaves before its rows
+            with self._lock:
+                new, self._new = self._new, {}
+            if not new:
                 return
-            self._rows.keep(self._new)
-            if len(self._kept) > MOST_REMEMBERED:
-                self._kept.clear()
-            self._kept |= self._new.keys()
-            self._new = {}
+            try:
+                self._rows.keep(new)  # not under _lock: who has the index's turn may be about to note something
+            except BaseException:
+                with self._lock:
+                    self._new = {**new, **self._new}
+                raise
+            with self._lock:
+                if len(self._kept) > MOST_REMEMBERED:
+                    self._kept.clear()
+                self._kept |= new.keys()
 
     def _note(self, mapping: Mapping[tuple[str, str], str]) -> None:
         with self._lock:

@@ -17,7 +17,7 @@ from dicomnode.index.operation import Events
 from dicomnode.metrics_cloud import show_cloud
 from dicomnode.settings import Cloud, Settings
 from dicomnode.sync.connectivity import Health, Limits, Link, choose, failed, link, succeeded
-from dicomnode.sync.http import confidential, open_session, read_token
+from dicomnode.sync.http import confidential, open_session, origin, read_token
 
 PROBE_SECONDS = 5.0
 """Between two looks: fail-over and return need no traffic."""
@@ -54,7 +54,7 @@ class Endpoints:
     def session(self, number: int) -> aiohttp.ClientSession:
         """Raises OperatorError when the endpoint's address or files are unusable."""
         endpoint = self.all[number]
-        if not all(confidential(u) for u in (endpoint.stow_url, endpoint.records_url) if u):
+        if not all(confidential(u) for u in (endpoint.stow_url, endpoint.records_url, endpoint.health_url) if u):
             hint = "Results concern patients: use https, or http on this machine"
             raise OperatorError("send to the cloud", f"{endpoint.name}: its address is not https", hint)
         how = Cloud(ca_file=endpoint.ca_file, timeout_seconds=self.cloud.timeout_seconds)
@@ -97,15 +97,16 @@ class Endpoints:
         endpoint = self.all[number]
         begin = perf_counter()
         try:
-            headers = await self.headers(number)
             method, url = ("GET", endpoint.health_url) if endpoint.health_url else ("OPTIONS", endpoint.stow_url)
+            known = {origin(u) for u in (endpoint.stow_url, endpoint.records_url) if u}
+            headers = await self.headers(number) if origin(url) in known else {}  # the token is for nobody else
             timeout = aiohttp.ClientTimeout(total=ANSWER_SECONDS)
             async with (
                 self.session(number) as session,
                 session.request(method, url, headers=headers, allow_redirects=False, timeout=timeout) as response,
             ):
-                bad = response.status >= 500 or (endpoint.health_url and response.status >= 300)
-                if bad:
+                most = 300 if endpoint.health_url else 500  # who does not know OPTIONS is well
+                if response.status >= most or response.status in (401, 403):
                     self.failed(number, f"its health is HTTP {response.status}")
                     return
         except OperatorError as error:

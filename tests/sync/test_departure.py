@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import stat
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 
 from dicomnode.cloud.storage import Storage
 from dicomnode.cloud_settings import CloudPlan, Sync
@@ -18,6 +20,8 @@ from dicomnode.errors import OperatorError
 from dicomnode.index.database import Database
 from dicomnode.index.mapping import PseudonymRows
 from dicomnode.pseudonyms import Pseudonyms
+from dicomnode.sync.departure import Departures
+from dicomnode.sync.endpoints import Endpoints
 from dicomnode.sync.node_record import describe_node
 from tests.cloud.endpoint import endpoint
 from tests.sync.index_case import (
@@ -205,3 +209,85 @@ def test_offline_mode(db: Database, tmp_path: Path, mode: str) -> None:
             assert sender.endpoints.link == ("offline" if mode == "always" else "online")
 
     asyncio.run(main())
+
+
+def test_who_holds_the_index_may_note_what_left_while_another_commits(
+    db: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A record is decided inside a transaction and notes its pseudonyms there; a lane commits its own meanwhile."""
+    departures = Departures(make_settings(tmp_path / "data", cloud={"stow_url": "https://cloud/studies"}), db)
+    departures.ready()
+    departures._note({("study", "left"): "home"})
+    commits = threading.Event()
+    keep = departures._rows.keep
+
+    def seen(mapping: Any) -> None:
+        commits.set()
+        keep(mapping)
+
+    monkeypatch.setattr(departures._rows, "keep", seen)
+    lane, other = (threading.Thread(target=departures.keep, daemon=True) for _ in range(2))
+    decider = threading.Thread(target=departures._note, args=({("study", "more"): "home2"},), daemon=True)
+    with db.transaction():
+        lane.start()
+        assert commits.wait(10)
+        decider.start()
+        decider.join(5)
+        assert not decider.is_alive(), "it waits for the commit, which waits for it"
+        other.start()
+        other.join(0.1)
+        assert other.is_alive(), "what another thread is committing is not there yet"
+    lane.join(10)
+    other.join(10)
+    assert {r["pseudonym"] for r in db.rows("SELECT pseudonym FROM pseudonyms")} == {"left", "more"}
+
+
+def test_rows_that_could_not_be_kept_are_kept_later(
+    db: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    departures = Departures(make_settings(tmp_path / "data", cloud={"stow_url": "https://cloud/studies"}), db)
+    departures._note({("study", "left"): "home"})
+    keep = departures._rows.keep
+
+    def full(_: Any) -> None:
+        raise OSError("full")
+
+    monkeypatch.setattr(departures._rows, "keep", full)
+    with pytest.raises(OSError):
+        departures.keep()
+    monkeypatch.setattr(departures._rows, "keep", keep)
+    departures.keep()
+    assert [r["original"] for r in db.rows("SELECT original FROM pseudonyms")] == ["home"]
+
+
+def test_the_token_goes_to_the_endpoint_alone(db: Database, tmp_path: Path) -> None:
+    """A health page elsewhere is asked without it; one that is not confidential is not asked at all."""
+    token = tmp_path / "token"
+    token.write_text("secret")
+    token.chmod(0o600)
+    asked: list[str] = []
+
+    async def health(request: web.Request) -> web.Response:
+        asked.append(request.headers.get("Authorization", ""))
+        return web.Response()
+
+    async def main() -> None:
+        app = web.Application()
+        app.router.add_get("/health", health)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        here = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        for stow in (here, "https://cloud.example"):
+            section = {"stow_url": f"{stow}/studies", "health_url": f"{here}/health", "token_file": token}
+            lines = Endpoints(make_settings(tmp_path / "data", cloud=section), db)
+            await lines.probe()
+            assert lines.report()["endpoints"][0]["error"] == ""
+        open_line = {"stow_url": "https://cloud.example/studies", "health_url": "http://cloud.example/health"}
+        lines = Endpoints(make_settings(tmp_path / "data", cloud=open_line), db)
+        await lines.probe()
+        assert "not https" in lines.report()["endpoints"][0]["error"]
+        await runner.cleanup()
+
+    asyncio.run(main())
+    assert asked == ["Bearer secret", ""]
