@@ -87,16 +87,39 @@ def check_rules(settings: Settings, rules: Sequence[Rule], read: frozenset[str])
         changed.check_rules()
     except ValueError as error:
         raise SettingsError(OPERATION, str(error), "The peers are those of this node's configuration") from None
-    kept = {rule.name for rule in settings.rules if rule.cloud_identity == "kept"}
+    _check_identity(settings.rules, rules)
     for rule in rules:
-        if rule.cloud_identity == "kept" and rule.name not in kept:
-            cause = f"rules '{rule.name}': cloud_identity = \"kept\" is the operator's to say"
-            raise SettingsError(OPERATION, cause, "Leave it out")
         unread = sorted(set(rule.keywords) - read - settings.rule_keywords)
         if unread:
             cause = f"rules '{rule.name}': the receivers do not read {unread[0]}"
             raise SettingsError(OPERATION, cause, "A rule of the node's own configuration has to name it")
     return changed
+
+
+def _check_identity(own: Sequence[Rule], rules: Sequence[Rule]) -> None:
+    """Nothing leaves with identity that leaves without it by the operator's ``own`` rules.
+
+    A rule that keeps identity is the operator's own, but for where its results go. Where several
+    rules ask for one model, identity leaves if all of them keep it: one that removes it has to stay, too.
+    """
+    kept = [rule for rule in rules if rule.cloud_identity == "kept"]
+    for rule in kept:
+        if not any(_same_reach(rule, known) for known in own):
+            cause = f"rules '{rule.name}': cloud_identity = \"kept\" is the operator's to say"
+            raise SettingsError(OPERATION, cause, "Leave it out, or have the rule as the node's configuration has it")
+    for known in own if kept else ():
+        shared = any(set(known.every_model) & set(rule.every_model) for rule in kept)
+        if known.cloud_identity == "removed" and shared and not any(_same_reach(rule, known) for rule in rules):
+            cause = (
+                f"rules '{known.name}' removes identity from what other rules keep it in, and is left out or changed"
+            )
+            raise SettingsError(OPERATION, cause, "Have it as the node's configuration has it")
+
+
+def _same_reach(one: Rule, other: Rule) -> bool:
+    """The same name, conditions, models and results, with the same word on identity."""
+    free = {"priority", "send_to", "notify"}
+    return one.model_dump(exclude=free) == other.model_dump(exclude=free)
 
 
 def digest(state: Mapping[str, Any]) -> str:

@@ -12,7 +12,11 @@ from typing import Any, Literal
 
 from dicomnode import logs
 from dicomnode.clock import iso
+from dicomnode.desired import check_rules
+from dicomnode.errors import SettingsError
 from dicomnode.index.database import Database, Row
+from dicomnode.index.keys import HEADER_KEYS
+from dicomnode.index.operation import Events
 from dicomnode.rule_settings import Rule
 from dicomnode.settings import Settings
 
@@ -102,11 +106,15 @@ class DesiredStates:
 
 
 class ServingRules:
-    """The rules that serve now: the desired ones where there are any, else the configuration's."""
+    """The rules that serve now: the desired ones where there are any, else the configuration's.
 
-    def __init__(self, settings: Settings, db: Database) -> None:
-        self._own, self._allowed = settings.rules, "rules" in settings.fleet.accept
-        self._states = DesiredStates(db)
+    Each process asks today's configuration again: what the operator took back since ends with
+    the next start. ``tell``: an event says that desired rules cannot serve.
+    """
+
+    def __init__(self, settings: Settings, db: Database, *, tell: bool = True) -> None:
+        self._settings, self._own, self._allowed = settings, settings.rules, "rules" in settings.fleet.accept
+        self._states, self._tell = DesiredStates(db), tell
         self._known: tuple[int, tuple[Rule, ...]] | None = None
 
     def __call__(self) -> tuple[Rule, ...]:
@@ -115,17 +123,35 @@ class ServingRules:
             return self._own
         generation, raw = found
         if self._known is None or self._known[0] != generation:
-            try:
-                self._known = generation, tuple(Rule.model_validate_json(json.dumps(rule)) for rule in raw)
-            except ValueError:  # a version before the one that took them
-                logs.get().error("desired rules cannot be read, those of the configuration serve", count=generation)
-                self._known = generation, self._own
+            self._known = generation, self._checked(generation, raw)
         return self._known[1]
+
+    def _checked(self, generation: int, raw: list[Any]) -> tuple[Rule, ...]:
+        try:
+            rules = tuple(Rule.model_validate_json(json.dumps(rule)) for rule in raw)
+            check_rules(self._settings, rules, frozenset(HEADER_KEYS))
+        except ValueError:  # a version before the one that took them
+            self._refused(generation, "they cannot be read")
+            return self._own
+        except SettingsError as error:
+            self._refused(generation, error.cause)
+            return self._own
+        return rules
+
+    def _refused(self, generation: int, cause: str) -> None:
+        if not self._tell:
+            return
+        logs.get().error("desired rules cannot serve, those of the configuration do", count=generation)
+        events, subject = Events(self._states.db), f"generation {generation}"
+        text = f"{cause}; the rules of the configuration serve"
+        last = events.listing(1, "desired-rules-refused")
+        if not last or (last[0]["subject"], last[0]["text"]) != (subject, text):  # said once, not by each process
+            events.add("error", "desired-rules-refused", subject, text)
 
 
 def serving_settings(settings: Settings, db: Database) -> Settings:
     """The settings with the rules that serve now."""
-    return settings.model_copy(update={"rules": ServingRules(settings, db)()})
+    return settings.model_copy(update={"rules": ServingRules(settings, db, tell=False)()})
 
 
 def _parsed(row: Row | None) -> Row | None:

@@ -1,0 +1,70 @@
+"""What a desired state may not do, however it is asked for: identity, versions, releases."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dicomnode.desired import check_rules, read_desired
+from dicomnode.errors import SettingsError
+from dicomnode.index.database import Database
+from dicomnode.index.desired import DesiredStates, ServingRules, serving_settings
+from dicomnode.index.keys import HEADER_KEYS
+from dicomnode.index.operation import Events
+from tests.sync.test_fleet import RULE, settings_of
+
+READ = frozenset(HEADER_KEYS)
+KEPT = {"name": "ours", "match": {"Modality": "CT"}, "models": ["ct-lung"], "cloud_identity": "kept"}
+REMOVED = {"name": "children", "match": {"InstitutionName": "Kids"}, "models": ["ct-lung"]}
+
+
+@pytest.mark.parametrize(
+    ("rules", "reason"),
+    [
+        ([KEPT, REMOVED], None),
+        ([KEPT | {"send_to": ["pacs"], "priority": "stat"}, REMOVED, RULE], None),
+        ([KEPT | {"cloud_identity": "removed"}], None),
+        ([KEPT | {"match": {}}, REMOVED], "operator's to say"),
+        ([KEPT | {"models": ["ct-two"]}, REMOVED], "operator's to say"),
+        ([KEPT | {"results": ["SC"]}, REMOVED], "operator's to say"),
+        ([KEPT], "'children' removes identity"),
+        ([KEPT, REMOVED | {"match": {"InstitutionName": "Nobody"}}], "'children' removes identity"),
+    ],
+)
+def test_the_cloud_keeps_identity_only_where_the_operator_does(
+    tmp_path: Path, rules: list[dict[str, Any]], reason: str | None
+) -> None:
+    desired = read_desired({"rules": rules}).rules
+    assert desired is not None
+    settings = settings_of(tmp_path, rules=[KEPT, REMOVED])
+    if reason is None:
+        assert check_rules(settings, desired, READ).rules == desired
+    else:
+        with pytest.raises(SettingsError, match=reason):
+            check_rules(settings, desired, READ)
+
+
+@pytest.mark.parametrize(
+    ("rule", "later", "reason"),
+    [
+        (KEPT, {"rules": [KEPT | {"cloud_identity": "removed"}]}, "operator's to say"),
+        (KEPT | {"send_to": ["pacs"]}, {"rules": [KEPT], "peers": []}, "pacs"),
+    ],
+)
+def test_what_the_operator_takes_back_ends_with_the_next_start(
+    tmp_path: Path, rule: dict[str, Any], later: dict[str, Any], reason: str
+) -> None:
+    before, after = settings_of(tmp_path, rules=[KEPT]), settings_of(tmp_path, **later)
+    db = Database(tmp_path / "data")
+    DesiredStates(db).decide(1, "d", {"rules": [rule]}, "applied")
+    [served] = ServingRules(before, db)()
+    assert served.cloud_identity == "kept" and list(served.send_to) == rule.get("send_to", [])
+    assert serving_settings(after, db).rules == after.rules
+    assert Events(db).listing() == [], "who only looks writes nothing"
+    for _ in range(2):  # two processes
+        assert ServingRules(after, db)() == after.rules
+    [event] = Events(db).listing(kind="desired-rules-refused")
+    assert event["severity"] == "error" and reason in event["text"]
+    db.close()
