@@ -42,6 +42,7 @@ def _tags(keywords: Iterable[str]) -> frozenset[int]:
 _KEPT_TAGS, _EMPTY_TAGS = _tags(KEPT), _tags(EMPTY)
 _CODE_MEANING, _CODE_VALUE, _SCHEME = (_tags([k]) for k in ("CodeMeaning", "CodeValue", "CodingSchemeDesignator"))
 _CREATOR = _tags(["ContentCreatorName"])
+_PER_FRAME = _tags(["PerFrameFunctionalGroupsSequence"])
 
 _PUBLIC_SCHEMES = frozenset({"DCM", "SCT", "SRT", "LN", "UCUM", "RADLEX", "FMA", "UMLS", "NCIt", "ISO639_1", "RFC5646"})
 """Of other coding schemes the meaning may be anybody's free text; it is replaced."""
@@ -113,10 +114,10 @@ def _object(ds: Dataset, pseudonyms: Pseudonyms) -> tuple[Dataset, dict[tuple[st
         raise MalformedDataSet("de-identify", "identity may be burned into its pixels (BurnedInAnnotation)")
     patient_id, issuer = str(ds.get("PatientID") or ""), str(ds.get("IssuerOfPatientID") or "")
     known = traces(*(str(ds.get(k) or "") for k in _IDENTIFYING))
-    days = pseudonyms.days(patient_id, issuer)
+    days, uids = pseudonyms.days(patient_id, issuer), frozenset(_uids(ds))
 
     def said(text: str) -> str:
-        clean = pseudonyms.text(text, days)
+        clean = pseudonyms.text(text, days, uids)
         return known.sub(REDACTED, clean) if known else clean
 
     out = _copy(ds, _Rules(pseudonyms, days, said))
@@ -144,6 +145,19 @@ def _object(ds: Dataset, pseudonyms: Pseudonyms) -> tuple[Dataset, dict[tuple[st
     ):
         mapping[kind, str(out[keyword].value)] = str(ds[keyword].value)
     return out, mapping
+
+
+def _uids(ds: Dataset) -> Iterator[str]:
+    """UIDs that ``ds`` has as such; those of its frames are in its lists of references, too."""
+    for raw in list(ds.elements()):
+        if int(raw.tag) not in _KEPT_TAGS - _PER_FRAME:
+            continue
+        if raw.VR == "SQ":
+            for item in ds[raw.tag].value:
+                yield from _uids(item)
+        elif raw.VR == "UI":
+            value = ds[raw.tag].value or ""
+            yield from [str(value)] if isinstance(value, str) else map(str, value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,29 +237,35 @@ PATIENT_TYPES = frozenset(_RECORD_KEPT)
 
 
 def deidentify_record(
-    kind: str, data: Mapping[str, Any], patient: Mapping[str, str], pseudonyms: Pseudonyms
+    kind: str,
+    data: Mapping[str, Any],
+    patient: Mapping[str, str],
+    pseudonyms: Pseudonyms,
+    uids: Iterable[str] = (),
 ) -> tuple[dict[str, Any], dict[tuple[str, str], str]]:
     """Content of a record as it may leave, and the mapping.
 
-    ``patient``: PatientID, IssuerOfPatientID and PatientName and AccessionNumber of its study. A type
-    that concerns a patient and is not known here leaves empty.
+    ``patient``: PatientID, IssuerOfPatientID and PatientName and AccessionNumber of its study;
+    ``uids``: of that study, exchanged in texts whatever they look like. A type that concerns a patient
+    and is not known here leaves empty.
     """
     if kind not in PATIENT_TYPES and not patient:
         return dict(data), {}
     patient_id, issuer = patient.get("PatientID", ""), patient.get("IssuerOfPatientID", "")
     days = pseudonyms.days(patient_id, issuer)
     known = traces(*(patient.get(k, "") for k in ("PatientID", "PatientName", "AccessionNumber")))
+    all_uids = frozenset({*uids, *_told_uids(data)})
 
     def said(text: str) -> str:
-        clean = pseudonyms.text(text, days)
+        clean = pseudonyms.text(text, days, all_uids)
         return known.sub(REDACTED, clean) if known else clean
 
-    def walk(value: Any) -> Any:
+    def walk(value: Any, change: Callable[[str], str] = said) -> Any:
         if isinstance(value, Mapping):
-            return {str(k): walk(v) for k, v in value.items()}
+            return {str(k): walk(v, pseudonyms.uid if _names_uid(k) else said) for k, v in value.items()}
         if isinstance(value, list | tuple):
-            return [walk(v) for v in value]
-        return said(value) if isinstance(value, str) else value
+            return [walk(v, change) for v in value]
+        return change(value) if isinstance(value, str) else value
 
     out = {k: walk(v) for k, v in data.items() if k in _RECORD_KEPT.get(kind, ())}
     mapping: dict[tuple[str, str], str] = {}
@@ -259,3 +279,20 @@ def deidentify_record(
         out["StudyDate"] = shifted(str(data.get("StudyDate") or ""), days)
         mapping["patient", out["PatientID"]] = f"{patient_id}^{issuer}" if issuer else patient_id
     return out, mapping
+
+
+def _names_uid(key: object) -> bool:
+    """Whether a field holds a UID: UID, SOPInstanceUID, uid, tracking_uid; not: fluid."""
+    return str(key).endswith(("UID", "UIDs", "_uid", "_uids")) or key == "uid"
+
+
+def _told_uids(value: Any, named: bool = False) -> Iterator[str]:
+    """UIDs that a record has under fields of their own."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _told_uids(inner, _names_uid(key))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _told_uids(inner, named)
+    elif named and isinstance(value, str):
+        yield value

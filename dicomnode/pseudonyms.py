@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hmac
 import re
+from collections.abc import Set
 from datetime import date, timedelta
 from hashlib import sha256
 
@@ -17,7 +18,9 @@ STANDARD_ROOT = "1.2.840.10008."
 """UIDs of the standard itself (classes, syntaxes, frames of atlases): they identify nobody."""
 
 LONGEST_SHIFT_DAYS = 365
-_UID = re.compile(r"(?<![\d.])[012](?:\.\d+){4,}(?![\d.])")
+_DOTTED = re.compile(r"(?<!\d)(?<!\d\.)\d++(?:\.\d++){2,}+", re.ASCII)
+_UID = re.compile(r"2\.25\.\d+|[012](?:\.\d+){3,}")
+_ADDRESS = re.compile(r"\d{1,3}(?:\.\d{1,3}){3}")
 _ISO_DATE = re.compile(r"(?<!\d)(\d{4})-(\d{2})-(\d{2})(?!\d)")
 
 
@@ -54,9 +57,20 @@ class Pseudonyms:
         number = int.from_bytes(self._digest("days", issuer, patient_id)[:8], "big")
         return 1 + number % LONGEST_SHIFT_DAYS
 
-    def text(self, text: str, days: int) -> str:
-        """Free text with its UIDs exchanged and its ISO dates shifted."""
-        return _ISO_DATE.sub(lambda m: _iso(m[0], days), _UID.sub(lambda m: self.uid(m[0]), text))
+    def text(self, text: str, days: int, known: Set[str] = frozenset()) -> str:
+        """Free text with its UIDs exchanged and its ISO dates shifted.
+
+        ``known``: UIDs that are exchanged whatever they look like. Of the others, numbers of three
+        parts that are not under 2.25 (versions) stay, and those of four that could be an IP address.
+        """
+
+        def exchanged(found: re.Match[str]) -> str:
+            number = found[0]
+            if number in known or (_UID.fullmatch(number) and not _ADDRESS.fullmatch(number)):
+                return self.uid(number)
+            return number
+
+        return _ISO_DATE.sub(lambda m: _iso(m[0], days), _DOTTED.sub(exchanged, text))
 
 
 def shifted(value: str, days: int) -> str:

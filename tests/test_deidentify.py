@@ -13,6 +13,7 @@ from pydicom.uid import generate_uid
 from dicomnode.deidentify import REDACTED, deidentify, deidentify_record
 from dicomnode.encode import encode_results
 from dicomnode.errors import MalformedDataSet
+from dicomnode.identity import derived_uid
 from dicomnode.orders import KINDS, order_for
 from dicomnode.pseudonyms import Pseudonyms
 from tests.encode.source_case import SOURCES, case_of
@@ -102,11 +103,13 @@ def test_what_others_could_put_into_a_report_does_not_leave(tmp_path: Path) -> N
 
     local = Dataset()
     local.CodeValue, local.CodingSchemeDesignator, local.CodeMeaning = "77", "99LOCAL", "Chest of CanaryName"
-    foreign = generate_uid()
+    foreign, other = generate_uid(), derived_uid("another series")
+    ds.SeriesInstanceUID = "1.2.9"
     ds.ContentSequence += [
         item("PNAME", "121008", PersonName=NAME),
         item("TEXT", "121030", TextValue="Subject CanaryName"),
         item("TEXT", "121106", TextValue=f"Of {ID}, canaryname, seen 2024-01-02 in {foreign}; 王"),
+        item("TEXT", "121106", TextValue=f"Input x: series {other}. Input y: series 1.2.9"),
         item("CODE", "121058", ConceptCodeSequence=[local]),
         item("DATE", "121107", Date="20240102"),
     ]
@@ -115,7 +118,8 @@ def test_what_others_could_put_into_a_report_does_not_leave(tmp_path: Path) -> N
     assert b"anary" not in content.lower() and foreign.encode() not in content and b"2024-01-02" not in content
     after = dcmread(BytesIO(content))
     texts = [c.TextValue for c in after.ContentSequence if c.ValueType == "TEXT"]
-    assert texts[-1].startswith(f"Of {REDACTED}, {REDACTED}, seen 202") and texts[-1].endswith("; 王")
+    assert texts[-2].startswith(f"Of {REDACTED}, {REDACTED}, seen 202") and texts[-2].endswith("; 王")
+    assert texts[-1] == f"Input x: series {CODEC.uid(other)}. Input y: series {after.SeriesInstanceUID}"
     assert after.ContentSequence[-1].Date not in ("", "20240102")
 
 
@@ -152,3 +156,27 @@ def test_records() -> None:
     assert "anary" not in str(out).lower() and "1.2.3.4" not in str(out) and "new" not in out
     assert deidentify_record("unknown", told, patient, CODEC)[0] == {"SeriesInstanceUID": CODEC.uid("1.2.3.4.5.7")}
     assert deidentify_record("settings", {"a": 1}, {}, CODEC) == ({"a": 1}, {})
+
+
+def test_every_uid_of_a_record_is_exchanged() -> None:
+    """Those of this node (2.25), and short ones, which only their field or the study tells from a version."""
+    made, series = derived_uid("object"), derived_uid("series")
+    told = {
+        "SeriesInstanceUID": series, "model_version": "1.32.0", "engine": "onnxruntime 1.20.1",
+        "objects": [{"kind": "SEG", "SOPInstanceUID": made}, {"kind": "SR", "SOPInstanceUID": "1.2.7"}],
+        "slices": {"SOPInstanceUIDs": [made, "1.2.8"]},
+        "notes": [f"Input x: series {series}", "Input y: series 1.2.9, of 1.2.7"],
+    }  # fmt: skip
+    out, _ = deidentify_record("ai-result", told, {"PatientID": ID}, CODEC, ["1.2.9"])
+    assert out == told | {
+        "SeriesInstanceUID": CODEC.uid(series),
+        "objects": [
+            {"kind": "SEG", "SOPInstanceUID": CODEC.uid(made)},
+            {"kind": "SR", "SOPInstanceUID": CODEC.uid("1.2.7")},
+        ],
+        "slices": {"SOPInstanceUIDs": [CODEC.uid(made), CODEC.uid("1.2.8")]},
+        "notes": [
+            f"Input x: series {CODEC.uid(series)}",
+            f"Input y: series {CODEC.uid('1.2.9')}, of {CODEC.uid('1.2.7')}",
+        ],
+    }

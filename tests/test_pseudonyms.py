@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dicomnode.identity import derived_uid
 from dicomnode.pseudonyms import Pseudonyms, shifted, traces
 
 ONE, OTHER = Pseudonyms(b"k" * 32), Pseudonyms(b"l" * 32)
@@ -23,6 +24,20 @@ def test_uids(one: str, other: str) -> None:
     assert (ONE.uid(other) == alias) == (one == other)
     assert ONE.uid("1.2.840.10008.5.1.4.1.1.2") == "1.2.840.10008.5.1.4.1.1.2" and ONE.uid("") == ""
     assert ONE.text(f"see {one}, of 2026-01-31.", 31) == f"see {alias}, of 2025-12-31."
+
+
+def test_uids_in_text_and_what_only_looks_like_one() -> None:
+    for uid in (derived_uid("series"), "1.2.3.4444", "1.2.3.4.5"):
+        assert (
+            ONE.text(f"Input x: series {uid}. Then ({uid})", 0)
+            == f"Input x: series {ONE.uid(uid)}. Then ({ONE.uid(uid)})"
+        )
+    plain = "engine 1.32.0, at 127.0.0.1 and 1.1.1.1; 2.5 ml, 1.2.840.10008.1.1"
+    assert ONE.text(plain, 0) == plain
+    known = frozenset({"1.32.0", "1.1.1.1", "3.7.9"})
+    assert ONE.text("1.32.0 1.1.1.1 3.7.9 3.7.9.1", 0, known) == " ".join(
+        [ONE.uid("1.32.0"), ONE.uid("1.1.1.1"), ONE.uid("3.7.9"), "3.7.9.1"]
+    )
 
 
 @given(st.text(max_size=20), st.text(max_size=20), st.dates(date(1900, 1, 1)), st.dates(date(1900, 1, 1)))

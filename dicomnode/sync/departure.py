@@ -24,6 +24,12 @@ _PATIENT = (
 )
 
 
+_UIDS = (
+    "SELECT se.SeriesInstanceUID AS uid FROM series se WHERE se.study_id = ?1"
+    " UNION SELECT i.SOPInstanceUID FROM instances i JOIN series se ON se.id = i.series_id WHERE se.study_id = ?1"
+)
+
+
 class Departures:
     """One per node, used by several threads; the key is read once."""
 
@@ -62,7 +68,10 @@ class Departures:
         if not item["identified"] and (patient is not None or item["type"] in PATIENT_TYPES):
             codec = self._codec()
             known = {k: str(v or "") for k, v in (patient or {}).items()}
-            data, mapping = deidentify_record(item["type"], data, known, codec)
+            uids = {known.get("StudyInstanceUID", "")}
+            if patient is not None:
+                uids |= {str(r["uid"]) for r in self._db.rows(_UIDS, (item["study_id"],))}
+            data, mapping = deidentify_record(item["type"], data, known, codec, uids)
             self._note(mapping)
             name = self._name(item["type"], name)
             study = codec.uid(study) if study else None

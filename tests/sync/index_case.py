@@ -16,6 +16,7 @@ from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, ge
 
 from dicomnode import durable
 from dicomnode.cloud_settings import CloudPlan
+from dicomnode.identity import derived_uid
 from dicomnode.index.catalogue import Catalogue, NewInstance
 from dicomnode.index.database import Database
 from dicomnode.index.jobs import Jobs, Outcome, Request, Result
@@ -50,7 +51,8 @@ def secondary_capture(rows: int = 8) -> tuple[Dataset, bytes]:
     ds.file_meta = FileMetaDataset()
     ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     ds.SOPClassUID = SecondaryCaptureImageStorage
-    ds.SOPInstanceUID, ds.StudyInstanceUID, ds.SeriesInstanceUID = generate_uid(), generate_uid(), generate_uid()
+    study, series, instance = (derived_uid("test", generate_uid()) for _ in range(3))  # 2.25, as the node's own are
+    ds.StudyInstanceUID, ds.SeriesInstanceUID, ds.SOPInstanceUID = study, series, instance
     ds.PatientName, ds.PatientID, ds.Modality = CANARY, "CANARY-ID", "OT"
     ds.ConversionType, ds.StudyDate, ds.StudyTime, ds.AccessionNumber = "WSD", "20260102", "030405", ""
     ds.ReferringPhysicianName, ds.StudyID, ds.PatientBirthDate, ds.PatientSex = "", "", "", ""
