@@ -122,6 +122,9 @@ class Reviews:
             owner = _OWNER.get(kind, kind if kind == "study" else None)
             if owner and db.row("SELECT 1 AS one FROM records WHERE type = ? AND record_id = ?", (owner, name)) is None:
                 raise OperatorError(operation, f"there is no record of type {owner} with this id", _SEE)
+            if kind == "patient" and not is_pseudonym(db, name):
+                hint = "Name the patient by the pseudonym that 'dicomnode records set patient PATIENTID ...' tells"
+                raise OperatorError(operation, "no patient is known by this pseudonym", hint)
             data = {**(json.loads(held) if held is not None else begin or {}), **changes}
             data = {k: v for k, v in data.items() if k not in changes or not empty(v)}
             wrong = fault(kind, name, data)
@@ -178,6 +181,11 @@ def demographics(db: Database, name: str, issuer: str) -> dict[str, Any]:
     if row is None:
         raise OperatorError("change record", "there is no such patient in the index", "Check the ID and its issuer")
     return {k: v for k, v in row.items() if v}
+
+
+def is_pseudonym(db: Database, name: str) -> bool:
+    """Whether a patient is known by it: a Patient ID must not become the name of a record, for that leaves."""
+    return db.row("SELECT 1 AS one FROM pseudonyms WHERE pseudonym = ? AND kind = 'patient'", (name,)) is not None
 
 
 def origin_of(db: Database, kind: str, name: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 from dicomnode.deidentify import PATIENT_TYPES, Departure, deidentify_record
 from dicomnode.index.database import Database, Row
 from dicomnode.index.mapping import PseudonymRows
+from dicomnode.index.record_reviews import is_pseudonym
 from dicomnode.pseudonym_key import ensure_key
 from dicomnode.pseudonyms import Pseudonyms
 from dicomnode.settings import Settings
@@ -89,10 +90,13 @@ class Departures:
         }
 
     def _name(self, kind: str, name: str) -> str:
-        """A patient's record is known by a pseudonym at home, too; a review goes by the name of its result."""
-        if kind == "patient":
-            return name
+        """A patient's record is known by a pseudonym at home, too; a review goes by the name of its result.
+
+        What is no pseudonym may be a Patient ID: one leaves in its place.
+        """
         codec = self._codec()
+        if kind == "patient":
+            return name if is_pseudonym(self._db, name) else codec.patient(name)
         kind = "ai-result" if kind == "result-review" else kind
         left = codec.uid(name) if kind == "study" else codec.record(kind, name)
         self._note({(kind, left): name})
