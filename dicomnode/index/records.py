@@ -92,9 +92,17 @@ class Records:
         found: dict[Taken, int] = {}
         waiting = self.db.rows("SELECT type, cloud_id FROM cloud_records WHERE state = 'new' ORDER BY seq")
         for row in waiting:
-            what = self._take(row["type"], row["cloud_id"])
+            try:
+                what = self._take(row["type"], row["cloud_id"])
+            except _UNREADABLE:  # of one record; what is behind it goes on
+                what = self.refuse(row["type"], row["cloud_id"])
             found[what] = found.get(what, 0) + 1
         return found
+
+    def refuse(self, kind: str, cloud_id: str) -> Taken:
+        """A record that cannot be looked at; it is not asked for again."""
+        with self.db.transaction():
+            return self._done({"type": kind, "cloud_id": cloud_id}, self._home(kind, cloud_id), Taken.refused)
 
     def _take(self, kind: str, cloud_id: str) -> Taken:
         db = self.db
@@ -279,6 +287,9 @@ class Records:
         waiting = "SELECT 1 AS one FROM cloud_records WHERE type = ? AND cloud_id = ? AND state = 'new'"
         return [one for one in found if not self.db.row(waiting, one)]
 
+
+_UNREADABLE = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RecursionError, AssertionError)
+"""What code raises over content that it was not made for; not what a database, a disk or a key raises."""
 
 _CONFLICT = ("conflict", "taken")
 _ITEM = "type = ? AND record_id = ?"

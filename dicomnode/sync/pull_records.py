@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 from urllib.parse import quote
@@ -29,6 +30,10 @@ MOST_PAGES = 50
 """Of one run; the next one goes on where it ended."""
 
 MAX_PAGE_BYTES = 64 << 20
+MOST_NUMBER = 2**53 - 1  # config/cloud-api.yaml, also of what follows
+MOST_DATA_BYTES = 256 << 10
+MOST_NAMES_BYTES = 4 << 10
+MOST_DEPTH = 32
 _FIELDS: Mapping[str, type] = {
     "type": str,
     "id": str,
@@ -81,7 +86,7 @@ class RecordPuller:
                 for kind, name in await asyncio.to_thread(self.records.missing):
                     one = await self._get(session, f"{url}/records/{kind}/{quote(name, safe='')}", headers)
                     if one is not None:
-                        await asyncio.to_thread(self._keep_one, url, *checked([one]))
+                        await asyncio.to_thread(self._keep_one, url, kind, name, checked([one]))
         except PeerAway as error:
             self.endpoints.failed(number, error.cause)
             return await asyncio.to_thread(self._take)
@@ -92,6 +97,7 @@ class RecordPuller:
             after = await asyncio.to_thread(self.records.after, url)
             page = await self._get(session, f"{url}/records?after={after}&limit={PAGE}", headers)
             rows, following = page_of(page)
+            await asyncio.to_thread(self._refused, len(page["records"]) - len(rows))
             newest = page.get("newest")
             if isinstance(newest, int) and newest < after:  # the cloud was set back: all of it is read again
                 self._log.warning("the records of the cloud begin anew", after=after, newest=newest)
@@ -100,9 +106,22 @@ class RecordPuller:
                 return
             await asyncio.to_thread(self.records.keep, url, [r for r in rows if r["type"] in KIND_OF], following)
 
-    def _keep_one(self, url: str, row: Row) -> None:
-        if not self.records.keep(url, [row], self.records.after(url)):
-            self.records.look_again(row["type"], row["id"])
+    def _keep_one(self, url: str, kind: str, name: str, rows: list[Row]) -> None:
+        if not rows:
+            self.records.refuse(kind, name)
+            self._refused(1)
+        elif not self.records.keep(url, rows, self.records.after(url)):
+            self.records.look_again(rows[0]["type"], rows[0]["id"])
+
+    def _refused(self, number: int) -> None:
+        """Records that could not be kept; those behind them are."""
+        if number:
+            RECORDS_TAKEN.labels(str(Taken.refused)).inc(number)
+            self._tell_refused(number)
+
+    def _tell_refused(self, number: int) -> None:
+        text = f"{number} records of the cloud are not as they have to be and were not taken"
+        Events(self.db).add("warning", "record-refused", "cloud", text)
 
     def _take(self) -> dict[Taken, int]:
         found = self.records.take_all()
@@ -110,8 +129,7 @@ class RecordPuller:
         for what, number in found.items():
             RECORDS_TAKEN.labels(str(what)).inc(number)
         if found.get(Taken.refused):
-            text = f"{found[Taken.refused]} records of the cloud are not as they have to be and were not taken"
-            Events(self.db).add("warning", "record-refused", "cloud", text)
+            self._tell_refused(found[Taken.refused])
         if found.get(Taken.review):
             text = f"{found[Taken.review]} conflicts wait for a decision: dicomnode conflicts list"
             Events(self.db).add("warning", "record-review", "cloud", text)
@@ -147,22 +165,57 @@ class RecordPuller:
 
 def page_of(page: Any) -> tuple[list[Row], int]:
     """Rows and the place behind them; raises PeerError for another form. Pure."""
-    if not isinstance(page, dict) or not isinstance(page.get("records"), list) or not _whole(page.get("next")):
+    if not isinstance(page, dict) or not isinstance(page.get("records"), list) or not _place(page.get("next")):
         raise PeerError("pull records", "the reply is not a page of records", retryable=True)
     return checked(page["records"]), int(page["next"])
 
 
 def checked(rows: Sequence[Any]) -> list[Row]:
-    """Rows as config/cloud-api.yaml has them; raises PeerError for others. Pure."""
+    """Rows as config/cloud-api.yaml has them, but for those that do not fit here.
+
+    Raises PeerError for what is no record: then the endpoint speaks otherwise, not one record. Pure.
+    """
     for row in rows:
         whole = isinstance(row, dict) and all(isinstance(row.get(k), t) for k, t in _FIELDS.items())
         if not whole or not all(_whole(row[k]) for k in ("version", "seq")) or not _texts(row["settled"]):
             raise PeerError("pull records", "a record of the reply is not whole", retryable=True)
-    return list(rows)
+    return [row for row in rows if fits(row)]
+
+
+def fits(row: Mapping[str, Any]) -> bool:
+    """Whether a whole record can be kept: one that cannot must not hold up those behind it. Pure."""
+    data, settled = row["data"], row["settled"]
+    names = {k: v for k, v in row.items() if k in _FIELDS and k not in ("data", "settled")}
+    if max(row["version"], row["seq"]) > MOST_NUMBER or not _shallow(data):
+        return False
+    return _size(data) <= MOST_DATA_BYTES and _size(settled) <= MOST_DATA_BYTES and _size(names) <= MOST_NAMES_BYTES
+
+
+def _shallow(data: Any) -> bool:
+    """No value of JSON within more than MOST_DEPTH others."""
+    level = [data]
+    for _ in range(MOST_DEPTH):
+        level = [v for one in level for v in (one.values() if isinstance(one, dict) else one)]
+        level = [v for v in level if isinstance(v, dict | list)]
+        if not level:
+            return True
+    return False
+
+
+def _size(value: Any) -> float:
+    """Bytes as JSON; infinite for what is no Unicode or no number of JSON."""
+    try:
+        return len(json.dumps(value, ensure_ascii=False, allow_nan=False).encode())
+    except ValueError:
+        return math.inf
 
 
 def _texts(values: Sequence[Any]) -> bool:
     return all(isinstance(v, str) for v in values)
+
+
+def _place(value: Any) -> bool:
+    return _whole(value) and value <= MOST_NUMBER
 
 
 def _whole(value: Any) -> bool:
