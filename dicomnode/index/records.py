@@ -27,6 +27,8 @@ BEGUN_AT_CLOUD = frozenset({"preferences", "limits"})
 """Types whose records may begin at the cloud. Of others only what concerns something here is taken."""
 
 MOST_SETTLED = 100  # config/cloud-api.yaml
+MOST_KEPT = 10_000
+"""Refused records, and conflicts that no person decided."""
 
 
 class Taken(StrEnum):
@@ -97,7 +99,29 @@ class Records:
             except _UNREADABLE:  # of one record; what is behind it goes on
                 what = self.refuse(row["type"], row["cloud_id"])
             found[what] = found.get(what, 0) + 1
+        if waiting:
+            self._forget()
         return found
+
+    def _forget(self) -> None:
+        """The cloud must not fill the disk: of refused records and decided conflicts the newest stay.
+
+        What a person decided always stays.
+        """
+        db = self.db
+        with db.transaction():
+            rows = db.rows(
+                "SELECT type, cloud_id FROM cloud_records WHERE state = 'refused' ORDER BY seq DESC LIMIT -1 OFFSET ?",
+                (MOST_KEPT,),
+            )
+            for row in rows:
+                db.execute(f"DELETE FROM cloud_records WHERE {_CAME}", (row["type"], row["cloud_id"]))
+            decided = "state = 'decided' AND decided_by IN ('policy', 'the cloud')"
+            db.execute(
+                f"DELETE FROM record_conflicts WHERE {decided} AND id <="
+                f" (SELECT id FROM record_conflicts WHERE {decided} ORDER BY id DESC LIMIT 1 OFFSET ?)",
+                (MOST_KEPT,),
+            )
 
     def refuse(self, kind: str, cloud_id: str) -> Taken:
         """A record that cannot be looked at; it is not asked for again."""
@@ -262,13 +286,16 @@ class Records:
         return cloud_id if kind in BEGUN_AT_CLOUD else None
 
     def _done(self, came: Row, name: str | None, what: Taken) -> Taken:
-        """What concerns nothing here is not kept: it may be another node's patient."""
+        """What concerns nothing here is not kept: it may be another node's patient; of what is refused, the name."""
         where = (came["type"], came["cloud_id"])
         if what is Taken.unknown:
-            self.db.execute("DELETE FROM cloud_records WHERE type = ? AND cloud_id = ?", where)
+            self.db.execute(f"DELETE FROM cloud_records WHERE {_CAME}", where)
             return what
-        state = "refused" if what is Taken.refused else "taken"
-        self.db.execute("UPDATE cloud_records SET state = ? WHERE type = ? AND cloud_id = ?", (state, *where))
+        if what is Taken.refused:
+            emptied = "state = 'refused', data = '{}', settled = '[]'"
+            self.db.execute(f"UPDATE cloud_records SET {emptied} WHERE {_CAME}", where)
+        else:
+            self.db.execute(f"UPDATE cloud_records SET state = 'taken' WHERE {_CAME}", where)
         self.db.execute(
             f"UPDATE sync_items SET outcome = 'taken' WHERE {_ITEM} AND outcome = 'conflict'", (came["type"], name)
         )
@@ -292,4 +319,5 @@ _UNREADABLE = (ValueError, TypeError, LookupError, ArithmeticError, AttributeErr
 """What code raises over content that it was not made for; not what a database, a disk or a key raises."""
 
 _CONFLICT = ("conflict", "taken")
+_CAME = "type = ? AND cloud_id = ?"
 _ITEM = "type = ? AND record_id = ?"

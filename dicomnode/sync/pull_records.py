@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 import aiohttp
 
-from dicomnode import logs
+from dicomnode import durable, logs
 from dicomnode.conflicts import KIND_OF
 from dicomnode.errors import OperatorError, PeerAway, PeerError
 from dicomnode.index.database import Database, Row
@@ -81,9 +81,9 @@ class RecordPuller:
         headers = await self.endpoints.headers(number)
         try:
             async with self.endpoints.session(number) as session:
-                await self._pages(session, url, headers)
-                found = await asyncio.to_thread(self._take)
-                for kind, name in await asyncio.to_thread(self.records.missing):
+                found = await self._pages(session, url, headers)
+                missing = await asyncio.to_thread(self.records.missing) if self._room() else []
+                for kind, name in missing:
                     one = await self._get(session, f"{url}/records/{kind}/{quote(name, safe='')}", headers)
                     if one is not None:
                         await asyncio.to_thread(self._keep_one, url, kind, name, checked([one]))
@@ -92,8 +92,13 @@ class RecordPuller:
             return await asyncio.to_thread(self._take)
         return found
 
-    async def _pages(self, session: aiohttp.ClientSession, url: str, headers: dict[str, str]) -> None:
+    async def _pages(self, session: aiohttp.ClientSession, url: str, headers: dict[str, str]) -> dict[Taken, int]:
+        """Each page is decided on before the next one comes, so that no more than one waits here."""
+        found: dict[Taken, int] = {}
         for _ in range(MOST_PAGES):
+            if not self._room():
+                self._log.warning("records stay at the cloud: free space is at the reserve (node.reserve_mb)")
+                break
             after = await asyncio.to_thread(self.records.after, url)
             page = await self._get(session, f"{url}/records?after={after}&limit={PAGE}", headers)
             rows, following = page_of(page)
@@ -103,8 +108,15 @@ class RecordPuller:
                 self._log.warning("the records of the cloud begin anew", after=after, newest=newest)
                 rows, following = [], 0
             if following == after:
-                return
+                break
             await asyncio.to_thread(self.records.keep, url, [r for r in rows if r["type"] in KIND_OF], following)
+            for what, number in (await asyncio.to_thread(self._take)).items():
+                found[what] = number + (0 if what is Taken.later else found.get(what, 0))
+        return found or await asyncio.to_thread(self._take)
+
+    def _room(self) -> bool:
+        node = self.settings.node
+        return durable.free_bytes(node.data_dir) > node.reserve_mb << 20
 
     def _keep_one(self, url: str, kind: str, name: str, rows: list[Row]) -> None:
         if not rows:

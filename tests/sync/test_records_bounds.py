@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from dicomnode import durable
 from dicomnode.errors import OperatorError, PeerError
+from dicomnode.index import records as records_module
 from dicomnode.index.records import Taken
 from dicomnode.sync.departure import Departures
 from dicomnode.sync.pull_records import checked, fits, page_of
@@ -149,5 +151,73 @@ def test_a_missing_record_that_cannot_be_kept_is_asked_for_once(
         for _ in range(3):
             await node.pull()
         assert len([a for a in asked if a.endswith("dashboard")]) == 1
+
+    run(tmp_path, body)
+
+
+def test_what_is_refused_leaves_its_name_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records_module, "MOST_KEPT", 3)
+
+    async def body(cloud: Cloud, node: Node) -> None:
+        records = node.puller.records
+        records.keep("feed", [row(n, id=f"x{n}", data={"a": "b" * 9999}, settled=["k"]) for n in range(1, 9)], 8)
+        assert records.take_all() == {Taken.refused: 8}
+        held = node.db.rows("SELECT cloud_id, data, settled FROM cloud_records ORDER BY seq")
+        assert [r["cloud_id"] for r in held] == ["x6", "x7", "x8"], "the newest"
+        assert {(r["data"], r["settled"]) for r in held} == {("{}", "[]")}
+
+    run(tmp_path, body)
+
+
+def test_conflicts_that_no_person_decided_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records_module, "MOST_KEPT", 2)
+
+    async def body(cloud: Cloud, node: Node) -> None:
+        blank: dict[str, Any] = dict.fromkeys(
+            ("type", "record_id", "strategy", "outcome", "why", "fields", "keys", "edge_time", "edge_data",
+             "cloud_time", "cloud_data", "cloud_node", "created_time"), "",
+        )  # fmt: skip
+        blank |= {"edge_version": 1, "cloud_version": 1, "common_version": 1, "created_at": 0.0}
+        for who in ("cli:anna", "policy", None, "the cloud", "policy", "policy"):
+            state = "decided" if who else "open"
+            node.db.insert("record_conflicts", blank | {"state": state, "decided_by": who, "decided_as": "cloud"})
+        node.puller.records.keep("feed", [row(1)], 1)
+        node.puller.records.take_all()
+        held = [r["id"] for r in node.db.rows("SELECT id FROM record_conflicts ORDER BY id")]
+        assert held == [1, 3, 5, 6], "those of people and the open ones, and the newest two of others"
+
+    run(tmp_path, body)
+
+
+def test_a_page_is_decided_on_before_the_next_one_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting: list[int] = []
+
+    def pages(request: web.Request) -> Any:
+        [node] = found
+        waiting.append(int(node.db.value("SELECT count(*) FROM cloud_records WHERE state = 'new'") or 0))
+        after = int(request.query["after"])
+        rows = [row(after + n, id=f"x{after + n}") for n in (1, 2)] if after < 6 else []
+        return {"records": rows, "next": after + len(rows)}
+
+    asked, found = feed(monkeypatch, pages), list[Node]()
+
+    async def body(cloud: Cloud, node: Node) -> None:
+        found.append(node)
+        assert await node.pull() == {Taken.refused: 6}
+        assert waiting == [0, 0, 0, 0] and len(asked) == 4
+
+    run(tmp_path, body)
+
+
+def test_nothing_is_pulled_when_space_is_at_the_reserve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = feed(monkeypatch, lambda request: None)
+
+    async def body(cloud: Cloud, node: Node) -> None:
+        await cloud.change(*PREF, language="zh")
+        free = durable.free_bytes
+        monkeypatch.setattr(durable, "free_bytes", lambda path: node.settings.node.reserve_mb << 20)
+        assert await node.pull() == {} and asked == []
+        monkeypatch.setattr(durable, "free_bytes", free)
+        assert await node.pull() == {Taken.applied: 1}
 
     run(tmp_path, body)
