@@ -27,6 +27,7 @@ BEGUN_AT_CLOUD = frozenset({"preferences", "limits"})
 """Types whose records may begin at the cloud. Of others only what concerns something here is taken."""
 
 MOST_SETTLED = 100  # config/cloud-api.yaml
+MOST_MISSING = 100
 MOST_KEPT = 10_000
 """Refused records, and conflicts that no person decided."""
 
@@ -64,6 +65,7 @@ class Records:
     def __init__(self, db: Database, rules: Rules) -> None:
         self.db = db
         self.rules = rules
+        self._asked = ("", "")
 
     def after(self, address: str) -> int:
         """Up to where the feed of an endpoint was read."""
@@ -302,11 +304,18 @@ class Records:
         return what
 
     def missing(self) -> list[tuple[str, str]]:
-        """Type and id at the cloud of records whose other side has not come: it concerned nothing here before."""
+        """Type and id at the cloud of records whose other side has not come: it concerned nothing here before.
+
+        At most MOST_MISSING; the next call goes on behind them, for some may never be there, and begins anew at
+        the end.
+        """
         rows = self.db.rows(
-            "SELECT DISTINCT type, record_id FROM sync_items WHERE outcome = 'conflict'"
-            " AND record_id IS NOT NULL LIMIT 100"
+            "SELECT DISTINCT type, record_id FROM sync_items WHERE outcome = 'conflict' AND record_id IS NOT NULL"
+            " AND (type, record_id) > (?, ?) ORDER BY type, record_id LIMIT ?",
+            (*self._asked, MOST_MISSING),
         )
+        last = rows[-1] if len(rows) == MOST_MISSING else {"type": "", "record_id": ""}
+        self._asked = last["type"], last["record_id"]
         found = []
         for r in rows:
             item = self._item(r["type"], r["record_id"], origin_of(self.db, r["type"], r["record_id"]), {})

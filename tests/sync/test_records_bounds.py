@@ -13,6 +13,7 @@ from aiohttp import web
 from dicomnode import durable
 from dicomnode.errors import OperatorError, PeerError
 from dicomnode.index import records as records_module
+from dicomnode.index.cloud_rows import put_record
 from dicomnode.index.records import Taken
 from dicomnode.sync.departure import Departures
 from dicomnode.sync.pull_records import checked, fits, page_of
@@ -219,5 +220,22 @@ def test_nothing_is_pulled_when_space_is_at_the_reserve(tmp_path: Path, monkeypa
         assert await node.pull() == {} and asked == []
         monkeypatch.setattr(durable, "free_bytes", free)
         assert await node.pull() == {Taken.applied: 1}
+
+    run(tmp_path, body)
+
+
+def test_no_missing_record_starves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cloud may never have the first ones: the next call goes on behind them, and begins anew at the end."""
+    monkeypatch.setattr(records_module, "MOST_MISSING", 2)
+
+    async def body(cloud: Cloud, node: Node) -> None:
+        for n in range(5):
+            with node.db.transaction():
+                put_record(node.db, node.settings.cloud_plan, "settings", f"s{n}", {"n": n})
+        with node.db.transaction():
+            node.db.execute("UPDATE sync_items SET state = 'done', outcome = 'conflict'")
+        calls = [len(node.puller.records.missing()) for _ in range(4)]
+        assert calls == [2, 2, 1, 2]
+        assert len({one for _ in range(3) for one in node.puller.records.missing()}) == 5
 
     run(tmp_path, body)
