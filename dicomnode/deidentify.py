@@ -63,6 +63,9 @@ _TEXT_CONCEPTS = frozenset(
 )
 """Text content items that this node writes itself (PS3.16, DCM)."""
 
+_SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
+"""Secondary Capture; its multi-frame classes are below it. Pixels of other results are drawn by models alone."""
+
 _DROPPED_VALUE_TYPES = frozenset({"PNAME"})
 _FREE_TEXT = frozenset({"LO", "LT", "SH", "ST", "UC", "UT"})
 _IDENTIFYING = (
@@ -110,8 +113,12 @@ def _quiet() -> Iterator[None]:
 
 
 def _object(ds: Dataset, pseudonyms: Pseudonyms) -> tuple[Dataset, dict[tuple[str, str], str]]:
-    if str(ds.get("BurnedInAnnotation") or "").upper() == "YES":
+    burned, sop_class = str(ds.get("BurnedInAnnotation") or "").strip().upper(), str(ds.get("SOPClassUID") or "")
+    if burned == "YES":
         raise MalformedDataSet("de-identify", "identity may be burned into its pixels (BurnedInAnnotation)")
+    if f"{sop_class}.".startswith(f"{_SECONDARY_CAPTURE}.") and burned != "NO":
+        cause = "identity may be burned into its pixels: its source does not say BurnedInAnnotation NO"
+        raise MalformedDataSet("de-identify", cause)
     patient_id, issuer = str(ds.get("PatientID") or ""), str(ds.get("IssuerOfPatientID") or "")
     known = traces(*(str(ds.get(k) or "") for k in _IDENTIFYING))
     days, uids = pseudonyms.days(patient_id, issuer), frozenset(_uids(ds))

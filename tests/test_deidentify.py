@@ -17,6 +17,7 @@ from dicomnode.identity import derived_uid
 from dicomnode.orders import KINDS, order_for
 from dicomnode.pseudonyms import Pseudonyms
 from tests.encode.source_case import SOURCES, case_of
+from tests.sync.index_case import secondary_capture
 
 CODEC = Pseudonyms(b"k" * 32)
 NAME, ID = "CanaryName^CanaryGiven", "CANARY-ID-0815"
@@ -32,7 +33,7 @@ OTHERS = {
 
 def everything(tmp_path: Path) -> list[bytes]:
     def named(ds: Dataset) -> Dataset:
-        ds.PatientName, ds.PatientID = NAME, ID
+        ds.PatientName, ds.PatientID, ds.BurnedInAnnotation = NAME, ID, "NO"
         for keyword, value in OTHERS.items():
             setattr(ds, keyword, value)
         return ds
@@ -130,6 +131,20 @@ def test_burned_in_identity_and_rubbish_do_not_leave(tmp_path: Path) -> None:
         deidentify(written(ds), CODEC)
     with pytest.raises(MalformedDataSet, match="cannot be de-identified"):
         deidentify(b"this is not DICOM", CODEC)
+
+
+def test_a_picture_leaves_only_where_its_source_says_that_it_shows_no_identity() -> None:
+    ds, content = secondary_capture()
+    assert ds.BurnedInAnnotation == "NO" and deidentify(content, CODEC).content
+    for sop_class in (ds.SOPClassUID, f"{ds.SOPClassUID}.4"):
+        ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = sop_class
+        for said in ("YES", "", "UNKNOWN", None):
+            ds.BurnedInAnnotation = said
+            with pytest.raises(MalformedDataSet, match="burned"):
+                deidentify(written(ds), CODEC)
+        del ds.BurnedInAnnotation
+        with pytest.raises(MalformedDataSet, match="BurnedInAnnotation NO"):
+            deidentify(written(ds), CODEC)
 
 
 @pytest.mark.parametrize(("age", "left"), [("095Y", "090Y"), ("054Y", "054Y"), ("003M", "003M")])

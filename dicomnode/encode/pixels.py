@@ -22,7 +22,7 @@ Pixels = Callable[[SourceInstance, int, int, int], npt.NDArray[Any]]
 OPERATION = "make key image"
 _TAGS = [
     "SOPClassUID", "SOPInstanceUID", "NumberOfFrames", "Rows", "Columns", "SamplesPerPixel",
-    "PhotometricInterpretation",
+    "PhotometricInterpretation", "BurnedInAnnotation",
     "PixelSpacing", "ImagerPixelSpacing", "ImageOrientationPatient", "PatientOrientation", "PixelAspectRatio",
     "RescaleSlope", "RescaleIntercept", "RescaleType", "WindowCenter", "WindowWidth", "PresentationLUTShape",
     "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",

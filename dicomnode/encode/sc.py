@@ -93,7 +93,12 @@ def _encode(
     if in_patient:
         sc.PixelSpacing = [f"{mm:.6g}", f"{mm:.6g}"]
     sc.ImageType = ["DERIVED", "SECONDARY"]
-    sc.BurnedInAnnotation = "NO"  # it means the patient's identity (PS3.3 C.7.6.1.1.3), of which nothing is drawn
+    # It means the patient's identity (PS3.3 C.7.6.1.1.3): nothing of it is drawn, but the source may show it
+    burned = str(shown.get("BurnedInAnnotation") or "").strip().upper()
+    if burned in ("YES", "NO"):
+        sc.BurnedInAnnotation = burned
+    elif "BurnedInAnnotation" in sc:
+        del sc.BurnedInAnnotation
     sc.SeriesDescription = long_string(f"{MARK}: {provenance.name} key images")
     sc.ImageComments = f"{MARK}. Outlines as drawn by {provenance.name} {provenance.version}."
     sc.DerivationDescription = "Windowed, scaled and turned upright, with outlines and text; not for measurement"

@@ -220,6 +220,19 @@ def test_probabilities_out_of_range_are_refused(tmp_path: Path) -> None:
             encode(case.with_analysis(probability_maps=maps))
 
 
+@pytest.mark.parametrize("name", ["ct", "enhanced-ct"])
+@pytest.mark.parametrize("said", ["YES", "NO", "", None])
+def test_key_images_say_of_identity_in_pixels_what_their_source_says(
+    name: str, said: str | None, tmp_path: Path
+) -> None:
+    sources = SOURCES[name]()
+    for ds in sources:
+        if said is not None:
+            ds.BurnedInAnnotation = said
+    pictures = by_kind(encode(case_of(sources, tmp_path), order_for(["pacs"], ["SC"], "labelmap")))["SC"]
+    assert {ds.get("BurnedInAnnotation") for ds in pictures} == {said or None}
+
+
 def test_the_mark_is_said_in_words_too(tmp_path: Path) -> None:
     found = by_kind(encode(case_of(ct(), tmp_path)))
     for ds in found["SC"]:

@@ -58,7 +58,7 @@ def secondary_capture(rows: int = 8) -> tuple[Dataset, bytes]:
     ds.ReferringPhysicianName, ds.StudyID, ds.PatientBirthDate, ds.PatientSex = "", "", "", ""
     ds.SeriesNumber, ds.InstanceNumber = 1, 1
     ds.Rows, ds.Columns, ds.SamplesPerPixel, ds.PhotometricInterpretation = rows, rows, 1, "MONOCHROME2"
-    ds.BitsAllocated = ds.BitsStored = 8
+    ds.BurnedInAnnotation, ds.BitsAllocated, ds.BitsStored = "NO", 8, 8
     ds.HighBit, ds.PixelRepresentation = 7, 0
     ds.PixelData = bytes(rows * rows)
     buffer = BytesIO()

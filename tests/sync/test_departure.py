@@ -8,6 +8,7 @@ import stat
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,11 @@ from tests.sync.index_case import (
     CANARY,
     CANARY_ID,
     FakeClock,
+    add_objects,
     add_results,
     as_they_are,
     make_settings,
+    secondary_capture,
     sender_of,
     states,
 )
@@ -85,6 +88,26 @@ def test_results_and_records_arrive_without_the_patient(db: Database, tmp_path: 
     for uid in uids:
         [row] = PseudonymRows(db).find(uid)
         assert PseudonymRows(db).find(row["pseudonym"])[0]["original"] == uid, "reversible at home"
+
+
+def test_a_picture_that_may_show_the_patient_is_parked(db: Database, tmp_path: Path) -> None:
+    parts = []
+    for said in ("YES", "NO", ""):
+        ds, _ = secondary_capture()
+        ds.BurnedInAnnotation = said
+        buffer = BytesIO()
+        ds.save_as(buffer, enforce_file_format=True)
+        parts.append(("SR", buffer.getvalue()))
+    add_objects(db, tmp_path / "data", parts)
+
+    async def main() -> None:
+        async with cloud(tmp_path) as (settings, storage):
+            await sender_of(settings, db).flush()
+            assert states(db) == ["rejected", "stored", "rejected"] and len(storage.rows("SELECT * FROM objects")) == 1
+            told = [r["text"] for r in db.rows("SELECT text FROM events WHERE kind = 'sync-rejected'")]
+            assert len(told) == 2 and all("BurnedInAnnotation" in t for t in told)
+
+    asyncio.run(main())
 
 
 def test_a_rule_that_keeps_identity_is_obeyed(db: Database, tmp_path: Path) -> None:
