@@ -20,7 +20,7 @@ from typing import Any
 
 import pydicom
 from pydicom.datadict import tag_for_keyword
-from pydicom.dataelem import DataElement
+from pydicom.dataelem import DataElement, RawDataElement
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sequence import Sequence
 
@@ -179,9 +179,10 @@ def _copy(ds: Dataset, rules: _Rules) -> Dataset:
     out = Dataset()
     public = str(ds.get("CodingSchemeDesignator") or "") in _PUBLIC_SCHEMES
     for raw in list(ds.elements()):
-        tag, vr = raw.tag, raw.VR
+        tag = raw.tag
         if int(tag) not in _KEPT_TAGS:
             continue
+        vr = _vr(raw)
         if vr == "SQ":
             items = [_copy(item, rules) for item in ds[tag].value if _may_leave(item)]
             out[tag] = DataElement(tag, "SQ", Sequence(items))
@@ -195,13 +196,20 @@ def _copy(ds: Dataset, rules: _Rules) -> Dataset:
         elif vr in _FREE_TEXT:
             if int(tag) in _CODE_MEANING and not public:
                 out[tag] = DataElement(tag, "LO", "local code")
-            elif int(tag) in _CODE_MEANING or int(tag) in _CODE_VALUE or int(tag) in _SCHEME:
+            elif int(tag) in _CODE_VALUE or int(tag) in _SCHEME:
                 out[tag] = ds[tag]
             else:
                 out[tag] = DataElement(tag, vr, _each(ds[tag].value, rules.said))
         else:
             out[tag] = raw
     return out
+
+
+def _vr(raw: DataElement | RawDataElement) -> str:
+    """Raises MalformedDataSet where there is none: it would be copied as bytes that no rule has seen."""
+    if raw.VR is None or raw.VR == "UN":
+        raise MalformedDataSet("de-identify", f"the value of {pydicom.datadict.keyword_for_tag(raw.tag)} has no VR")
+    return str(raw.VR)
 
 
 def _may_leave(item: Dataset) -> bool:

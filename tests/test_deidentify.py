@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pydicom import dcmread, dcmwrite
 from pydicom.dataset import Dataset
-from pydicom.uid import generate_uid
+from pydicom.uid import ImplicitVRLittleEndian, generate_uid
 
 from dicomnode.deidentify import REDACTED, deidentify, deidentify_record
 from dicomnode.encode import encode_results
@@ -104,6 +104,8 @@ def test_what_others_could_put_into_a_report_does_not_leave(tmp_path: Path) -> N
 
     local = Dataset()
     local.CodeValue, local.CodingSchemeDesignator, local.CodeMeaning = "77", "99LOCAL", "Chest of CanaryName"
+    public = Dataset()
+    public.CodeValue, public.CodingSchemeDesignator, public.CodeMeaning = "51185008", "SCT", "Chest of CanaryName"
     foreign, other = generate_uid(), derived_uid("another series")
     ds.SeriesInstanceUID = "1.2.9"
     ds.ContentSequence += [
@@ -112,6 +114,7 @@ def test_what_others_could_put_into_a_report_does_not_leave(tmp_path: Path) -> N
         item("TEXT", "121106", TextValue=f"Of {ID}, canaryname, seen 2024-01-02 in {foreign}; 王"),
         item("TEXT", "121106", TextValue=f"Input x: series {other}. Input y: series 1.2.9"),
         item("CODE", "121058", ConceptCodeSequence=[local]),
+        item("CODE", "121058", ConceptCodeSequence=[public]),
         item("DATE", "121107", Date="20240102"),
     ]
     ds.add_new(0x00091001, "LO", "CANARY private")
@@ -121,6 +124,7 @@ def test_what_others_could_put_into_a_report_does_not_leave(tmp_path: Path) -> N
     texts = [c.TextValue for c in after.ContentSequence if c.ValueType == "TEXT"]
     assert texts[-2].startswith(f"Of {REDACTED}, {REDACTED}, seen 202") and texts[-2].endswith("; 王")
     assert texts[-1] == f"Input x: series {CODEC.uid(other)}. Input y: series {after.SeriesInstanceUID}"
+    assert after.ContentSequence[-2].ConceptCodeSequence[0].CodeMeaning == f"Chest of {REDACTED}"
     assert after.ContentSequence[-1].Date not in ("", "20240102")
 
 
@@ -131,6 +135,20 @@ def test_burned_in_identity_and_rubbish_do_not_leave(tmp_path: Path) -> None:
         deidentify(written(ds), CODEC)
     with pytest.raises(MalformedDataSet, match="cannot be de-identified"):
         deidentify(b"this is not DICOM", CODEC)
+
+
+def test_values_that_no_rule_would_see_do_not_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pydicom.config.replace_un_with_known_vr", False)
+    ds, content = secondary_capture()
+    ds.add_new("ImageComments", "UN", b"CANARY")
+    with pytest.raises(MalformedDataSet, match="ImageComments has no VR"):
+        deidentify(written(ds), CODEC)
+    ds = dcmread(BytesIO(content))
+    ds.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
+    buffer = BytesIO()
+    dcmwrite(buffer, ds, implicit_vr=True, little_endian=True, enforce_file_format=True)
+    with pytest.raises(MalformedDataSet, match="has no VR"):
+        deidentify(buffer.getvalue(), CODEC)
 
 
 def test_a_picture_leaves_only_where_its_source_says_that_it_shows_no_identity() -> None:
