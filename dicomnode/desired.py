@@ -96,6 +96,21 @@ def check_rules(settings: Settings, rules: Sequence[Rule], read: frozenset[str])
     return changed
 
 
+def check_pins(own: Sequence[Rule], rules: Sequence[Rule], active: Mapping[str, str]) -> None:
+    """``name@version`` in a rule skips what holds a version back (staged, not approved, rolled back).
+
+    So the cloud may pin what is ``active``, name -> version, and what the operator's ``own`` rules pin.
+    Raises SettingsError.
+    """
+    pinned = {reference for rule in own for reference in rule.every_model}
+    for rule in rules:
+        for reference in rule.every_model:
+            name, at, version = reference.partition("@")
+            if at and active.get(name) != version and reference not in pinned:
+                cause = f"rules '{rule.name}': {reference} is not the active version, nor pinned by the operator"
+                raise SettingsError(OPERATION, cause, f"Name '{name}'; under models is which version serves")
+
+
 def _check_identity(own: Sequence[Rule], rules: Sequence[Rule]) -> None:
     """Nothing leaves with identity that leaves without it by the operator's ``own`` rules.
 

@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 from dicomnode import logs
 from dicomnode.clock import iso
-from dicomnode.desired import check_rules
+from dicomnode.desired import check_pins, check_rules
 from dicomnode.errors import SettingsError
 from dicomnode.index.database import Database, Row
 from dicomnode.index.keys import HEADER_KEYS
-from dicomnode.index.operation import Events
+from dicomnode.index.operation import Events, Models
 from dicomnode.rule_settings import Rule
 from dicomnode.settings import Settings
 
@@ -124,7 +124,15 @@ class ServingRules:
         generation, raw = found
         if self._known is None or self._known[0] != generation:
             self._known = generation, self._checked(generation, raw)
-        return self._known[1]
+        rules = self._known[1]
+        if rules is self._own or not any("@" in reference for rule in rules for reference in rule.every_model):
+            return rules
+        try:  # a version that was active then may have been rolled back since
+            check_pins(self._own, rules, Models(self._states.db).active())
+        except SettingsError as error:
+            self._refused(generation, error.cause)
+            return self._own
+        return rules
 
     def _checked(self, generation: int, raw: list[Any]) -> tuple[Rule, ...]:
         try:

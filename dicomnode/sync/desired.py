@@ -14,7 +14,16 @@ from typing import Any, Protocol
 
 from dicomnode import doorbell, logs
 from dicomnode.cloud_settings import node_name
-from dicomnode.desired import OPERATION, REASON_MOST, Desired, check_accepted, check_rules, digest, read_desired
+from dicomnode.desired import (
+    OPERATION,
+    REASON_MOST,
+    Desired,
+    check_accepted,
+    check_pins,
+    check_rules,
+    digest,
+    read_desired,
+)
 from dicomnode.errors import NodeError, OperatorError, PeerRefused
 from dicomnode.index.database import Database, Row
 from dicomnode.index.desired import DesiredStates
@@ -142,6 +151,7 @@ class DesiredState:
         if desired.rules is not None:
             self._judge(check_rules(self._settings, desired.rules, frozenset(HEADER_KEYS)))
         active, life = Models(self._db).active(), Life(self._db)
+        check_pins(self._settings.rules, desired.rules or (), active | desired.models)
         for name, version in desired.models.items():
             row: Row = next((r for r in life.versions(name) if r["version"] == version), {})
             if active.get(name) == version:

@@ -12,8 +12,11 @@ from dicomnode.errors import SettingsError
 from dicomnode.index.database import Database
 from dicomnode.index.desired import DesiredStates, ServingRules, serving_settings
 from dicomnode.index.keys import HEADER_KEYS
+from dicomnode.index.life import Change, Life
 from dicomnode.index.operation import Events
-from tests.sync.test_fleet import RULE, settings_of
+from tests.sync.test_fleet import NODE, RULE, Case, models, run, settings_of
+
+__all__ = ["models"]
 
 READ = frozenset(HEADER_KEYS)
 KEPT = {"name": "ours", "match": {"Modality": "CT"}, "models": ["ct-lung"], "cloud_identity": "kept"}
@@ -68,3 +71,32 @@ def test_what_the_operator_takes_back_ends_with_the_next_start(
     [event] = Events(db).listing(kind="desired-rules-refused")
     assert event["severity"] == "error" and reason in event["text"]
     db.close()
+
+
+def test_rules_pin_no_version_that_is_held_back(tmp_path: Path, models: Path) -> None:
+    async def main(case: Case) -> None:
+        case.desk.change("activate", "ct-lung", "1.0.0", who="op")
+        case.desk.change("stage", "ct-lung", "1.1.0", who="op")
+        in_steps = {k: v for k, v in RULE.items() if k != "models"} | {
+            "steps": [{"name": "a", "model": "ct-lung@1.1.0"}]
+        }
+        for refused in (RULE | {"models": ["ct-lung@1.1.0"]}, in_steps):
+            case.storage.desire(NODE, {"rules": [refused]})
+            await case.desired.run_once()
+            assert "ct-lung@1.1.0 is not the active version" in case.report()["reason"]
+        for reference in ("ct-lung@1.0.0", "ct-two@1.0.0"):  # active, and pinned by the operator
+            case.storage.desire(NODE, {"rules": [RULE | {"models": [reference]}]})
+            await case.desired.run_once()
+            assert case.report()["applied"] is True, reference
+        case.storage.desire(NODE, {"models": {"ct-lung": "1.1.0"}, "rules": [RULE | {"models": ["ct-lung@1.1.0"]}]})
+        await case.desired.run_once()
+        assert case.report()["applied"] is True, "it becomes active with the same state"
+        rules = ServingRules(case.settings, case.db)
+        assert [r.name for r in rules()] == ["theirs"]
+        Life(case.db).roll_back("ct-lung", "1.1.0", "1.0.0", Change("node", "slow", automatic=True))
+        assert rules() == case.settings.rules, "what was rolled back is not served by a pin"
+        [event] = Events(case.db).listing(kind="desired-rules-refused")
+        assert "ct-lung@1.1.0" in event["text"]
+
+    own = {"name": "pins", "match": {"Modality": "PT"}, "models": ["ct-two@1.0.0"]}
+    run(tmp_path, models, main, rules=[own])
