@@ -24,6 +24,7 @@ from dicomnode.sync.desired import DesiredState
 from dicomnode.sync.endpoints import Endpoints
 from dicomnode.sync.heartbeat import Heartbeat
 from dicomnode.sync.metric_push import MetricPush
+from dicomnode.sync.repository import ModelRepository
 from dicomnode.sync.schedule import Schedule
 
 PUSH_SECONDS = 5.0
@@ -42,8 +43,9 @@ class Fleet:
         self._push = MetricPush(settings, db, collect) if settings.metrics.remote_write_url else None
         named, fleet = bool(settings.cloud.records_url), settings.fleet
         beats, looks = named and fleet.heartbeat_seconds > 0, named and fleet.desired_seconds > 0
+        vouched = ModelRepository(settings, db).vouched
         self._heartbeat = Heartbeat(settings, db, endpoints, lambda: describe(settings, db)) if beats else None
-        self._desired = DesiredState(settings, db, endpoints, desk, judge) if looks else None
+        self._desired = DesiredState(settings, db, endpoints, desk, judge, vouched) if looks else None
 
     async def start(self, schedule: Schedule) -> None:
         schedule.every("log-level", BEAT_SECONDS, self._follow)

@@ -30,9 +30,11 @@ from dicomnode.index.desired import DesiredStates
 from dicomnode.index.keys import HEADER_KEYS
 from dicomnode.index.life import Life
 from dicomnode.index.operation import Events, Models
+from dicomnode.index.trust import release
 from dicomnode.settings import Settings
 from dicomnode.sync.endpoints import Endpoints
 from dicomnode.sync.fleet_calls import call
+from dicomnode.sync.promote import Vouched
 
 WHO = "cloud"
 AGAIN_SECONDS = 300.0
@@ -56,13 +58,22 @@ class Desk(Protocol):
 
 
 class DesiredState:
-    """``judge(settings)`` raises OperatorError for settings that cannot serve on this box; see ``check-config``."""
+    """``judge(settings)`` raises OperatorError for settings that cannot serve on this box; see ``check-config``.
+
+    ``vouched``: see :mod:`dicomnode.sync.promote`.
+    """
 
     def __init__(
-        self, settings: Settings, db: Database, endpoints: Endpoints, desk: Desk, judge: Callable[[Settings], None]
+        self,
+        settings: Settings,
+        db: Database,
+        endpoints: Endpoints,
+        desk: Desk,
+        judge: Callable[[Settings], None],
+        vouched: Vouched,
     ) -> None:
         self._settings, self._db, self._endpoints = settings, db, endpoints
-        self._desk, self._judge = desk, judge
+        self._desk, self._judge, self._vouched = desk, judge, vouched
         self._path = f"/nodes/{node_name(settings.node.ae_title)}"
         self._states = DesiredStates(db)
         self._etag = ""
@@ -158,9 +169,28 @@ class DesiredState:
                 continue
             if row.get("faulty"):
                 raise OperatorError(OPERATION, f"{name}@{version} was rolled back here", "Desire another version")
+            if row.get("waits") == "worse":
+                cause = f"{name}@{version} is worse than what serves: {row.get('waits_for')}"
+                raise OperatorError(OPERATION, cause, "Desire another version")
+            if name in active and release(version) < release(active[name]):
+                hint = f"'dicomnode models activate {name}@{version}' is the operator's to say"
+                raise OperatorError(OPERATION, f"{name}@{version} is older than {active[name]}, which serves", hint)
+            if why := self._not_vouched(name, version):
+                raise OperatorError(OPERATION, f"{name}@{version}: {why}", "See 'dicomnode models list'")
             if self._approval(name) and not row.get("approved_by"):
                 hint = f"'dicomnode models approve {name}@{version}' lets it"
                 raise OperatorError(OPERATION, f"{name}@{version} waits for an operator's approval", hint)
+
+    def _not_vouched(self, name: str, version: str) -> str:
+        """Why the repository that a version came from does not stand for it now; empty when it does, or for another."""
+        pulled = [
+            p
+            for p in Models(self._db).pulls()
+            if (p["name"], p["version"], p["source"]) == (name, version, "repository")
+            and p["state"] in ("placed", "activated")
+        ]
+        answers = [self._vouched(name, version, str(p["sha256"])) for p in pulled]
+        return "" if "" in answers else next(iter(answers), "")
 
     def _approval(self, name: str) -> bool:
         return any(entry.approve for entry in self._settings.cloud.models if entry.name == name)

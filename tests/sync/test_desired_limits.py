@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from dicomnode.index.database import Database
 from dicomnode.index.desired import DesiredStates, ServingRules, serving_settings
 from dicomnode.index.keys import HEADER_KEYS
 from dicomnode.index.life import Change, Life
-from dicomnode.index.operation import Events
+from dicomnode.index.operation import Events, Models
+from dicomnode.index.trust import Offer, Trust, Trusted
 from tests.sync.test_fleet import NODE, RULE, Case, models, run, settings_of
 
 __all__ = ["models"]
@@ -100,3 +102,33 @@ def test_rules_pin_no_version_that_is_held_back(tmp_path: Path, models: Path) ->
 
     own = {"name": "pins", "match": {"Modality": "PT"}, "models": ["ct-two@1.0.0"]}
     run(tmp_path, models, main, rules=[own])
+
+
+def test_a_model_serves_only_where_its_repository_and_its_trial_say_so(tmp_path: Path, models: Path) -> None:
+    async def main(case: Case) -> None:
+        life = Life(case.db)
+
+        async def refused(name: str, version: str) -> str:
+            case.storage.desire(NODE, {"models": {name: version}})
+            await case.desired.run_once()
+            return str(case.report().get("reason", ""))
+
+        case.desk.change("activate", "ct-two", "2.0.0", who="op")
+        assert "1.0.0 is older than 2.0.0" in await refused("ct-two", "1.0.0")
+        assert await refused("ct-two", "2.0.0") == ""
+        case.desk.change("shadow", "ct-one", "2.0.0", who="op")
+        life.wait_for("ct-one", "2.0.0", "worse", "dice: 0.5")
+        assert "worse than what serves: dice: 0.5" in await refused("ct-one", "2.0.0")
+        life.wait_for("ct-one", "2.0.0", None, None)
+        pull = {"sha256": "a" * 64, "name": "ct-one", "version": "2.0.0", "state": "placed", "source": "repository"}
+        Models(case.db).record_pull(pull)
+        assert "vouches for nothing now" in await refused("ct-one", "2.0.0")
+        trust, ends = Trust(case.db, case.settings.cloud.repository.metadata_url), case.clock.wall() + timedelta(days=1)
+        trust.good(Trusted({}, ends, [Offer("ct-one", "2.0.0", "x", "b" * 64, 1)]))
+        assert "does not list it" in await refused("ct-one", "2.0.0"), "of the same version, another archive"
+        assert Models(case.db).active() == {"ct-two": "2.0.0", "ct-one": "1.0.0"}
+        trust.good(Trusted({}, ends, [Offer("ct-one", "2.0.0", "x", "a" * 64, 1)]))
+        assert await refused("ct-one", "2.0.0") == ""
+        assert Models(case.db).active()["ct-one"] == "2.0.0"
+
+    run(tmp_path, models, main)

@@ -35,6 +35,7 @@ from dicomnode.sync.desired import AGAIN_SECONDS, DesiredState
 from dicomnode.sync.endpoints import Endpoints
 from dicomnode.sync.fleet_calls import clock_skew
 from dicomnode.sync.heartbeat import Heartbeat
+from dicomnode.sync.repository import ModelRepository
 from tests.cloud.endpoint import endpoint
 from tests.infer.life_case import add_version
 from tests.sync.cloud_fake import served
@@ -104,7 +105,8 @@ def run(folder: Path, models: Path, main: Callable[[Case], Awaitable[None]], pul
                     raise BundleError("verify model", "its golden case failed")
 
             desk = ModelDesk(settings, db, verify)
-            desired = DesiredState(settings, db, Endpoints(settings, db), desk, judge)
+            vouched = ModelRepository(settings, db).vouched
+            desired = DesiredState(settings, db, Endpoints(settings, db), desk, judge, vouched)
             try:
                 await main(Case(db, clock, settings, storage, desk, desired, broken))
             finally:
@@ -332,7 +334,9 @@ def test_a_dead_cloud_leaves_everything_as_it_is(tmp_path: Path, models: Path) -
     settings = settings_of(tmp_path)
     db = Database(tmp_path / "data")
     DesiredStates(db).decide(7, "d", {"rules": [RULE]}, "applied")
-    desired = DesiredState(settings, db, Endpoints(settings, db), ModelDesk(settings, db, lambda _: None), judge)
+    desk = ModelDesk(settings, db, lambda _: None)
+    vouched = ModelRepository(settings, db).vouched
+    desired = DesiredState(settings, db, Endpoints(settings, db), desk, judge, vouched)
     with pytest.raises(NodeError, match="cannot be reached"):
         asyncio.run(desired.run_once())
     assert [r.name for r in ServingRules(settings, db)()] == ["theirs"]
