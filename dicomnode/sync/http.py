@@ -7,7 +7,7 @@ import contextlib
 import ipaddress
 import ssl
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -81,11 +81,28 @@ REPLY_SECONDS = 25.0
 
 
 class Progress:
-    """When something last moved in a request; for :func:`watched`."""
+    """When something last moved in a request; for :func:`watched`.
 
-    def __init__(self) -> None:
+    ``longest``: seconds of the whole request. What the node waits for its own cap counts neither
+    for them nor as a stall: the endpoint cannot help it.
+    """
+
+    def __init__(self, longest: float = float("inf")) -> None:
         self.at = time.monotonic()
         self.replying = False
+        self._until = self.at + longest
+        self._held_since: float | None = None
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """While the node itself waits."""
+        self._held_since = time.monotonic()
+        try:
+            yield
+        finally:
+            self.touch()
+            self._until += self.at - self._held_since
+            self._held_since = None
 
     def touch(self) -> None:
         self.at = time.monotonic()
@@ -95,8 +112,11 @@ class Progress:
         self.replying = True
 
     def stalled(self, stall_seconds: float) -> bool:
+        if self._held_since is not None:
+            return False
+        now = time.monotonic()
         limit = max(stall_seconds, REPLY_SECONDS) if self.replying else stall_seconds
-        return time.monotonic() - self.at > limit
+        return now - self.at > limit or now > self._until
 
 
 async def watched(request: Coroutine[Any, Any, T], progress: Progress, stall_seconds: float) -> T:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -12,7 +12,16 @@ import aiohttp
 from dicomnode.errors import NodeError
 from dicomnode.sync.http import Progress, read_bounded, watched
 from dicomnode.sync.reply import Fate, Verdict, judge, retry_after_seconds
-from dicomnode.sync.stow import Answer, Throttle, answer_of, request_timeout
+from dicomnode.sync.stow import (
+    CHUNK_BYTES,
+    Answer,
+    Throttle,
+    answer_of,
+    capped,
+    longest_seconds,
+    request_timeout,
+    unburdened,
+)
 
 MAX_REPLY_BYTES = 4 << 20
 _SETTLED = frozenset({"stored", "duplicate", "conflict"})
@@ -33,17 +42,16 @@ async def send_records(
     """Verdicts by ``idempotency_key``. A conflict is settled as far as sending goes: the cloud keeps both sides."""
     keys = [str(r["idempotency_key"]) for r in records]
     body = json.dumps({"node": node, "records": list(records)}, ensure_ascii=False).encode()
-    progress = Progress()
+    progress = Progress(longest_seconds(seconds, len(body)))
 
     async def request() -> tuple[int, bytes | None, float | None]:
-        await throttle(len(body))
-        progress.waiting_for_reply()
+        await unburdened(throttle, progress)
         async with session.post(
             f"{url}/records",
-            data=body,
-            headers={"Content-Type": "application/json", **headers},
+            data=capped(_chunks(body), throttle, progress),
+            headers={"Content-Type": "application/json", "Content-Length": str(len(body)), **headers},
             allow_redirects=False,
-            timeout=request_timeout(seconds, len(body)),
+            timeout=request_timeout(seconds),
         ) as response:
             wait = retry_after_seconds(response.headers.get("Retry-After"), now)
             try:
@@ -60,6 +68,11 @@ async def send_records(
     except NodeError as error:
         return answer_of(dict.fromkeys(keys, Verdict(Fate.retry, error.cause)), None)
     return answer_of(judge_records(status, data, keys), wait)
+
+
+async def _chunks(body: bytes) -> AsyncIterator[bytes]:
+    for begin in range(0, len(body), CHUNK_BYTES):
+        yield body[begin : begin + CHUNK_BYTES]
 
 
 def judge_records(status: int, data: bytes | None, keys: Sequence[str]) -> dict[str, Verdict]:

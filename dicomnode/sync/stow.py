@@ -94,19 +94,13 @@ async def store(
     head = _head(boundary)
     tail = f"--{boundary}--\r\n".encode()
     length = sum(len(head) + p.size + 2 for p in parts) + len(tail)
-    progress = Progress()
-
-    async def body() -> AsyncIterator[bytes]:
-        async for chunk in _body(head, parts, tail):
-            await throttle(len(chunk))
-            progress.touch()
-            yield chunk
-        progress.waiting_for_reply()
+    progress = Progress(longest_seconds(seconds, length))
 
     async def request() -> tuple[int, Reply | None, float | None]:
+        await unburdened(throttle, progress)
         async with session.post(
             url,
-            data=body(),
+            data=capped(_body(head, parts, tail), throttle, progress),
             headers={
                 "Content-Type": f'multipart/related; type="application/dicom"; boundary={boundary}',
                 "Content-Length": str(length),
@@ -114,7 +108,7 @@ async def store(
                 **headers,
             },
             allow_redirects=False,
-            timeout=request_timeout(seconds, length),
+            timeout=request_timeout(seconds),
         ) as response:
             wait = retry_after_seconds(response.headers.get("Retry-After"), now)
             try:
@@ -155,9 +149,29 @@ async def _body(head: bytes, parts: Sequence[Part], tail: bytes) -> AsyncIterato
     yield tail
 
 
-def request_timeout(seconds: float, length: int) -> aiohttp.ClientTimeout:
+def longest_seconds(seconds: float, length: int) -> float:
     """``seconds`` and the time that ``length`` bytes take on a slow line: else a large batch would never arrive."""
-    return aiohttp.ClientTimeout(total=seconds + length / SLOWEST_BYTES_PER_SECOND, connect=min(30.0, seconds))
+    return seconds + length / SLOWEST_BYTES_PER_SECOND
+
+
+def request_timeout(seconds: float) -> aiohttp.ClientTimeout:
+    """For the connection; the request as a whole is watched, since waits for our own cap are no fault of the line."""
+    return aiohttp.ClientTimeout(total=None, connect=min(30.0, seconds))
+
+
+async def unburdened(throttle: Throttle, progress: Progress) -> None:
+    """Wait for what urgent traffic borrowed before a connection is opened, which would be closed as idle."""
+    with progress.held():
+        await throttle(0)
+
+
+async def capped(chunks: AsyncIterator[bytes], throttle: Throttle, progress: Progress) -> AsyncIterator[bytes]:
+    """``chunks`` under the cap; then ``progress`` waits for the reply."""
+    async for chunk in chunks:
+        with progress.held():
+            await throttle(len(chunk))
+        yield chunk
+    progress.waiting_for_reply()
 
 
 def _head(boundary: str) -> bytes:
