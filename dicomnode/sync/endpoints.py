@@ -34,6 +34,8 @@ class Endpoints:
         self.all: Sequence[CloudEndpoint] = settings.cloud.endpoints
         self.limits = Limits(settings.sync.offline_mode, delivery.backoff_seconds, delivery.backoff_max_seconds)
         self.health = [Health() for _ in self.all]
+        self.answers = 0
+        """Good answers of all, those of probes among them."""
         self._causes = [""] * len(self.all)
         self._told = [""] * len(self.all)
         self._quiet_since = [float("-inf")] * len(self.all)
@@ -67,6 +69,7 @@ class Endpoints:
 
     def succeeded(self, number: int, latency: float, *, proven: bool = True) -> None:
         """``proven``: something was taken, it was not only a probe."""
+        self.answers += 1
         self.health[number] = succeeded(self.health[number], latency, proven=proven)
         self._quiet_since[number] = self._db.clock.ticks()
         if self.health[number].well:

@@ -54,11 +54,12 @@ class Fate(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """``conflict``: of a record that is kept there beside another one, which serves."""
+    """``conflict``: of a record that is kept there beside another one, which serves. ``full``: it has no room."""
 
     fate: Fate
     cause: str = ""
     conflict: bool = False
+    full: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +109,8 @@ def _judge_one(reply: Reply, uid: str) -> Verdict:
     if reason in {DUPLICATE_SOP_INSTANCE, ALREADY_STORED}:
         return Verdict(Fate.stored, "it was there already")
     if reason in OUT_OF_RESOURCES or reason in {PROCESSING_FAILURE, 0}:
-        return Verdict(Fate.retry, f"the endpoint could not store it now (FailureReason 0x{reason:04X})")
+        cause = f"the endpoint could not store it now (FailureReason 0x{reason:04X})"
+        return Verdict(Fate.retry, cause, full=reason in OUT_OF_RESOURCES)
     if reason == NOT_AUTHORIZED:
         return Verdict(Fate.operator, "not authorized (FailureReason 0x0124): check the rights of the token")
     return Verdict(Fate.reject, f"refused for good (FailureReason 0x{reason:04X})")

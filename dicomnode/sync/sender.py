@@ -1,17 +1,18 @@
 """The cloud outbox at work: three classes, in order within a study, to the best endpoint, until it has all.
 
 Sending twice is harmless: an object keeps its SOP Instance UID, a record its idempotency key.
-There is no attempt limit while the cause can pass.
+There is no attempt limit while the cause can pass: what fails while others are stored is parked in the
+end (:mod:`dicomnode.sync.blame`).
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import aiohttp
 
@@ -24,11 +25,13 @@ from dicomnode.index.operation import Events
 from dicomnode.metrics_cloud import RECORDS_TOTAL
 from dicomnode.settings import Settings
 from dicomnode.sync.bandwidth import Bucket
+from dicomnode.sync.blame import Blame, Class, one_by_one, together
 from dicomnode.sync.endpoints import Endpoints
 from dicomnode.sync.reply import Fate, Verdict
 from dicomnode.sync.send_records import send_records
 from dicomnode.sync.stow import Answer, Part, store
 
+T = TypeVar("T")
 MOST_REQUEST_BYTES = 32 << 20
 """Objects of one request together; a larger one goes by itself. What is de-identified is held in memory."""
 
@@ -74,6 +77,7 @@ class CloudSender:
         self.outbox = CloudOutbox(db)
         self.objects = durable.ObjectStore(settings.node.data_dir)
         self._prepare = prepare
+        self._blame = Blame()
         self._node = node_name(settings.node.ae_title)
         self._bucket = Bucket(settings.sync.bandwidth_kb * 1024.0)
         self._log = logs.get()
@@ -119,6 +123,8 @@ class CloudSender:
     def _lease(self, lane: Lane) -> list[Row]:
         limit = self.sync.lane(lane).items
         seconds = self.cloud.timeout_seconds * (limit + 2) + 600.0
+        if self.sync.bandwidth_kb:  # a lane's share of the line
+            seconds += MOST_REQUEST_BYTES * len(LANES) / (self.sync.bandwidth_kb * 1024.0)
         return self.outbox.lease_lane(LANES.index(lane), self.owner, seconds, limit, MOST_REQUEST_BYTES)
 
     async def _send(
@@ -131,7 +137,7 @@ class CloudSender:
     ) -> None:
         """Requests of one kind each, so that every stream keeps its order; ends at the first that fails as a whole."""
         blocked = set[str]()
-        for run in runs(items):
+        for run, alone in [part for some in runs(items) for part in self._blame.split(_class(lane, some[0]), some)]:
             wanted = [i for i in run if i["stream"] not in blocked]
             batch.untried += [i["id"] for i in run if i["stream"] in blocked or batch.failed]
             if not wanted or batch.failed:
@@ -141,7 +147,7 @@ class CloudSender:
                     sessions[number] = self.endpoints.session(number)
                 headers = await self.endpoints.headers(number)
                 send = self._objects if wanted[0]["result_id"] is not None else self._records
-                blocked |= await send(lane, number, sessions[number], headers, wanted, batch)
+                blocked |= await send(lane, number, sessions[number], headers, wanted, batch, alone)
             except OperatorError as error:
                 self.endpoints.failed(number, str(error), mendable=True)
                 batch.again += [(i["id"], str(error)) for i in wanted]
@@ -155,6 +161,7 @@ class CloudSender:
         headers: dict[str, str],
         items: Sequence[Row],
         batch: _Batch,
+        alone: bool,
     ) -> set[str]:
         parts = await asyncio.to_thread(self._parts, items, batch)
         if not parts:
@@ -164,17 +171,11 @@ class CloudSender:
             return await store(session, self.endpoints.all[number].stow_url, headers, some, **self._limits(lane))
 
         begin = perf_counter()
-        answer = await request(parts)
-        verdicts = dict(answer.verdicts)
-        for part in [p for p in parts if verdicts[p.uid].fate is Fate.alone]:
-            alone = await request([part])
-            verdicts |= alone.verdicts
-            if alone.whole:
-                answer = Answer(verdicts, alone.whole, alone.wait, alone.mendable)
-                break
+        items = [p.item for p in parts]
+        answer = await self._ask(lane, request, {p.uid: p for p in parts}, items, alone)
         metrics.observe("sync", perf_counter() - begin)
-        self._note(number, answer, (perf_counter() - begin), batch)
-        pairs = [(p.item, verdicts[p.uid]) for p in parts]
+        self._note(_class(lane, items[0]), number, answer, perf_counter() - begin, batch)
+        pairs = [(p.item, answer.verdicts.get(p.uid)) for p in parts]
         sizes = {p.item["id"]: p.size for p in parts}
         return await asyncio.to_thread(self._settle, pairs, answer, batch, sizes)
 
@@ -186,6 +187,7 @@ class CloudSender:
         headers: dict[str, str],
         items: Sequence[Row],
         batch: _Batch,
+        alone: bool,
     ) -> set[str]:
         ready = await asyncio.to_thread(self._bodies, items, batch)
         if not ready:
@@ -196,17 +198,27 @@ class CloudSender:
             return await send_records(session, url, headers, self._node, [r for _, r in some], **self._limits(lane))
 
         begin = perf_counter()
-        answer = await request(ready)
-        verdicts = dict(answer.verdicts)
-        for one in [(i, r) for i, r in ready if verdicts[i["idempotency_key"]].fate is Fate.alone]:
-            alone = await request([one])
-            verdicts |= alone.verdicts
-            if alone.whole:
-                answer = Answer(verdicts, alone.whole, alone.wait, alone.mendable)
-                break
-        self._note(number, answer, perf_counter() - begin, batch)
-        pairs = [(i, verdicts[i["idempotency_key"]]) for i, _ in ready]
+        things = {i["idempotency_key"]: (i, r) for i, r in ready}
+        answer = await self._ask(lane, request, things, [i for i, _ in ready], alone)
+        self._note(_class(lane, items[0]), number, answer, perf_counter() - begin, batch)
+        pairs = [(i, answer.verdicts.get(i["idempotency_key"])) for i, _ in ready]
         return await asyncio.to_thread(self._settle, pairs, answer, batch, {})
+
+    async def _ask(
+        self,
+        lane: Lane,
+        request: Callable[[Sequence[T]], Awaitable[Answer]],
+        things: Mapping[str, T],
+        items: Sequence[Row],
+        alone: bool,
+    ) -> Answer:
+        """``things`` by key, and the rows that they belong to."""
+        if not alone:
+            return await together(request, things)
+        key = _class(lane, items[0])
+        there, others = self._blame.there(key, self.endpoints.answers), self._blame.others_stored(key, items)
+        streams = {k: str(i["stream"]) for k, i in zip(things, items, strict=True)}
+        return await one_by_one(request, things, streams, there=there, others_stored=others)
 
     def _limits(self, lane: Lane) -> dict[str, Any]:
         return {
@@ -216,11 +228,14 @@ class CloudSender:
             "throttle": self._bucket.borrow if lane == "urgent" else self._bucket.wait,
         }
 
-    def _note(self, number: int, answer: Answer, seconds: float, batch: _Batch) -> None:
+    def _note(self, lane: Class, number: int, answer: Answer, seconds: float, batch: _Batch) -> None:
         if answer.whole:
             self.endpoints.failed(number, answer.whole, wait=answer.wait, mendable=answer.mendable)
             batch.failed = True
+            if not answer.mendable:
+                self._blame.lane_failed(lane, self.endpoints.answers)
         else:
+            self._blame.lane_went(lane, answer.verdicts)
             self.endpoints.succeeded(number, seconds)
 
     def _parts(self, items: Sequence[Row], batch: _Batch) -> list[Part]:
@@ -257,18 +272,22 @@ class CloudSender:
 
     def _park(self, item: Row, cause: str, batch: _Batch) -> None:
         self.outbox.reject(item["id"], self.owner, cause)
+        self._blame.acquit(item["id"])
         Events(self.db).add("error", "sync-rejected", f"item {item['id']}", cause)
         self._count(item, "rejected")
         batch.settled += 1
 
     def _settle(
-        self, pairs: Sequence[tuple[Row, Verdict]], answer: Answer, batch: _Batch, sizes: Mapping[int, int]
+        self, pairs: Sequence[tuple[Row, Verdict | None]], answer: Answer, batch: _Batch, sizes: Mapping[int, int]
     ) -> set[str]:
-        """Streams that have to wait for one of these items."""
+        """Streams that have to wait for one of these items; one without a verdict was not asked for."""
         blocked: set[str] = set()
         first, longest = self.delivery.backoff_seconds, self.delivery.backoff_max_seconds
         for item, verdict in pairs:
-            if verdict.fate is Fate.stored:
+            if verdict is None:
+                batch.untried.append(item["id"])
+            elif verdict.fate is Fate.stored:
+                self._blame.acquit(item["id"])
                 batch.stored.append(item["id"])
                 if verdict.conflict:
                     batch.conflicts.add(item["id"])
@@ -276,6 +295,8 @@ class CloudSender:
                 self._count(item, "stored", sizes.get(item["id"], 0))
             elif verdict.fate is Fate.reject:
                 self._park(item, verdict.cause, batch)
+            elif not answer.whole and self._hopeless(item, verdict):
+                self._park(item, f"{verdict.cause}, again and again while others were stored", batch)
             else:
                 blocked.add(item["stream"])
                 self._count(item, "retried")
@@ -284,6 +305,9 @@ class CloudSender:
                 else:
                     self.outbox.retry(item["id"], self.owner, verdict.cause, first=first, longest=longest)
         return blocked
+
+    def _hopeless(self, item: Row, verdict: Verdict) -> bool:
+        return verdict.fate is Fate.retry and not verdict.full and self._blame.item_failed(item["id"])
 
     def _finish(self, batch: _Batch) -> None:
         if batch.stored:
@@ -300,6 +324,10 @@ class CloudSender:
         else:
             metrics.sync(outcome)
             metrics.SYNC_BYTES.inc(size)
+
+
+def _class(lane: Lane, item: Row) -> Class:
+    return lane, item["result_id"] is not None
 
 
 def runs(items: Sequence[Row]) -> Iterator[list[Row]]:

@@ -1,0 +1,136 @@
+"""One item that the receiver cannot digest holds back neither the others nor, for ever, itself."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from dicomnode.index.database import Database
+from dicomnode.sync.sender import CloudSender
+from tests.sync.cloud_fake import FakeCloud, served
+from tests.sync.index_case import FakeClock, add_results, as_they_are, make_settings, sender_of, states
+
+Fault = Callable[[FakeCloud, web.Request, bytes], web.Response | None]
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+def db(tmp_path: Path, clock: FakeClock) -> Any:
+    database = Database(tmp_path, clock)
+    yield database
+    database.close()
+
+
+def drive(
+    db: Database, tmp_path: Path, fault: Fault, body: Callable[[CloudSender, FakeCloud], Awaitable[None]]
+) -> None:
+    fake = FakeCloud([fault] * 1000)
+
+    async def main() -> None:
+        async with served(fake.handle) as url:
+            await body(sender_of(make_settings(tmp_path, cloud={"stow_url": url, "timeout_seconds": 5}), db), fake)
+
+    asyncio.run(main())
+
+
+def more(db: Database, tmp_path: Path, count: int) -> list[str]:
+    """As many results, each of a study of its own."""
+    uids = [add_results(db, tmp_path)[0] for _ in range(count)]
+    as_they_are(db)
+    return uids
+
+
+async def later(sender: CloudSender, clock: FakeClock) -> None:
+    """The back-off is over, and a probe was answered."""
+    clock.now += 3600
+    sender.endpoints.succeeded(0, 0.01, proven=False)
+    await sender.flush()
+
+
+def picky(bad: list[str], kind: str) -> Fault:
+    def fault(fake: FakeCloud, request: web.Request, body: bytes) -> web.Response | None:
+        if not set(bad) & set(fake.parts(request, body)):
+            return None
+        if kind == "cut":
+            assert request.transport is not None
+            request.transport.abort()
+        if kind == "0x0110":
+            return fake.store(request, body, dict.fromkeys(bad, 0x0110))
+        return web.Response(status=500)
+
+    return fault
+
+
+@pytest.mark.parametrize("kind", ["500", "cut", "0x0110"])
+def test_a_poisonous_object_is_left_behind_and_parked_in_the_end(
+    db: Database, tmp_path: Path, clock: FakeClock, kind: str
+) -> None:
+    uids = more(db, tmp_path, 8)
+    bad = uids[:7]  # more of them than are tried where nothing says that the endpoint is there
+
+    async def body(sender: CloudSender, fake: FakeCloud) -> None:
+        for _ in range(4):
+            await later(sender, clock)
+        assert list(fake.stored) == uids[7:], "the others went"
+        assert sender.endpoints.link == "online", "and the endpoint is not blamed"
+        for _ in range(20):
+            await later(sender, clock)
+        assert states(db)[:7] == ["pending"] * 7, "nothing else was tried, so nothing says that they are to blame"
+        for n in range(9):
+            [good] = more(db, tmp_path, 1)
+            await later(sender, clock)
+            assert good in fake.stored, n
+
+    drive(db, tmp_path, picky(bad, kind), body)
+    assert states(db) == ["rejected"] * 7 + ["stored"] * 10
+    cause = {"500": "HTTP 500", "cut": "cannot be reached", "0x0110": "0x0110"}[kind]
+    assert cause in db.value("SELECT last_error FROM sync_items WHERE state = 'rejected'")
+
+
+def test_an_outage_parks_nothing_though_probes_are_answered(db: Database, tmp_path: Path, clock: FakeClock) -> None:
+    more(db, tmp_path, 3)
+
+    async def body(sender: CloudSender, fake: FakeCloud) -> None:
+        for _ in range(30):
+            await later(sender, clock)
+        assert states(db) == ["pending"] * 3
+        fake.script.clear()
+        await later(sender, clock)
+
+    drive(db, tmp_path, lambda *_: web.Response(status=503), body)
+    assert states(db) == ["stored"] * 3
+
+
+def test_an_outage_without_probes_is_not_flooded(db: Database, tmp_path: Path, clock: FakeClock) -> None:
+    more(db, tmp_path, 12)
+
+    async def body(sender: CloudSender, fake: FakeCloud) -> None:
+        for _ in range(4):
+            clock.now += 3600
+            await sender.flush()
+        assert len(fake.requests) == 3 + 5
+
+    drive(db, tmp_path, lambda *_: web.Response(status=503), body)
+
+
+def test_the_same_refusal_of_each_is_the_endpoints(db: Database, tmp_path: Path, clock: FakeClock) -> None:
+    """A proxy that refuses everything (HTTP 400) must not park everything."""
+    more(db, tmp_path, 3)
+
+    async def body(sender: CloudSender, fake: FakeCloud) -> None:
+        await sender.flush()
+        assert states(db) == ["pending"] * 3 and sender.endpoints.link == "offline"
+        fake.script.clear()
+        await later(sender, clock)
+
+    drive(db, tmp_path, lambda *_: web.Response(status=400), body)
+    assert states(db) == ["stored"] * 3
