@@ -88,7 +88,8 @@ class Departure:
 def deidentify(content: bytes, pseudonyms: Pseudonyms) -> Departure:
     """A Part 10 file that this node made, as it may leave.
 
-    Raises MalformedDataSet when it cannot be read, or when identity is burned into its pixels.
+    Raises MalformedDataSet when it cannot be read, or when identity is burned into its pixels; a shortage
+    (MemoryError, an OSError of the system) as it is, since that passes.
     """
     with _quiet():
         try:
@@ -96,9 +97,11 @@ def deidentify(content: bytes, pseudonyms: Pseudonyms) -> Departure:
             out, mapping = _object(ds, pseudonyms)
             buffer = BytesIO()
             pydicom.dcmwrite(buffer, out, enforce_file_format=True)
-        except MalformedDataSet:
+        except (MalformedDataSet, MemoryError):
             raise
-        except Exception as error:  # noqa: BLE001 whatever the library meets in one object must not stop the others
+        except Exception as error:  # whatever the library meets in one object must not stop the others
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
             cause = f"the object cannot be de-identified ({type(error).__name__})"
             raise MalformedDataSet("de-identify", cause) from None
     return Departure(str(out.SOPInstanceUID), buffer.getvalue(), mapping)

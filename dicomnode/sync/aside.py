@@ -21,10 +21,10 @@ NICE = 5
 
 
 def leave(path: Path, key: bytes) -> Departure:
-    """What leaves in place of the file at ``path``. Raises MalformedDataSet."""
+    """What leaves in place of the file at ``path``. Raises MalformedDataSet; OSError and MemoryError pass."""
     try:
         content = path.read_bytes()
-    except OSError as error:
+    except FileNotFoundError as error:
         raise MalformedDataSet("de-identify", f"the stored file cannot be read ({error.strerror})") from None
     return deidentify(content, Pseudonyms(key))
 
@@ -37,14 +37,14 @@ class Aside:
         self._lock = threading.Lock()
 
     def leave(self, path: Path, key: bytes) -> Departure:
-        """As :func:`leave`. An object on which two children died is refused."""
+        """As :func:`leave`. Raises MemoryError where two children died: most likely they were killed for memory."""
         for _ in range(2):
             pool = self._executor()
             try:
                 return pool.submit(leave, path, key).result()
             except BrokenProcessPool:
                 self._drop(pool)
-        raise MalformedDataSet("de-identify", "the process that de-identifies died of this object")
+        raise MemoryError("the process that de-identifies died")
 
     def close(self) -> None:
         with self._lock:

@@ -163,9 +163,9 @@ class CloudSender:
         batch: _Batch,
         alone: bool,
     ) -> set[str]:
-        parts = await asyncio.to_thread(self._parts, items, batch)
+        parts, held = await asyncio.to_thread(self._parts, items, batch)
         if not parts:
-            return set()
+            return held
 
         async def request(some: Sequence[Part]) -> Answer:
             return await store(session, self.endpoints.all[number].stow_url, headers, some, **self._limits(lane))
@@ -177,7 +177,7 @@ class CloudSender:
         self._note(_class(lane, items[0]), number, answer, perf_counter() - begin, batch)
         pairs = [(p.item, answer.verdicts.get(p.uid)) for p in parts]
         sizes = {p.item["id"]: p.size for p in parts}
-        return await asyncio.to_thread(self._settle, pairs, answer, batch, sizes)
+        return held | await asyncio.to_thread(self._settle, pairs, answer, batch, sizes)
 
     async def _records(
         self,
@@ -238,27 +238,37 @@ class CloudSender:
             self._blame.lane_went(lane, answer.verdicts)
             self.endpoints.succeeded(number, seconds)
 
-    def _parts(self, items: Sequence[Row], batch: _Batch) -> list[Part]:
-        """Check each file against its digest and prepare it; what cannot leave is parked, never sent."""
+    def _parts(self, items: Sequence[Row], batch: _Batch) -> tuple[list[Part], set[str]]:
+        """Check each file against its digest and prepare it, and the streams that have to wait.
+
+        What cannot leave is parked, never sent; a shortage (open files, memory, a disk that errs) passes.
+        """
         parts: list[Part] = []
+        held: set[str] = set()
         for item in items:
+            if item["stream"] in held:
+                batch.untried.append(item["id"])
+                continue
             path = self.objects.path(item["file"])
             try:
-                whole = durable.sha256_file(path) == item["sha256"]
+                if not path.exists() or durable.sha256_file(path) != item["sha256"]:
+                    self._park(item, "the stored file is missing or does not match its digest", batch)
+                    continue
                 size = path.stat().st_size
-            except OSError:
-                whole, size = False, 0
-            if not whole:
-                self._park(item, "the stored file is missing or does not match its digest", batch)
-                continue
-            try:
                 uid, content = self._prepare.object(item, path)
             except InputError as error:
                 self._park(item, error.cause, batch)
                 continue
+            except (OSError, MemoryError) as error:
+                held.add(item["stream"])
+                cause = (error.strerror if isinstance(error, OSError) else "") or "out of memory"
+                first, longest = self.delivery.backoff_seconds, self.delivery.backoff_max_seconds
+                error_text = f"it cannot be made ready now ({cause}) and is tried again"
+                self.outbox.retry(item["id"], self.owner, error_text, first=first, longest=longest)
+                continue
             parts.append(Part(item, uid, size if content is None else len(content), path, content))
         self._prepare.keep()
-        return parts
+        return parts, held
 
     def _bodies(self, items: Sequence[Row], batch: _Batch) -> list[tuple[Row, Mapping[str, Any]]]:
         ready = []
