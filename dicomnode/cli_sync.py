@@ -31,16 +31,30 @@ def sync_list(
 
 
 @sync_app.command("retry")
-def sync_retry(item: Annotated[int, typer.Argument()], config: Config = None, as_json: Json = False) -> None:
+def sync_retry(
+    item: Annotated[int | None, typer.Argument()] = None,
+    all_rejected: Annotated[
+        bool, typer.Option("--all-rejected", help="all that is parked, once the cause is mended")
+    ] = False,
+    config: Config = None,
+    as_json: Json = False,
+) -> None:
     """Send a parked item again, or a waiting one at once."""
     from dicomnode import doorbell
     from dicomnode.index.cloud_outbox import CloudOutbox
 
+    if (item is None) is not all_rejected:
+        raise typer.BadParameter("name one item, or --all-rejected")
     settings = settings_of(config)
     with index(settings) as db:
-        CloudOutbox(db).requeue(item)
+        count = 1
+        if item is None:
+            count = CloudOutbox(db).requeue_rejected()
+        else:
+            CloudOutbox(db).requeue(item)
         doorbell.ring(settings.node.data_dir, "sidecar")
-    output({"item": item}, as_json, lambda _: console.print(f"item {item} is sent again"))
+    text = f"items sent again: {count}" if item is None else f"item {item} is sent again"
+    output({"item": item, "count": count}, as_json, lambda _: console.print(text))
 
 
 @sync_app.command("pseudonym")

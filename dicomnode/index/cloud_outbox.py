@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 
 from dicomnode.index.database import Database, Row
 from dicomnode.index.outbox import Outbox
+from dicomnode.index.procedure import WITHHELD
 from dicomnode.index.states import SendEvent, next_send_state
 
 
@@ -80,6 +81,16 @@ class CloudOutbox(Outbox):
                         " AND records.type = i.type AND records.record_id = i.record_id",
                         (item_id,),
                     )
+
+    def requeue_rejected(self) -> int:
+        """All that is parked goes again, but for what was withheld; how many items that were."""
+        with self.db.transaction():
+            ids = self.db.rows(
+                "SELECT id FROM sync_items WHERE state = 'rejected' AND last_error IS NOT ? ORDER BY id", (WITHHELD,)
+            )
+            for row in ids:
+                self.requeue(row["id"])
+        return len(ids)
 
     def listing(self, limit: int = 100, state: str | None = None) -> list[Row]:
         """Newest first, without the content of records."""
