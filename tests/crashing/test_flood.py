@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from scripts.crashing.flood import CALLERS, Look, flood, leaks, slope
+from scripts.crashing.flood import CALLERS, Look, flood, leaks, measure, slope
 
 COUNT = 6000
 """``scripts/crash --flood`` sends 10,000 to a whole node.
@@ -34,6 +36,28 @@ def test_a_slope_is_of_all_looks() -> None:
 def test_what_is_not_flat_is_told(last: Look, text: str) -> None:
     (found,) = leaks([Look(0, 10, 20, 1 << 20), last])
     assert text in found
+
+
+class Node:
+    """Stands in for a flood: ``rss`` bytes after so many callers."""
+
+    def __init__(self, rss: Callable[[int], int]) -> None:
+        self.count, self._rss = 0, rss
+
+    def run(self, count: int) -> None:
+        self.count += count
+
+    def look(self) -> Look:
+        return Look(self.count, 10, 20, self._rss(self.count))
+
+
+def test_steps_that_end_are_no_leak_and_one_that_goes_on_is_found() -> None:
+    steps: Any = Node(lambda count: min(count, 5000) * 2000)
+    assert leaks(measure(steps, 6000)) == [] and steps.count == 9000
+    leaking: Any = Node(lambda count: count * 2000)
+    assert leaks(measure(leaking, 6000)) == ["RSS grows by 1.91 MB per 1,000 associations"]
+    flat: Any = Node(lambda count: 1)
+    assert leaks(measure(flat, 6000)) == [] and flat.count == 6000
 
 
 @pytest.mark.slow
