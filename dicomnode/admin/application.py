@@ -16,6 +16,7 @@ from aiohttp import web
 
 from dicomnode import doorbell, logs
 from dicomnode.admin import exposition, guard, page
+from dicomnode.admin.exchange import limit_of
 from dicomnode.admin.model_figures import version_figures
 from dicomnode.admin.models_api import Desk, IndexOnly, ModelsApi
 from dicomnode.admin.models_page import RECENT
@@ -40,7 +41,6 @@ from dicomnode.settings import Settings
 READY_KEPT_SECONDS = 1.0
 """A probe writes one durable row, so many probes in a second share one answer."""
 
-LIMIT_DEFAULT, LIMIT_MOST = 100, 1000
 _STATIC = Path(__file__).with_name("static")
 _STATIC_TYPES = {"style.css": "text/css", "app.js": "text/javascript", "icon.svg": "image/svg+xml"}
 _HIDDEN_COLUMNS = frozenset(["file", "lease_owner", "sha256", "metrics"])
@@ -264,13 +264,7 @@ def _listing_query(request: web.Request, *kinds: type[StrEnum]) -> tuple[int, st
     states = list(dict.fromkeys(state.value for kind in kinds for state in kind))
     if state is not None and state not in states:
         raise OperatorError("read query", "state is unknown", f"Use one of: {', '.join(states)}")
-    try:
-        limit = int(request.query.get("limit", LIMIT_DEFAULT))
-    except ValueError:
-        limit = 0
-    if not 1 <= limit <= LIMIT_MOST:
-        raise OperatorError("read query", "limit is not a number in range", f"Use 1 to {LIMIT_MOST}")
-    return limit, state
+    return limit_of(request), state
 
 
 def _problem(status: int, error: NodeError) -> web.Response:

@@ -9,13 +9,13 @@ from typing import Any, Protocol
 
 from aiohttp import web
 
+from dicomnode.admin.exchange import json_answer, limit_of
 from dicomnode.errors import OperatorError
 from dicomnode.index.database import Database, Row
 from dicomnode.index.life import Life
 from dicomnode.index.runs import Runs
 
 ACTIONS = ("stage", "shadow", "canary", "activate", "retire")
-LIMIT_DEFAULT, LIMIT_MOST = 100, 1000
 NAME = r"{name:[a-z0-9][a-z0-9_.-]{0,63}}"
 VERSION = r"{version:[0-9][0-9A-Za-z.+-]{0,63}}"
 
@@ -84,18 +84,18 @@ class ModelsApi:
 
     async def listing(self, _: web.Request) -> web.Response:
         rows = await asyncio.to_thread(self._desk.listing)
-        return _json(
+        return json_answer(
             {"models": [{k: v for k, v in r.items() if k != "path"} | {"here": bool(r["path"])} for r in rows]}
         )
 
     async def history(self, request: web.Request) -> web.Response:
-        rows = await asyncio.to_thread(self._desk.history, request.match_info["name"], _limit(request))
-        return _json({"history": rows})
+        rows = await asyncio.to_thread(self._desk.history, request.match_info["name"], limit_of(request))
+        return json_answer({"history": rows})
 
     async def comparisons(self, request: web.Request) -> web.Response:
         version = request.query.get("version") or None
-        rows = await asyncio.to_thread(self._desk.comparisons, request.match_info["name"], version, _limit(request))
-        return _json({"comparisons": rows})
+        rows = await asyncio.to_thread(self._desk.comparisons, request.match_info["name"], version, limit_of(request))
+        return json_answer({"comparisons": rows})
 
     async def change(self, request: web.Request) -> web.Response:
         body = await _body(request)
@@ -115,7 +115,7 @@ class ModelsApi:
             )
 
         async with self._one:
-            return _json(await asyncio.to_thread(run))
+            return json_answer(await asyncio.to_thread(run))
 
     async def approve(self, request: web.Request) -> web.Response:
         body = await _body(request)
@@ -131,7 +131,7 @@ class ModelsApi:
             )
 
         async with self._one:
-            return _json(await asyncio.to_thread(run))
+            return json_answer(await asyncio.to_thread(run))
 
     async def roll_back(self, request: web.Request) -> web.Response:
         body = await _body(request)
@@ -140,7 +140,7 @@ class ModelsApi:
             return self._desk.roll_back(request.match_info["name"], who=_who(request), why=body.get("why", ""))
 
         async with self._one:
-            return _json(await asyncio.to_thread(run))
+            return json_answer(await asyncio.to_thread(run))
 
 
 def _who(request: web.Request) -> str:
@@ -173,18 +173,3 @@ async def _body(request: web.Request) -> dict[str, Any]:
             'An object with "why", and for a canary "percent" or "peers"',
         )
     return body
-
-
-def _limit(request: web.Request) -> int:
-    try:
-        limit = int(request.query.get("limit", LIMIT_DEFAULT))
-    except ValueError:
-        limit = 0
-    if not 1 <= limit <= LIMIT_MOST:
-        raise OperatorError("read query", "limit is not a number in range", f"Use 1 to {LIMIT_MOST}")
-    return limit
-
-
-def _json(value: Any) -> web.Response:
-    body = json.dumps(value, ensure_ascii=False, default=str).encode()
-    return web.Response(body=body, headers={"Content-Type": "application/json"})

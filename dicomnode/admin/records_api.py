@@ -10,6 +10,7 @@ from aiohttp import web
 
 from dicomnode import doorbell
 from dicomnode.admin import guard
+from dicomnode.admin.exchange import json_answer, limit_of
 from dicomnode.errors import OperatorError
 from dicomnode.index.database import Database
 from dicomnode.index.record_reviews import TAKES, Reviews
@@ -18,7 +19,6 @@ from dicomnode.settings import Settings
 
 NAME = r"{type:[a-z][a-z0-9-]{0,31}}/{name:[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}}"
 STATES = ("open", "decided")
-LIMIT_DEFAULT, LIMIT_MOST = 100, 1000
 
 
 class RecordsApi:
@@ -36,12 +36,12 @@ class RecordsApi:
 
     async def records(self, request: web.Request) -> web.Response:
         kind = request.query.get("type") or None
-        rows = await asyncio.to_thread(self._reviews.records, _limit(request), kind)
-        return _json({"records": rows})
+        rows = await asyncio.to_thread(self._reviews.records, limit_of(request), kind)
+        return json_answer({"records": rows})
 
     async def record(self, request: web.Request) -> web.Response:
         self._near(request)
-        return _json(
+        return json_answer(
             await asyncio.to_thread(self._reviews.record, request.match_info["type"], request.match_info["name"])
         )
 
@@ -59,17 +59,17 @@ class RecordsApi:
 
         version = await asyncio.to_thread(run)
         self._ring()
-        return _json({"type": kind, "record_id": name, "version": version or None})
+        return json_answer({"type": kind, "record_id": name, "version": version or None})
 
     async def conflicts(self, request: web.Request) -> web.Response:
         state = request.query.get("state") or None
         if state is not None and state not in STATES:
             raise OperatorError("read query", "state is unknown", f"Use one of: {', '.join(STATES)}")
-        return _json({"conflicts": await asyncio.to_thread(self._reviews.listing, _limit(request), state)})
+        return json_answer({"conflicts": await asyncio.to_thread(self._reviews.listing, limit_of(request), state)})
 
     async def conflict(self, request: web.Request) -> web.Response:
         self._near(request)
-        return _json(await asyncio.to_thread(self._reviews.show, int(request.match_info["id"])))
+        return json_answer(await asyncio.to_thread(self._reviews.show, int(request.match_info["id"])))
 
     async def decide(self, request: web.Request) -> web.Response:
         body = await _body(request, {"take"}, {"data"})
@@ -82,7 +82,7 @@ class RecordsApi:
 
         done = await asyncio.to_thread(run)
         self._ring()
-        return _json(done)
+        return json_answer(done)
 
     def _near(self, request: web.Request) -> None:
         """There is no login yet, so values are shown to whom may change them."""
@@ -105,18 +105,3 @@ async def _body(request: web.Request, needed: set[str], optional: set[str] | Non
         known = ", ".join(sorted(needed | (optional or set())))
         raise OperatorError("read request", "the body is not as described", f"An object with: {known}")
     return body
-
-
-def _limit(request: web.Request) -> int:
-    try:
-        limit = int(request.query.get("limit", LIMIT_DEFAULT))
-    except ValueError:
-        limit = 0
-    if not 1 <= limit <= LIMIT_MOST:
-        raise OperatorError("read query", "limit is not a number in range", f"Use 1 to {LIMIT_MOST}")
-    return limit
-
-
-def _json(value: Any) -> web.Response:
-    body = json.dumps(value, ensure_ascii=False, default=str).encode()
-    return web.Response(body=body, headers={"Content-Type": "application/json"})

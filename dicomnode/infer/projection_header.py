@@ -16,6 +16,7 @@ from dicomnode.errors import MalformedDataSet, UnsuitableSeries
 from dicomnode.geometry import orientation_of
 from dicomnode.header import inflates_within_limit
 from dicomnode.infer.contract import ProjectionContract
+from dicomnode.infer.slice_header import whole
 
 FOR_PROCESSING_CLASSES = frozenset({"1.2.840.10008.5.1.4.1.1.1.1.1"})
 """Digital X-Ray Image Storage - For Processing; the classes for mammography and dental images are not taken."""
@@ -114,8 +115,8 @@ def projection_header_of(ds: Any) -> ProjectionHeader:
     orientation = orientation_of([str(v) for v in _several(ds.get("PatientOrientation"))])
     relationship = _text(ds, "PixelIntensityRelationship")
     sign = _number(ds.get("PixelIntensityRelationshipSign"))
-    padding = _whole(ds.get("PixelPaddingValue"))
-    limit = _whole(ds.get("PixelPaddingRangeLimit"))
+    padding = whole(ds.get("PixelPaddingValue"))
+    limit = whole(ds.get("PixelPaddingRangeLimit"))
     return ProjectionHeader(
         uid=str(ds.get("SOPInstanceUID", "") or ""),
         series_uid=str(ds.get("SeriesInstanceUID", "") or ""),
@@ -263,13 +264,3 @@ def _pair(value: Any) -> tuple[float, float] | None:
     if len(found) != 2 or found[0] is None or found[1] is None or min(found[0], found[1]) <= 0:
         return None
     return found[0], found[1]
-
-
-def _whole(value: Any) -> int | None:
-    """16 bits of a padding value: US or SS, also where the file states no VR."""
-    if isinstance(value, bytes) and len(value) == 2:
-        return int.from_bytes(value, "little")
-    try:
-        return int(value) & 0xFFFF
-    except (TypeError, ValueError):
-        return None

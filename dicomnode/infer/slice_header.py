@@ -196,12 +196,13 @@ def _bytes(bits_allocated: Any) -> int:
 
 def _padding(value: Any, limit: Any) -> tuple[int, int] | None:
     """Tolerant: a padding that is no number is none. Two bytes of a VR that nobody knew are little endian."""
-    first = _whole(value)
-    last = _whole(limit)
+    first = whole(value)
+    last = whole(limit)
     return None if first is None else (first, first if last is None else last)
 
 
-def _whole(value: Any) -> int | None:
+def whole(value: Any) -> int | None:
+    """16 bits of a padding value: US or SS, also where the file states no VR."""
     if isinstance(value, bytes) and len(value) == 2:
         return int.from_bytes(value, "little")
     try:
