@@ -176,7 +176,7 @@ def test_a_gap_is_refused_with_its_reason(node: Node) -> None:
     job = node.wait_job(series.series_uid, state="refused")
     assert job["reason"].startswith("quiet-period")
     assert job["last_error"].startswith("GAP: 1 gap(s) between slices, about 2 slice(s) missing")
-    assert any("GAP" in e["text"] for e in node.events("job-refused"))
+    node.wait(lambda: any("GAP" in e["text"] for e in node.events("job-refused")), 5, "the event is there")
     next_study_works(node)
 
 
