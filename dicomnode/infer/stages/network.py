@@ -5,7 +5,7 @@ A network's dense output has one vector of channels per voxel, a score output on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, product
 from typing import Annotated, Any, Literal
@@ -21,6 +21,7 @@ from dicomnode.infer.stages.blending import Placing, starts, weight_map
 from dicomnode.infer.stages.frame import Array
 
 Report = Callable[[str, float], None]
+Arrays = Mapping[str, Array]
 MAX_ANSWER_BYTES = 8 << 30
 """Largest dense answer of one output (channels x voxels x bytes) that is put together."""
 
@@ -137,51 +138,93 @@ def run_network(spec: Network, session: Session, values: Array, report: Report, 
 
     Raises EngineError for an output of another shape or not finite.
     """
-    series = [values, *more]
-    caller = _Caller(spec, session)
+    given = calls(spec, [values, *more])
+    return gather(spec, values.shape, (session.run(inputs) for inputs in given), report)
+
+
+def calls(spec: Network, series: Sequence[Array]) -> Iterator[Arrays]:
+    """The network's inputs by name for each of its calls, in order and made when asked for.
+
+    ``series``: the first one and further ones, each 3-D on the same grid. A batch is called once for
+    each combination of ``flips``. Raises UnsuitableSeries for a volume that would need too many.
+    """
+    axes = _axes(spec.reach)
+    names = spec.inputs or (spec.input,)
+    for batch in _batches_of(spec.reach, series):
+        for chosen in _flips(spec):
+            at = tuple(axes[axis] for axis in chosen)
+            turned = np.flip(batch, at) if at else batch
+            parts = np.split(turned, len(names), axis=1) if len(names) > 1 else [turned]
+            yield {name: np.ascontiguousarray(p, spec.dtype) for name, p in zip(names, parts, strict=True)}
+
+
+def gather(spec: Network, shape: tuple[int, ...], results: Iterable[Arrays], report: Report) -> Answers:
+    """What the network's answers to :func:`calls` say of a grid of ``shape``; ``results`` in the order of the calls.
+
+    Raises EngineError for an output of another shape or not finite, UnsuitableSeries for an answer that is too large.
+    """
+    answered = _Answered(spec, iter(results))
     if isinstance(spec.reach, Patches):
-        return _patches(spec.reach, caller, series, report)
+        return _patches(spec.reach, answered, shape, report)
     if isinstance(spec.reach, Whole):
-        return _whole(spec.reach, caller, series, report)
-    return _slices(spec.reach, caller, series, report)
+        return _whole(spec.reach, answered, shape, report)
+    return _slices(spec.reach, answered, shape, report)
 
 
-class _Caller:
-    """One call of the network with its test-time flips."""
+def _flips(spec: Network) -> list[tuple[int, ...]]:
+    """The axes of the grid that are mirrored, for each call of one batch."""
+    return [f for n in range(len(spec.flips) + 1) for f in combinations(spec.flips, n)]
 
-    def __init__(self, spec: Network, session: Session) -> None:
+
+def _axes(reach: Reach) -> tuple[int, ...]:
+    """Where each axis of the grid is in a batch (calls, channels, spatial)."""
+    if isinstance(reach, Slices | Neighbours):
+        return {0: (0, 2, 3), 1: (2, 0, 3), 2: (2, 3, 0)}[reach.axis]
+    return (2, 3, 4)
+
+
+def _batches_of(reach: Reach, series: Sequence[Array]) -> Iterator[Array]:
+    """(calls, channels, spatial), the channels of all series behind one another."""
+    if isinstance(reach, Patches):
+        yield from _patch_batches(reach, series)
+    elif isinstance(reach, Whole):
+        far = [(0, -n % reach.multiple) for n in series[0].shape]
+        if any(after for _, after in far):
+            series = [np.pad(v.astype(np.float32, copy=False), far, constant_values=reach.pad_value) for v in series]
+        yield _joined([v[np.newaxis, np.newaxis] for v in series])
+    else:
+        yield from _slice_batches(reach, series)
+
+
+class _Answered:
+    """The answers to one batch after another, those to its flips mirrored back and averaged."""
+
+    def __init__(self, spec: Network, results: Iterator[Arrays]) -> None:
         self.spec = spec
-        self._session = session
+        self._results = results
 
-    def __call__(self, batch: Array, axes: tuple[int, ...]) -> tuple[dict[str, Array], dict[str, Array]]:
-        """``batch``: (calls, channels, spatial). ``axes``: position in ``batch`` of each grid axis."""
-        flips = [f for n in range(len(self.spec.flips) + 1) for f in combinations(self.spec.flips, n)]
+    def next(self, rows: int, spatial: tuple[int, ...]) -> tuple[dict[str, Array], dict[str, Array]]:
+        """Dense outputs (rows, channels, ``spatial``) and scores (rows, classes), by name."""
+        flips, axes = _flips(self.spec), _axes(self.spec.reach)
         dense: dict[str, Array] = {}
         scores: dict[str, Array] = {}
         for chosen in flips:
             at = tuple(axes[axis] for axis in chosen)
-            result = self._run(np.flip(batch, at) if at else batch)
+            result = next(self._results)
             for name in self.spec.outputs:
                 part = self._checked(result, name)
-                if part.ndim != batch.ndim or part.shape[0] != len(batch) or part.shape[2:] != batch.shape[2:]:
+                if part.ndim != 2 + len(spatial) or part.shape[0] != rows or part.shape[2:] != spatial:
                     raise EngineError("run model", "BUILD_FAILED", f"output {name} has shape {part.shape}")
                 _add(dense, name, np.flip(part, at) if at else part, len(flips))
             for name in self.spec.scores:
                 part = self._checked(result, name)
-                if part.shape[0] != len(batch):
+                if part.shape[0] != rows:
                     raise EngineError("run model", "BUILD_FAILED", f"output {name} has shape {part.shape}")
-                _add(scores, name, part.reshape(len(batch), -1), len(flips))
+                _add(scores, name, part.reshape(rows, -1), len(flips))
         return dense, scores
 
-    def _run(self, batch: Array) -> Mapping[str, Array]:
-        names = self.spec.inputs or (self.spec.input,)
-        parts = np.split(batch, len(names), axis=1) if len(names) > 1 else [batch]
-        return self._session.run(
-            {name: np.ascontiguousarray(p, self.spec.dtype) for name, p in zip(names, parts, strict=True)}
-        )
-
     @staticmethod
-    def _checked(result: Mapping[str, Array], name: str) -> Array:
+    def _checked(result: Arrays, name: str) -> Array:
         if name not in result:
             raise EngineError("run model", "BUILD_FAILED", f"the model gave no output {name}")
         part = result[name]
@@ -200,33 +243,38 @@ def _add(into: dict[str, Array], name: str, part: Array, count: int) -> None:
     into[name] = into[name] + share if name in into else share
 
 
-def _slices(reach: Slices | Neighbours, caller: _Caller, series: Sequence[Array], report: Report) -> Answers:
+def _slice_batches(reach: Slices | Neighbours, series: Sequence[Array]) -> Iterator[Array]:
     stacks = [np.moveaxis(values, reach.axis, 0) for values in series]
-    stack, voxels = stacks[0], series[0].size
-    axes = {0: (0, 2, 3), 1: (2, 0, 3), 2: (2, 3, 0)}[reach.axis]
-    answers = Answers()
-    scores: dict[str, list[Array]] = {}
-    for first in range(0, len(stack), reach.batch):
-        report("inference", first / len(stack))
-        rows = np.arange(first, min(first + reach.batch, len(stack)))
+    count = len(stacks[0])
+    for first in range(0, count, reach.batch):
+        rows = np.arange(first, min(first + reach.batch, count))
         if isinstance(reach, Neighbours):
             half = reach.channels // 2
-            around = np.clip(rows[:, None] + np.arange(-half, half + 1), 0, len(stack) - 1)
-            batch = _joined([s[around] for s in stacks])
+            around = np.clip(rows[:, None] + np.arange(-half, half + 1), 0, count - 1)
+            yield _joined([s[around] for s in stacks])
         else:
-            batch = _joined([s[rows[0] : rows[-1] + 1][:, np.newaxis] for s in stacks])
-        dense, some = caller(batch, axes)
+            yield _joined([s[rows[0] : rows[-1] + 1][:, np.newaxis] for s in stacks])
+
+
+def _slices(reach: Slices | Neighbours, answered: _Answered, shape: tuple[int, ...], report: Report) -> Answers:
+    count, plane, voxels = shape[reach.axis], tuple(np.delete(shape, reach.axis).tolist()), int(np.prod(shape))
+    answers = Answers()
+    scores: dict[str, list[Array]] = {}
+    for first in range(0, count, reach.batch):
+        report("inference", first / count)
+        end = min(first + reach.batch, count)
+        dense, some = answered.next(end - first, plane)
         for name, part in dense.items():
             if name not in answers.dense:
                 _check_answer(name, part.shape[1], voxels, part.dtype)
-                answers.dense[name] = np.empty((part.shape[1], *stack.shape), part.dtype)
-            answers.dense[name][:, rows[0] : rows[-1] + 1] = part.swapaxes(0, 1)
+                answers.dense[name] = np.empty((part.shape[1], count, *plane), part.dtype)
+            answers.dense[name][:, first:end] = part.swapaxes(0, 1)
         for name, part in some.items():
             scores.setdefault(name, []).append(part.astype(np.float64))
     answers.dense = {name: np.moveaxis(part, 1, reach.axis + 1) for name, part in answers.dense.items()}
     for name, parts in scores.items():
         every = np.concatenate(parts)
-        answers.scores[name] = every.max(axis=0) if caller.spec.aggregate == "max" else every.mean(axis=0)
+        answers.scores[name] = every.max(axis=0) if answered.spec.aggregate == "max" else every.mean(axis=0)
     report("inference", 1.0)
     return answers
 
@@ -236,13 +284,10 @@ def _joined(parts: Sequence[Array]) -> Array:
     return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
 
-def _whole(reach: Whole, caller: _Caller, series: Sequence[Array], report: Report) -> Answers:
+def _whole(reach: Whole, answered: _Answered, shape: tuple[int, ...], report: Report) -> Answers:
     report("inference", 0.0)
-    far = [(0, -n % reach.multiple) for n in series[0].shape]
-    a, b, c = series[0].shape
-    if any(after for _, after in far):
-        series = [np.pad(v.astype(np.float32, copy=False), far, constant_values=reach.pad_value) for v in series]
-    dense, scores = caller(_joined([v[np.newaxis, np.newaxis] for v in series]), (2, 3, 4))
+    a, b, c = shape
+    dense, scores = answered.next(1, tuple(n + -n % reach.multiple for n in shape))
     report("inference", 1.0)
     return Answers(
         {name: part[0, :, :a, :b, :c] for name, part in dense.items()},
@@ -250,15 +295,18 @@ def _whole(reach: Whole, caller: _Caller, series: Sequence[Array], report: Repor
     )
 
 
-def _patches(reach: Patches, caller: _Caller, series: Sequence[Array], report: Report) -> Answers:
-    values = series[0]
-    a, b, c = (max(n, w) for n, w in zip(values.shape, reach.size, strict=True))
-    before = [(t - n) // 2 for t, n in zip((a, b, c), values.shape, strict=True)]
-    inside = tuple(slice(o, o + n) for o, n in zip(before, values.shape, strict=True))
-    if (a, b, c) != values.shape:
-        series = [_widened(v, (a, b, c), inside, reach.pad_value) for v in series]
-    places = [starts(n, w, reach.overlap, reach.placing) for n, w in zip((a, b, c), reach.size, strict=True)]
-    windows = list(product(*places))
+def _inside(reach: Patches, shape: tuple[int, ...]) -> tuple[tuple[int, int, int], tuple[slice, ...]]:
+    """The grid that the windows cover, and where the volume lies in it."""
+    a, b, c = (max(n, w) for n, w in zip(shape, reach.size, strict=True))
+    before = [(t - n) // 2 for t, n in zip((a, b, c), shape, strict=True)]
+    return (a, b, c), tuple(slice(o, o + n) for o, n in zip(before, shape, strict=True))
+
+
+def _windows(reach: Patches, wide: tuple[int, int, int]) -> list[tuple[int, ...]]:
+    """First voxel of each window."""
+    windows = list(
+        product(*(starts(n, w, reach.overlap, reach.placing) for n, w in zip(wide, reach.size, strict=True)))
+    )
     if len(windows) > reach.max_patches:
         raise UnsuitableSeries(
             "run model",
@@ -266,14 +314,33 @@ def _patches(reach: Patches, caller: _Caller, series: Sequence[Array], report: R
             f"the volume needs {len(windows)} windows; the bundle allows {reach.max_patches}",
             "Send a shorter part of the body or a thicker reconstruction",
         )
+    return windows
+
+
+def _boxes(reach: Patches, chosen: Sequence[tuple[int, ...]]) -> list[tuple[slice, ...]]:
+    return [tuple(slice(s, s + w) for s, w in zip(at, reach.size, strict=True)) for at in chosen]
+
+
+def _patch_batches(reach: Patches, series: Sequence[Array]) -> Iterator[Array]:
+    wide, inside = _inside(reach, series[0].shape)
+    windows = _windows(reach, wide)
+    if wide != series[0].shape:
+        series = [_widened(v, wide, inside, reach.pad_value) for v in series]
+    for _, chosen in _batches(windows, reach.batch):
+        boxes = _boxes(reach, chosen)
+        yield _joined([np.stack([v[box] for box in boxes])[:, np.newaxis] for v in series])
+
+
+def _patches(reach: Patches, answered: _Answered, shape: tuple[int, ...], report: Report) -> Answers:
+    (a, b, c), inside = _inside(reach, shape)
+    windows = _windows(reach, (a, b, c))
     weights = weight_map(reach.size, reach.blend, reach.sigma_scale)
     total = np.zeros((a, b, c), np.float32)
     sums: dict[str, Array] = {}
     for done, chosen in _batches(windows, reach.batch):
         report("inference", done / len(windows))
-        boxes = [tuple(slice(s, s + w) for s, w in zip(at, reach.size, strict=True)) for at in chosen]
-        dense, _ = caller(_joined([np.stack([v[box] for box in boxes])[:, np.newaxis] for v in series]), (2, 3, 4))
-        for index, box in enumerate(boxes):
+        dense, _ = answered.next(len(chosen), reach.size)
+        for index, box in enumerate(_boxes(reach, chosen)):
             total[box] += weights
             for name, part in dense.items():
                 if name not in sums:
