@@ -14,7 +14,7 @@ import json
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
 from time import perf_counter
 from typing import Any, Literal
 
@@ -447,6 +447,19 @@ def snapshot(registry: CollectorRegistry = REGISTRY) -> str:
     return json.dumps(found, separators=(",", ":"))
 
 
+def live(process: str, registry: CollectorRegistry = REGISTRY) -> list[Metric]:
+    """The families of this process as it stands, with a ``process`` label; those without a sample are left out."""
+    found = []
+    for family in registry.collect():
+        own = Metric(family.name, family.documentation, family.type)
+        for sample in family.samples:
+            if not sample.name.endswith("_created"):
+                own.add_sample(sample.name, {**sample.labels, "process": process}, sample.value)
+        if own.samples:
+            found.append(own)
+    return found
+
+
 def families(snapshots: Mapping[str, str], registry: CollectorRegistry = REGISTRY) -> list[Metric]:
     """The families of all ``snapshots`` (process name -> text) with a ``process`` label.
 
@@ -455,22 +468,27 @@ def families(snapshots: Mapping[str, str], registry: CollectorRegistry = REGISTR
     """
     known: dict[str, Metric] = {f.name: Metric(f.name, f.documentation, f.type) for f in registry.collect()}
     for process, text in sorted(snapshots.items()):
-        for name, samples in _parsed(text).items():
-            family = known.get(name)
-            if family is None or not isinstance(samples, list):
-                continue
-            for sample in samples:
-                match sample:
-                    case [str(full), dict(labels), int(value) | float(value)] if full.startswith(name):
-                        family.add_sample(
-                            full, {**{str(k): str(v) for k, v in labels.items()}, "process": process}, value
-                        )
+        for name in _parsed(text):
+            if (family := known.get(name)) is not None:
+                for full, labels, value in told(text, name):
+                    family.add_sample(full, {**labels, "process": process}, value)
     return [family for family in known.values() if family.samples]
 
 
-def _parsed(text: str) -> dict[str, Any]:
+def told(snapshot: str, name: str) -> Iterator[tuple[str, dict[str, str], float]]:
+    """Name, labels and value of each sample of one family; what is damaged is left out."""
+    samples = _parsed(snapshot).get(name)
+    for sample in samples if isinstance(samples, list) else ():
+        match sample:
+            case [str(full), dict(labels), int(value) | float(value)] if full.startswith(name):
+                yield full, {str(k): str(v) for k, v in labels.items()}, value
+
+
+@lru_cache(maxsize=32)
+def _parsed(text: str) -> Mapping[str, Any]:
+    """Kept, since a snapshot is looked at far more often than its process has a heartbeat."""
     try:
         found = json.loads(text) if text else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

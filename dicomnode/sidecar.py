@@ -18,6 +18,7 @@ from dicomnode.errors import OperatorError
 from dicomnode.index.database import Database
 from dicomnode.index.operation import BEAT_SECONDS, Processes
 from dicomnode.model_desk import ModelDesk
+from dicomnode.promptness import ask_for_short_turns
 from dicomnode.settings import Settings
 from dicomnode.sidecar_fleet import Fleet
 from dicomnode.sync.alerts import AlertSender
@@ -47,6 +48,7 @@ async def run_sidecar(settings: Settings, db: Database, *, verify: Callable[[Pat
     the heartbeat detail (``{"port": N, "scheduled": {...}}``).
     """
     metrics.prepare(NAME)
+    ask_for_short_turns()  # this thread answers the API; what the sidecar does besides is in others
     desk = ModelDesk(settings, db, verify)
     runner, port = await _serve(settings, db, desk)
     try:

@@ -35,6 +35,7 @@ from dicomnode.index.outbox import Outbox
 from dicomnode.index.record_reviews import Reviews, serving
 from dicomnode.index.states import JobState, SendState
 from dicomnode.index.urgency import Alerts
+from dicomnode.promptness import ask_for_short_turns
 from dicomnode.record_shapes import DASHBOARD, WARNINGS
 from dicomnode.settings import Settings
 
@@ -59,7 +60,9 @@ class Admin:
         self.desk = desk
         self.settings = settings
         self.own_process = own_process
-        self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="admin-index")
+        self._threads = ThreadPoolExecutor(
+            max_workers=2, thread_name_prefix="admin-index", initializer=ask_for_short_turns
+        )
         self._ready: tuple[float, dict[str, Check]] | None = None
         self._ready_lock = asyncio.Lock()
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
 from prometheus_client.metrics_core import Metric
-from prometheus_client.registry import Collector
 
 from dicomnode import __version__, durable, metrics, metrics_push
+from dicomnode.admin import metrics_page
 from dicomnode.admin.cloud_state import lanes
 from dicomnode.admin.fleet_state import desired_families
 from dicomnode.admin.model_figures import VersionFigures, version_figures
@@ -114,32 +113,32 @@ def _certificate_ends_at(settings: Settings) -> float | None:
 
 
 def exposition(db: Database, settings: Settings, own_process: str = "sidecar") -> bytes:
-    """The page of /metrics."""
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Fixed(families(db, settings, own_process)))
-    return generate_latest(registry)
+    """The page of /metrics. Blocking."""
+    facts = read_facts(db, settings)
+    told = [metrics_page.told(*one) for one in sorted(_snapshots(facts, own_process).items())]
+    now = [*_of_the_index(db, facts), *metrics.live(own_process, metrics_push.REGISTRY)]
+    return metrics_page.page([metrics_page.blocks(now), *told])
 
 
 def families(db: Database, settings: Settings, own_process: str = "sidecar") -> list[Metric]:
-    """All of it. ``own_process`` is shown live, the others from their heartbeats."""
+    """All of it. ``own_process`` is shown live, the others from their heartbeats. Blocking."""
     facts = read_facts(db, settings)
-    snapshots = {
+    snapshots = _snapshots(facts, own_process) | {own_process: metrics.snapshot()}
+    return [*_of_the_index(db, facts), *metrics.families(snapshots, metrics_push.REGISTRY)]
+
+
+def _snapshots(facts: Facts, own_process: str) -> dict[str, str]:
+    """By process, without our own and without those that have been silent for long."""
+    return {
         str(row["name"]): str(row["metrics"] or "")
         for row in facts.processes
-        if row["silent_seconds"] < SNAPSHOT_KEPT_SECONDS
+        if row["silent_seconds"] < SNAPSHOT_KEPT_SECONDS and row["name"] != own_process
     }
-    snapshots[own_process] = metrics.snapshot()
+
+
+def _of_the_index(db: Database, facts: Facts) -> list[Metric]:
     states = DesiredStates(db)
-    desired = desired_families(states.serving(), states.newest())
-    return [*gauges(facts), *desired, *metrics.families(snapshots, metrics_push.REGISTRY)]
-
-
-class _Fixed(Collector):
-    def __init__(self, families: Iterable[Metric]) -> None:
-        self._families = list(families)
-
-    def collect(self) -> Iterator[Metric]:
-        return iter(self._families)
+    return [*gauges(facts), *desired_families(states.serving(), states.newest())]
 
 
 def _gauge(name: str, text: str, labels: tuple[str, ...], values: Iterable[tuple[tuple[str, ...], float]]) -> Metric:

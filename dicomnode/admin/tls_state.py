@@ -53,13 +53,11 @@ def own_certificate(tls: Tls) -> Shown | None:
 
 def peer_certificates(processes: Iterable[Mapping[str, Any]]) -> list[Shown]:
     """Of each peer the one that is valid longest: a process that saw the former one may not have met the new one."""
-    snapshots = {str(row["name"]): str(row["metrics"] or "") for row in processes}
     ends: dict[str, float] = {}
-    for family in metrics.families(snapshots):
-        if family.name == metrics.TLS_PEER_EXPIRY:
-            for sample in family.samples:
-                peer = sample.labels.get("peer", "")
-                ends[peer] = max(ends.get(peer, 0.0), sample.value)
+    for row in processes:
+        for _, labels, end in metrics.told(str(row["metrics"] or ""), metrics.TLS_PEER_EXPIRY):
+            peer = labels.get("peer", "")
+            ends[peer] = max(ends.get(peer, 0.0), end)
     # A snapshot is text of an index that may be damaged; 253402300799 is the last second of year 9999.
     return [
         Shown(datetime.fromtimestamp(end, UTC), peer=peer)
