@@ -4,34 +4,25 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from dicomnode import durable, logs, metrics
+from dicomnode import logs, metrics
 from dicomnode.clock import iso
 from dicomnode.critical import Hit, critical_hits, unknown_keys
-from dicomnode.durable import SyncFailed
-from dicomnode.errors import (
-    DeviceFull,
-    DeviceLost,
-    EngineError,
-    InputError,
-    LeaseLost,
-    NodeError,
-    OperatorError,
-    PeerAway,
-    UnsuitableSeries,
-)
+from dicomnode.errors import DeviceFull, DeviceLost, EngineError, NodeError
 from dicomnode.identity import parameters_digest, result_identity, tracking_uids
 from dicomnode.index.database import Database, Row
 from dicomnode.index.jobs import PRIORITIES, Jobs, Outcome
 from dicomnode.index.operation import Events
 from dicomnode.index.spool import Spool
 from dicomnode.infer.ahead import ReadAhead
+from dicomnode.infer.attempt import Attempt
 from dicomnode.infer.choice import engine_name
 from dicomnode.infer.comparing import changes_summary, inputs_digest, with_companions, with_prior
 from dicomnode.infer.decode import Decoder
+from dicomnode.infer.endings import Endings
 from dicomnode.infer.failure_reports import FailureReports, ReportFailure
 from dicomnode.infer.faults import Fault, Remedy, fault_of, leave_engine, remedy
 from dicomnode.infer.heart import EXIT_HUNG, Heart
@@ -40,19 +31,14 @@ from dicomnode.infer.placing import PlacedModels, Servable
 from dicomnode.infer.routing import Router
 from dicomnode.infer.serving import ServingModels
 from dicomnode.infer.summary import summary_of
-from dicomnode.infer.volume import ReadSlice
 from dicomnode.orders import LABELMAP_SR, Order, load, with_proposed
 from dicomnode.records import Analysis, EncodedObject, ModelIdentity, ResultIdentity, SourceInstance
-from dicomnode.rollout import RunState
 from dicomnode.settings import Settings
 
 Encode = Callable[[Analysis, ResultIdentity, ModelIdentity, Sequence[SourceInstance], Order], Sequence[EncodedObject]]
 
 EXIT_LOST = EXIT_HUNG
 """The accelerator is spoilt for this process; the next one gets a fresh context."""
-
-MEMORY_WAITS = 100
-"""Waits of one job for memory of the GPU, some eight hours in all: from then on it counts as too large for it."""
 
 
 class Worker:
@@ -87,7 +73,7 @@ class Worker:
         self._hearts: list[Heart] = []
         """Of the jobs at hand: the last is being done, those before it wait for it."""
         self._on_lost = on_lost
-        self._lost = False
+        self._endings = Endings(self._jobs, self._router, self._events, owner, settings.inference.max_attempts)
         self.files = JobFiles(self._jobs, settings.node.data_dir)
         self._reports = FailureReports(settings, db, self.files, self._known_model, report) if report else None
         self._log = logs.get()
@@ -125,13 +111,20 @@ class Worker:
         heart = Heart(self._jobs, int(job["id"]), self._owner, inference.lease_seconds, inference.job_seconds)
         self._hearts.append(heart)
         try:
-            with heart:
-                self._guarded(job)
+            with heart, self._endings.guard(job):
+                self._work(job)
         finally:
             self._hearts.pop()
-        if self._lost:
+        if self._endings.lost:
             self.hand_back()  # the less urgent job that waited for this one: it is not to blame
             self._on_lost()
+
+    def _work(self, job: Row) -> None:
+        attempt = self._open(job)
+        try:
+            self._conclude(attempt, self._analysed(attempt))
+        finally:
+            self._close(attempt)
 
     def _let_pass(self, job: Row, step: str, stood: dict[str, float]) -> None:
         """Between two batches: jobs that are more urgent are done now, and this one goes on after them.
@@ -168,76 +161,8 @@ class Worker:
                     "error", "job-failed", f"job {job['id']}", f"it ended the worker {job['attempts']} times; parked"
                 )
 
-    def _guarded(self, job: Row) -> None:
-        job_id = int(job["id"])
-        try:
-            self._work(job)
-        except LeaseLost as error:
-            self._router.end(job_id, "stopped")
-            metrics.job("lost")
-            self._log.info("result dropped", job=job_id, cause=error.cause)
-        except InputError as error:
-            code = error.code if isinstance(error, UnsuitableSeries) else "MALFORMED"
-            if code == "DECODER_CRASHED":  # or the kernel took its memory: worth another try
-                self._retry(job, str(error), self._settings.inference.max_attempts)
-                return
-            text = f"{code}: {error.cause}. {error.hint}".strip()
-            self._settle(lambda: self._jobs.refuse(job_id, self._owner, text))
-            self._router.end(job_id, "refused")
-            metrics.job("refused")
-            self._log.warning("series refused", job=job_id, model=job["model"], code=code, cause=error.cause)
-            self._events.add("warning", "job-refused", f"job {job_id}", text)
-        except SyncFailed as error:
-            durable.die(error)
-        except DeviceLost as error:
-            # Handed back and counted: a study that spoils the device each time is parked at last.
-            self._retry(job, str(error), self._settings.inference.max_attempts)
-            self._events.add("error", "device-lost", f"job {job_id}", f"{error.cause}; the worker is restarted")
-            self._lost = True
-        except DeviceFull as error:
-            # The version counts it as an error, once for each job: one that needs more than there is goes back.
-            if int(job["waits"]) < MEMORY_WAITS:
-                self._wait(job, str(error), ended="error" if int(job["waits"]) == 0 else "stopped")
-            else:
-                self._retry(job, str(error), self._settings.inference.max_attempts)
-        except (OperatorError, PeerAway) as error:
-            # A missing model, a full disk, an endpoint that is away: it passes, if only once the operator has acted.
-            self._wait(job, str(error))
-        except NodeError as error:
-            self._retry(job, str(error), self._settings.inference.max_attempts)
-        except Exception as error:  # noqa: BLE001 whatever a model does, the next study must work
-            self._log.exception("job failed", job=job_id, exc_type=type(error).__name__)
-            self._retry(job, f"unexpected {type(error).__name__}", self._settings.inference.max_attempts)
-
-    def _retry(self, job: Row, text: str, max_attempts: int) -> None:
-        job_id = int(job["id"])
-        self._router.end(job_id, "error")
-        states: list[str] = []
-        self._settle(lambda: states.append(self._jobs.fail(job_id, self._owner, text, max_attempts=max_attempts)))
-        state = states[0] if states else "lost"
-        metrics.job("failed" if state == "failed" else "retried")
-        self._log.error("job not done", job=job_id, state=state, attempts=job["attempts"], error=text)
-        if state == "failed" or job["attempts"] == 1:
-            self._events.add("error", "job-failed", f"job {job_id}", text)
-
-    def _wait(self, job: Row, text: str, *, ended: RunState = "stopped") -> None:
-        """Without limit, and it is no attempt: ten such waits must not let the first crash park the job."""
-        job_id = int(job["id"])
-        self._router.end(job_id, ended)
-        waits: list[int] = []
-        self._settle(lambda: waits.append(self._jobs.wait(job_id, self._owner, text)))
-        metrics.job("retried")
-        self._log.error("job waits", job=job_id, attempts=job["attempts"], error=text)
-        if waits == [1]:
-            self._events.add("error", "job-waits", f"job {job_id}", text)
-
-    def _settle(self, change: Callable[[], None]) -> None:
-        try:
-            change()
-        except LeaseLost as error:
-            self._log.info("job was taken over", cause=error.cause)
-
-    def _work(self, job: Row) -> None:
+    def _open(self, job: Row) -> Attempt:
+        """Its inputs as they are now, found intact, and the model that does it."""
         started = self._db.clock.ticks()
         sources = self.files.sources(job)
         if len(sources) != self._jobs.input_count(int(job["id"])):
@@ -247,56 +172,64 @@ class Worker:
                 "A newer revision follows",
                 retryable=True,
             )
-        ahead = self._ahead.take(sources) if self._ahead else {}
+        attempt = Attempt(job, sources, started)
+        attempt.ahead = self._ahead.take(sources) if self._ahead else {}
+        attempt.read_ahead = len(attempt.ahead)
         try:
-            self._analyse(job, sources, ahead, started)
-        finally:
-            if self._ahead:
-                self._ahead.done(sources)
+            self._ready(attempt)
+        except BaseException:
+            self._close(attempt)
+            raise
+        return attempt
 
-    def _analyse(
-        self,
-        job: Row,
-        sources: Sequence[SourceInstance],
-        ahead: Mapping[str, ReadSlice],
-        started: float,
-    ) -> None:
-        """``ahead``: slices whose file was read, and found intact, while the series arrived."""
-        for source in sources:
-            if source.sop_instance_uid not in ahead and not intact(source):
+    def _close(self, attempt: Attempt) -> None:
+        if self._ahead:
+            self._ahead.done(attempt.sources)
+
+    def _ready(self, attempt: Attempt) -> None:
+        """``ahead`` has the slices whose file was read, and found intact, while the series arrived."""
+        for source in attempt.sources:
+            if source.sop_instance_uid not in attempt.ahead and not intact(source):
                 raise NodeError(
                     "read inputs",
                     "a stored image is damaged or gone: its SHA-256 differs",
                     "Send the series again",
                     retryable=True,
                 )
-        job_id = int(job["id"])
-        model = self._router.pick(job, len(sources), lambda d: self._jobs.place(job_id, self._owner, d))
-        seconds: dict[str, float] = {"wait": max(0.0, started - float(job["last_received_at"]))}
-        read_ahead = len(ahead)
-        stood: dict[str, float] = {}
+        job = attempt.job
+        attempt.model = self._router.pick(
+            job, len(attempt.sources), lambda d: self._jobs.place(attempt.job_id, self._owner, d)
+        )
+        attempt.more = {**self.files.companions(job), **self.files.masks(job)}
+
+    def _analysed(self, attempt: Attempt) -> Analysis:
+        """By the model that was picked, or where that fails by one that ``faults`` names."""
+        further: dict[str, Any] = {"more": attempt.more} if attempt.more else {}
 
         def between(step: str, _: float) -> None:
-            self._let_pass(job, step, stood)
-
-        more = {**self.files.companions(job), **self.files.masks(job)}
-        further: dict[str, Any] = {"more": more} if more else {}
+            self._let_pass(attempt.job, step, attempt.stood)
 
         def analyse(on: Servable) -> Analysis:
-            return on.analyse(sources, decoder=self._decoder, progress=between, ahead=ahead, **further)
+            return on.analyse(attempt.sources, decoder=self._decoder, progress=between, ahead=attempt.ahead, **further)
 
-        if leave_engine(int(job["attempts"]), job["last_error"]):
-            model = self._other(model, "DEVICE_LOST") or model
+        if leave_engine(int(attempt.job["attempts"]), attempt.job["last_error"]):
+            attempt.model = self._other(attempt.served_by, "DEVICE_LOST") or attempt.model
         try:
-            analysis = analyse(model)
+            return analyse(attempt.served_by)
         except EngineError as error:
-            model, analysis = self._elsewhere(model, error, analyse)
+            attempt.model, analysis = self._elsewhere(attempt.served_by, error, analyse)
+            return analysis
+
+    def _conclude(self, attempt: Attempt, analysis: Analysis) -> None:
+        """Encode and commit, and tell of it."""
+        job, model, stood = attempt.job, attempt.served_by, attempt.stood
+        seconds: dict[str, float] = {"wait": max(0.0, attempt.started - float(job["last_received_at"]))}
         analysis = with_prior(self._db, job, with_companions(self._db, job, analysis))
         seconds.update({step: spent - stood.get(step, 0.0) for step, spent in analysis.seconds.items()})
         begin = time.perf_counter()
         identity = self._identity(job, model, analysis)
         order = with_proposed(load(job["wishes"]), model.identity.critical)
-        objects = self._encode(analysis, identity, model.identity, sources, order)
+        objects = self._encode(analysis, identity, model.identity, attempt.sources, order)
         seconds["encode"] = time.perf_counter() - begin
         begin = time.perf_counter()
         hits = critical_hits(analysis, order.critical)
@@ -315,8 +248,8 @@ class Worker:
             job=job["id"],
             model=model.identity.name,
             version=model.identity.version,
-            count=len(sources),
-            read_ahead=read_ahead,
+            count=len(attempt.sources),
+            read_ahead=attempt.read_ahead,
             result=[o.kind for o in objects],
             seconds=round(seconds["total"], 3),
         )

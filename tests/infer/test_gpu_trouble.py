@@ -13,7 +13,7 @@ from dicomnode.index.jobs import Jobs
 from dicomnode.index.life import Life
 from dicomnode.index.operation import Events, Models
 from dicomnode.index.runs import Runs
-from dicomnode.infer import worker as worker_module
+from dicomnode.infer import endings as endings_module
 from dicomnode.infer.choice import EngineChoice
 from dicomnode.infer.cuda import CudaError
 from dicomnode.infer.worker import Worker
@@ -107,7 +107,7 @@ def test_a_named_engine_without_memory_waits_however_long_others_take(tmp_path: 
 def test_a_series_that_never_fits_is_parked_at_last(
     tmp_path: Path, db: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker_module, "MEMORY_WAITS", 2)
+    monkeypatch.setattr(endings_module, "MEMORY_WAITS", 2)
     node = Box(tmp_path, db, "tensorrt")
     node.worker._models.get("ct-lung")
     node.fill("copy_in")
