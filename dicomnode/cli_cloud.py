@@ -14,11 +14,14 @@ from dicomnode.errors import OperatorError
 
 def cloud(
     data_dir: Annotated[Path, typer.Option(help="where it keeps what arrives")] = Path("cloud-data"),
-    host: Annotated[str, typer.Option(help="address to listen on; other than loopback needs --token-file")] = (
-        "127.0.0.1"
-    ),
+    host: Annotated[str, typer.Option(help="address to listen on; other than loopback needs tokens")] = ("127.0.0.1"),
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 lets the system choose")] = 8090,
-    token_file: Annotated[Path | None, typer.Option(help="file with the bearer token that nodes must send")] = None,
+    token_file: Annotated[
+        Path | None, typer.Option(help="file with the administrator's token; without --nodes all use it")
+    ] = None,
+    nodes: Annotated[
+        Path | None, typer.Option(help="folder with a token per file, SITE/NODE: each node sees its own site only")
+    ] = None,
     certificate: Annotated[Path | None, typer.Option(help="PEM file with a certificate chain; then https")] = None,
     key: Annotated[Path | None, typer.Option(help="PEM file with its key, where it is not in the same file")] = None,
     models: Annotated[
@@ -44,6 +47,7 @@ def cloud(
         host,
         port,
         token_file=token_file,
+        nodes_dir=nodes,
         certificate=certificate,
         key=key,
         reserve_mb=reserve_mb,

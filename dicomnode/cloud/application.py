@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import ipaddress
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -15,6 +14,7 @@ from aiohttp import web
 
 from dicomnode import __version__, logs
 from dicomnode.cloud import page, shapes, stow
+from dicomnode.cloud.callers import ADMINISTRATOR, Caller, Callers
 from dicomnode.cloud.models import ModelFiles
 from dicomnode.cloud.storage import Storage
 from dicomnode.errors import DiskFull, NodeError, OperatorError, StorageError
@@ -22,6 +22,8 @@ from dicomnode.errors import DiskFull, NodeError, OperatorError, StorageError
 MAX_JSON_BYTES = 8 << 20
 FEED_DEFAULT, FEED_MOST = 100, 1000
 CONFLICT_STATES = ("open", "cloud", "edge", "merged")
+
+CALLER = web.RequestKey("caller", Caller)
 
 T = TypeVar("T")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -33,32 +35,70 @@ _HEADERS = {
 }
 
 
-class Cloud:
-    """Handlers over one storage. ``token``: the bearer token to ask for; None: loopback callers only."""
+class Forbidden(OperatorError):
+    """The token is right, but what was asked is not for its holder."""
 
-    def __init__(self, storage: Storage, token: str | None = None) -> None:
+    def __init__(self, cause: str) -> None:
+        super().__init__("answer request", cause, "Each node needs the token that is its own (cloud.token_file)")
+
+
+class Cloud:
+    """Handlers over one storage. ``callers``: whom the tokens stand for; none: loopback callers only."""
+
+    def __init__(self, storage: Storage, callers: Callers) -> None:
         self.storage = storage
-        self.token = token
+        self.callers = callers
 
     async def blocking(self, function: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.to_thread(function, *arguments)
 
     def refused(self, request: web.Request) -> int:
-        """0, or the HTTP status with which a caller is turned away.
+        """0, or the HTTP status with which a caller is turned away; ``request[CALLER]`` is who it is.
 
         Without a token only this machine is served, and by a loopback name, which ends DNS rebinding;
         the page is never shown elsewhere.
         """
-        shown = request.headers.get("Authorization", "")
-        if self.token is not None and hmac.compare_digest(shown.encode(), f"Bearer {self.token}".encode()):
+        known = self.callers.find(request.headers.get("Authorization", ""))
+        request[CALLER] = known or ADMINISTRATOR
+        if known is not None:
             return 0
         local = is_loopback(request.remote or "") and is_loopback(_host(request.headers.get("Host", "")))
         if request.path == "/health" or (local and request.path in {"/", "/style.css"} and request.method == "GET"):
             return 0
-        if self.token is not None:
+        if self.callers:
             return 401
         cross_site = request.headers.get("Sec-Fetch-Site", "none") not in {"none", "same-origin"}
         return 0 if local and not cross_site and "Origin" not in request.headers else 403
+
+    def site(self, request: web.Request) -> str:
+        """Whose data this request is about: a node's own site always, what the administrator names else."""
+        caller = request[CALLER]
+        asked = request.query.get("site")
+        if not caller.node:
+            return shapes.name(asked, "site") if asked else ""
+        if asked not in (None, caller.site):
+            raise Forbidden("the token is that of a node of another site")
+        return caller.site
+
+    @staticmethod
+    def own(request: web.Request, node: str) -> str:
+        """``node`` where the caller may speak for it. Raises Forbidden for another one."""
+        caller = request[CALLER]
+        if caller.node and node != caller.node:
+            raise Forbidden(f"the token is that of node {caller.node}, and this is about another")
+        return node
+
+    @staticmethod
+    def administrator(handler: Handler) -> Handler:
+        """For what no node may do."""
+
+        async def guarded(request: web.Request) -> web.StreamResponse:
+            caller = request[CALLER]
+            if caller.node:
+                raise Forbidden("the token is that of a node")
+            return await handler(request)
+
+        return guarded
 
     async def health(self, _: web.Request) -> web.Response:
         return web.json_response({"status": "ok", "version": __version__})
@@ -71,16 +111,18 @@ class Cloud:
         return web.Response(text=page.STYLE, content_type="text/css")
 
     async def stow(self, request: web.Request) -> web.Response:
-        return await stow.store(self.storage, request)
+        return await stow.store(self.storage, request, self.site(request))
 
     async def object(self, request: web.Request) -> web.StreamResponse:
-        path = await self.blocking(self.storage.object_file, request.match_info["uid"])
+        path = await self.blocking(self.storage.object_file, request.match_info["uid"], self.site(request))
         if path is None:
             raise web.HTTPNotFound
         return web.FileResponse(path, headers={"Content-Type": "application/dicom"})
 
     async def post_records(self, request: web.Request) -> web.Response:
         node, records = shapes.batch(await _json(request))
+        site = self.site(request)
+        self.own(request, node)
 
         def apply() -> list[dict[str, Any]]:
             outcomes = []
@@ -90,7 +132,7 @@ class Cloud:
                 if fault:
                     outcomes.append({"idempotency_key": key, "outcome": "rejected", "version": None, "reason": fault})
                 else:
-                    outcomes.append(self.storage.add_record(node, record))
+                    outcomes.append(self.storage.add_record(node, record, site))
             return outcomes
 
         return web.json_response({"outcomes": await self.blocking(apply)})
@@ -99,12 +141,16 @@ class Cloud:
         after = shapes.number(request.query.get("after"), 0, 0, shapes.MAX_VERSION, "after")
         limit = shapes.number(request.query.get("limit"), FEED_DEFAULT, 1, FEED_MOST, "limit")
         kind = shapes.kind(request.query["type"]) if "type" in request.query else None
-        rows = await self.blocking(self.storage.feed, after, kind, limit)
-        newest = await self.blocking(self.storage.newest)
-        return web.json_response({"records": rows, "next": rows[-1]["seq"] if rows else after, "newest": newest})
+        site, caller = self.site(request), request[CALLER]
+        rows = await self.blocking(self.storage.feed, after, kind, limit, site)
+        newest = await self.blocking(self.storage.newest, site)
+        following = rows[-1]["seq"] if rows else after
+        page = {"records": rows, "next": following, "newest": newest, "site": site, "node": caller.node}
+        return web.json_response(page)
 
     async def get_record(self, request: web.Request) -> web.Response:
-        row = await self.blocking(self.storage.record, request.match_info["type"], request.match_info["id"])
+        one = (request.match_info["type"], request.match_info["id"], self.site(request))
+        row = await self.blocking(self.storage.record, *one)
         if row is None:
             raise web.HTTPNotFound
         return web.json_response(row, headers={"ETag": f'"{row["version"]}"'})
@@ -117,7 +163,8 @@ class Cloud:
             return stow.problem(428, OperatorError("change record", "If-Match is missing", "Send the version read"))
         version = shapes.number(expected, 0, 0, shapes.MAX_VERSION, "If-Match")
         body = shapes.fields(await _json(request), {"data"})
-        row = await self.blocking(self.storage.change_record, kind, name, version, shapes.data(body["data"]))
+        data, site = shapes.data(body["data"]), self.site(request)
+        row = await self.blocking(self.storage.change_record, kind, name, version, data, site)
         if row is None:
             return stow.problem(412, OperatorError("change record", "it has another version", "Read it again"))
         return web.json_response(row, headers={"ETag": f'"{row["version"]}"'})
@@ -127,7 +174,8 @@ class Cloud:
         if state is not None and state not in CONFLICT_STATES:
             raise OperatorError("read request", f"state is not one of {', '.join(CONFLICT_STATES)}")
         limit = shapes.number(request.query.get("limit"), FEED_DEFAULT, 1, FEED_MOST, "limit")
-        return web.json_response({"conflicts": await self.blocking(self.storage.conflicts, state, limit)})
+        site = self.site(request) if "site" in request.query else None
+        return web.json_response({"conflicts": await self.blocking(self.storage.conflicts, state, limit, site)})
 
     async def decide(self, request: web.Request) -> web.Response:
         body = shapes.fields(await _json(request), {"take"}, frozenset({"data"}))
@@ -144,15 +192,16 @@ class Cloud:
 
     async def post_heartbeat(self, request: web.Request) -> web.Response:
         body = shapes.data(await _json(request), "the body")
-        node = shapes.name(body.get("node"))
-        generation = await self.blocking(self.storage.heartbeat, node, body)
+        node = self.own(request, shapes.name(body.get("node")))
+        generation = await self.blocking(self.storage.heartbeat, node, body, self.site(request))
         return web.json_response({"generation": generation})
 
     async def get_nodes(self, _: web.Request) -> web.Response:
         return web.json_response({"nodes": await self.blocking(self.storage.nodes)})
 
     async def get_desired(self, request: web.Request) -> web.Response:
-        node = await self.blocking(self.storage.node, shapes.name(request.match_info["node"]))
+        name = self.own(request, shapes.name(request.match_info["node"]))
+        node = await self.blocking(self.storage.node, name, self.site(request))
         if node is None or node["desired"] is None:
             raise web.HTTPNotFound
         headers = {"ETag": f'"{node["generation"]}"'}
@@ -163,25 +212,31 @@ class Cloud:
     async def put_desired(self, request: web.Request) -> web.Response:
         name = shapes.name(request.match_info["node"])
         body = shapes.fields(await _json(request), {"state"})
-        generation = await self.blocking(self.storage.desire, name, shapes.data(body["state"], "state"))
+        state, site = shapes.data(body["state"], "state"), self.site(request)
+        generation = await self.blocking(self.storage.desire, name, state, site)
         return web.json_response({"generation": generation})
 
     async def post_report(self, request: web.Request) -> web.Response:
-        name = shapes.name(request.match_info["node"])
+        name = self.own(request, shapes.name(request.match_info["node"]))
         body = shapes.fields(await _json(request), {"generation", "applied"}, frozenset({"reason"}))
         if not isinstance(body["applied"], bool) or not isinstance(body["generation"], int):
             raise OperatorError("read request", "applied is not a boolean, or generation not a number")
-        if not await self.blocking(self.storage.report, name, body):
+        if not await self.blocking(self.storage.report, name, body, self.site(request)):
             raise web.HTTPNotFound
         return web.json_response({"taken": True})
 
 
-def make_app(storage: Storage, token: str | None = None, models: Path | None = None) -> web.Application:
-    """``models``: folder of a signed repository to serve."""
-    cloud = Cloud(storage, token)
+def make_app(
+    storage: Storage,
+    token: str | None = None,
+    models: Path | None = None,
+    nodes: Mapping[str, Caller] | None = None,
+) -> web.Application:
+    """``token``: the administrator's, ``nodes``: those of nodes; ``models``: folder of a signed repository to serve."""
+    cloud = Cloud(storage, Callers.of(token, nodes))
     app = web.Application(client_max_size=MAX_JSON_BYTES, middlewares=[_errors, _guard(cloud)])
     add = app.router
-    add.add_get("/", cloud.page)
+    add.add_get("/", cloud.administrator(cloud.page))
     add.add_get("/style.css", cloud.style)
     add.add_get("/health", cloud.health)
     add.add_post("/studies", cloud.stow)
@@ -190,13 +245,13 @@ def make_app(storage: Storage, token: str | None = None, models: Path | None = N
     add.add_post("/v1/records", cloud.post_records)
     add.add_get("/v1/records", cloud.get_records)
     add.add_get("/v1/records/{type}/{id}", cloud.get_record)
-    add.add_put("/v1/records/{type}/{id}", cloud.put_record)
-    add.add_get("/v1/conflicts", cloud.get_conflicts)
-    add.add_post(r"/v1/conflicts/{id:\d{1,15}}/decide", cloud.decide)
+    add.add_put("/v1/records/{type}/{id}", cloud.administrator(cloud.put_record))
+    add.add_get("/v1/conflicts", cloud.administrator(cloud.get_conflicts))
+    add.add_post(r"/v1/conflicts/{id:\d{1,15}}/decide", cloud.administrator(cloud.decide))
     add.add_post("/v1/heartbeat", cloud.post_heartbeat)
-    add.add_get("/v1/nodes", cloud.get_nodes)
+    add.add_get("/v1/nodes", cloud.administrator(cloud.get_nodes))
     add.add_get("/v1/nodes/{node}/desired", cloud.get_desired)
-    add.add_put("/v1/nodes/{node}/desired", cloud.put_desired)
+    add.add_put("/v1/nodes/{node}/desired", cloud.administrator(cloud.put_desired))
     add.add_post("/v1/nodes/{node}/report", cloud.post_report)
     if models is not None:
         ModelFiles(models).add_routes(add)
@@ -262,4 +317,4 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
         logs.get().error("request failed", operation="cloud", exc_type=type(error).__name__)
         return stow.problem(503, NodeError("answer request", "the storage does not answer"))
     except OperatorError as error:
-        return stow.problem(400, error)
+        return stow.problem(403 if isinstance(error, Forbidden) else 400, error)

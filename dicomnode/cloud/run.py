@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import signal
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from aiohttp import web
 
 from dicomnode import logs
 from dicomnode.cloud.application import is_loopback, make_app
-from dicomnode.cloud.storage import Storage, read_token
+from dicomnode.cloud.callers import Caller, read_nodes, read_token
+from dicomnode.cloud.storage import Storage
 from dicomnode.errors import OperatorError
 
 
@@ -24,11 +25,12 @@ async def serve(
     token: str | None = None,
     tls: ssl.SSLContext | None = None,
     models: Path | None = None,
+    nodes: Mapping[str, Caller] | None = None,
     stop: asyncio.Event,
     started: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Serve until ``stop``. ``started`` gets the address. Raises OperatorError when the port cannot be had."""
-    runner = web.AppRunner(make_app(storage, token, models), access_log=None, shutdown_timeout=2.0)
+    runner = web.AppRunner(make_app(storage, token, models, nodes), access_log=None, shutdown_timeout=2.0)
     await runner.setup()
     try:
         try:
@@ -49,6 +51,7 @@ def run_cloud(
     port: int,
     *,
     token_file: Path | None = None,
+    nodes_dir: Path | None = None,
     certificate: Path | None = None,
     key: Path | None = None,
     reserve_mb: int = 256,
@@ -56,11 +59,13 @@ def run_cloud(
     started: Callable[[str], None] = lambda _: None,
 ) -> int:
     """Blocks. Without a token only a loopback address is served, without a certificate none but plain HTTP."""
-    token = read_token(token_file)
-    if token is None and not is_loopback(host):
-        raise OperatorError(
-            "start the cloud endpoint", f"{host} is not a loopback address and there is no token", "Give --token-file"
-        )
+    token, nodes = read_token(token_file), read_nodes(nodes_dir)
+    if token is None and not nodes and not is_loopback(host):
+        cause = f"{host} is not a loopback address and there is no token"
+        raise OperatorError("start the cloud endpoint", cause, "Give --token-file or --nodes")
+    if token is not None and token in nodes:
+        cause = "the administrator's token is also that of a node, which could do everything"
+        raise OperatorError("start the cloud endpoint", cause, "Give the node a token of its own")
     tls = _tls(certificate, key)
     if tls is None and not is_loopback(host):
         logs.get().warning("no certificate: everybody between can read what is sent", address=host)
@@ -70,7 +75,7 @@ def run_cloud(
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        await serve(storage, host, port, token=token, tls=tls, models=models, stop=stop, started=started)
+        await serve(storage, host, port, token=token, tls=tls, models=models, nodes=nodes, stop=stop, started=started)
 
     try:
         asyncio.run(main())

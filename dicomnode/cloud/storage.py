@@ -16,41 +16,15 @@ from typing import Any
 import apsw
 
 from dicomnode import durable
-from dicomnode.errors import DiskFull, OperatorError
+from dicomnode.cloud.schema import prepare
+from dicomnode.errors import DiskFull
 
 Row = dict[str, Any]
 
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS objects (
-    SOPInstanceUID TEXT PRIMARY KEY, SOPClassUID TEXT, SeriesInstanceUID TEXT, StudyInstanceUID TEXT,
-    Modality TEXT, PatientID TEXT, PatientIdentityRemoved TEXT, TransferSyntaxUID TEXT,
-    file TEXT NOT NULL, size INTEGER NOT NULL, sha256 TEXT NOT NULL, puts INTEGER NOT NULL DEFAULT 1,
-    differing INTEGER NOT NULL DEFAULT 0, received_time TEXT NOT NULL) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS objects_study ON objects(StudyInstanceUID);
-CREATE TABLE IF NOT EXISTS records (
-    type TEXT NOT NULL, id TEXT NOT NULL, version INTEGER NOT NULL, node TEXT NOT NULL, study TEXT,
-    data TEXT NOT NULL, changed_time TEXT NOT NULL, received_time TEXT NOT NULL, seq INTEGER NOT NULL,
-    key TEXT NOT NULL DEFAULT '', PRIMARY KEY (type, id)) WITHOUT ROWID;
-CREATE UNIQUE INDEX IF NOT EXISTS records_seq ON records(seq);
-CREATE TABLE IF NOT EXISTS keys (
-    key TEXT PRIMARY KEY, digest TEXT NOT NULL, outcome TEXT NOT NULL, version INTEGER NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS conflicts (
-    id INTEGER PRIMARY KEY, type TEXT NOT NULL, record_id TEXT NOT NULL, node TEXT NOT NULL, cloud_version INTEGER,
-    cloud_data TEXT, edge_version INTEGER, edge_base INTEGER, edge_data TEXT, state TEXT NOT NULL, time TEXT NOT NULL,
-    key TEXT NOT NULL DEFAULT '');
-CREATE TABLE IF NOT EXISTS nodes (
-    name TEXT PRIMARY KEY, heartbeat TEXT, heartbeat_time TEXT,
-    generation INTEGER NOT NULL DEFAULT 0, desired TEXT, report TEXT, report_time TEXT) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS arrivals (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT, kind TEXT NOT NULL, name TEXT NOT NULL, study TEXT, time TEXT NOT NULL);
-"""
-
-
-_LATER = (("records", "key"), ("conflicts", "key"))
-"""Columns that files of earlier versions lack."""
-
-_INDEXES = "CREATE INDEX IF NOT EXISTS conflicts_record ON conflicts(type, record_id)"
 SETTLED_SHOWN = 100
+_ONE = "site = ? AND type = ? AND id = ?"
+_OF_ONE = "site = ? AND type = ? AND record_id = ?"
+_NODE = "site = ? AND name = ?"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +47,10 @@ def now() -> str:
 
 
 class Storage:
-    """``reserve_mb`` MiB of the volume stay free. One connection, one thread at a time."""
+    """``reserve_mb`` MiB of the volume stay free. One connection, one thread at a time.
+
+    ``site``: whose; what is of one site is never seen, changed or counted with that of another.
+    """
 
     def __init__(self, data_dir: Path, reserve_mb: int = 256) -> None:
         durable.make_directory(data_dir)
@@ -85,11 +62,7 @@ class Storage:
         self._connection: Any = apsw.Connection(str(data_dir / "cloud.sqlite"))
         self._connection.execute("PRAGMA journal_mode=WAL")
         self._connection.execute("PRAGMA synchronous=FULL")
-        self._connection.execute(_SCHEMA)
-        for table, column in _LATER:
-            if not self._rows(f"SELECT 1 AS one FROM pragma_table_info('{table}') WHERE name = ?", (column,)):  # noqa: S608 constants
-                self._connection.execute(f"ALTER TABLE {table} ADD COLUMN {column} TEXT NOT NULL DEFAULT ''")
-        self._connection.execute(_INDEXES)
+        prepare(self._connection)
         for folder in self.objects.folders():  # a request that was cut by the end of the process
             for part in folder.glob(f"*{durable.TEMPORARY_SUFFIX}"):
                 durable.remove(part)
@@ -134,14 +107,14 @@ class Storage:
             raise DiskFull("store an object", "free space is at the reserve", "Free space on the cloud's volume")
         return self.objects.begin()
 
-    def add_objects(self, arrived: Sequence[Arrived]) -> dict[str, str]:
+    def add_objects(self, arrived: Sequence[Arrived], site: str = "") -> dict[str, str]:
         """Name the files, sync them and commit their rows: ``stored``, ``known`` or ``differs`` by UID.
 
         The first object with a UID stays; ``differs``: another came with other bytes.
         """
         fates: dict[str, str] = {}
         fresh: list[tuple[Arrived, str]] = []
-        known = self._known([a.uid for a in arrived])
+        known = self._known([a.uid for a in arrived], site)
         for one in arrived:
             digest = known.get(one.uid)
             if digest is None:
@@ -158,41 +131,42 @@ class Storage:
             durable.sync_directory(folder)
         with self._transaction() as db:
             for one, name in fresh:
-                self._insert_object(db, one, name)
+                self._insert_object(db, one, name, site)
             for uid, fate in fates.items():
                 if fate != "stored":
                     column = "differing" if fate == "differs" else "puts"
-                    db.execute(f"UPDATE objects SET {column} = {column} + 1 WHERE SOPInstanceUID = ?", (uid,))  # noqa: S608 two constants
+                    where = "WHERE site = ? AND SOPInstanceUID = ?"
+                    db.execute(f"UPDATE objects SET {column} = {column} + 1 {where}", (site, uid))
         return fates
 
-    def _known(self, uids: Sequence[str]) -> dict[str, str]:
+    def _known(self, uids: Sequence[str], site: str) -> dict[str, str]:
         marks = ", ".join("?" * len(uids))
-        query = f"SELECT SOPInstanceUID, sha256 FROM objects WHERE SOPInstanceUID IN ({marks})"  # noqa: S608 marks only
-        return {r["SOPInstanceUID"]: r["sha256"] for r in self.rows(query, uids)}
+        query = f"SELECT SOPInstanceUID, sha256 FROM objects WHERE site = ? AND SOPInstanceUID IN ({marks})"
+        return {r["SOPInstanceUID"]: r["sha256"] for r in self.rows(query, (site, *uids))}
 
     @staticmethod
-    def _insert_object(db: Any, one: Arrived, name: str) -> None:
+    def _insert_object(db: Any, one: Arrived, name: str, site: str) -> None:
         moment, a = now(), one.attributes
         study = a.get("StudyInstanceUID", "")
         db.execute(
-            "INSERT INTO objects (SOPInstanceUID, SOPClassUID, SeriesInstanceUID, StudyInstanceUID, Modality,"
+            "INSERT INTO objects (site, SOPInstanceUID, SOPClassUID, SeriesInstanceUID, StudyInstanceUID, Modality,"
             " PatientID, PatientIdentityRemoved, TransferSyntaxUID, file, size, sha256, received_time)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
-                one.uid, a.get("SOPClassUID", ""), a.get("SeriesInstanceUID", ""), study, a.get("Modality", ""),
+                site, one.uid, a.get("SOPClassUID", ""), a.get("SeriesInstanceUID", ""), study, a.get("Modality", ""),
                 a.get("PatientID", ""), a.get("PatientIdentityRemoved", ""), one.transfer_syntax_uid,
                 name, one.size, one.sha256, moment,
             ),
         )  # fmt: skip
-        _arrival(db, "object", one.uid, study, moment)
+        _arrival(db, "object", one.uid, study, moment, site)
 
-    def object_file(self, uid: str) -> Path | None:
-        found = self.rows("SELECT file FROM objects WHERE SOPInstanceUID = ?", (uid,))
+    def object_file(self, uid: str, site: str = "") -> Path | None:
+        found = self.rows("SELECT file FROM objects WHERE site = ? AND SOPInstanceUID = ?", (site, uid))
         return self.objects.path(found[0]["file"]) if found else None
 
     # Records
 
-    def add_record(self, node: str, record: Row) -> Row:
+    def add_record(self, node: str, record: Row, site: str = "") -> Row:
         """Apply one record of a node, once for its key; the outcome as the API describes it.
 
         ``conflict``: it was made from a version that the cloud's has left behind; both sides are kept
@@ -201,30 +175,31 @@ class Storage:
         data = json.dumps(record["data"], sort_keys=True, ensure_ascii=False)
         digest = durable.sha256(f"{record['type']}\n{record['id']}\n{record['version']}\n{data}".encode())
         with self._transaction() as db:
-            used = self._rows("SELECT * FROM keys WHERE key = ?", (record["idempotency_key"],))
+            used = self._rows("SELECT * FROM keys WHERE site = ? AND key = ?", (site, record["idempotency_key"]))
             if used:
                 same = used[0]["digest"] == digest
                 if same:
                     return _outcome(record, "duplicate", used[0]["version"], was=used[0]["outcome"])
                 return _outcome(record, "rejected", None, reason="the key was used for another record")
-            held = self._rows("SELECT * FROM records WHERE type = ? AND id = ?", (record["type"], record["id"]))
+            held = self._rows(f"SELECT * FROM records WHERE {_ONE}", (site, record["type"], record["id"]))
             version = int(held[0]["version"]) if held else 0
-            if self._contradicts(record, held[0] if held else None):
+            if self._contradicts(record, held[0] if held else None, site):
                 outcome = "conflict"
                 db.execute(
                     "INSERT INTO conflicts (type, record_id, node, cloud_version, cloud_data, edge_version, edge_base,"
-                    " edge_data, state, time, key) VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'open', ?, ?)",
+                    " edge_data, state, time, key, site) VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'open', ?, ?, ?)",
                     (record["type"], record["id"], node, version, held[0]["data"] if held else "{}",
-                     record["version"], record["base_version"], data, now(), record["idempotency_key"]),
+                     record["version"], record["base_version"], data, now(), record["idempotency_key"], site),
                 )  # fmt: skip
             else:
-                self._settle(db, record, data)
+                self._settle(db, record, data, site)
                 outcome, version = "stored", int(record["version"])
-                self._write(db, record["type"], record["id"], version, node, data, record)
-            db.execute("INSERT INTO keys VALUES (?, ?, ?, ?)", (record["idempotency_key"], digest, outcome, version))
+                self._write(db, (site, record["type"], record["id"]), version, node, data, record)
+            key = (site, record["idempotency_key"], digest, outcome, version)
+            db.execute("INSERT INTO keys (site, key, digest, outcome, version) VALUES (?, ?, ?, ?, ?)", key)
             return _outcome(record, outcome, version)
 
-    def _contradicts(self, record: Row, held: Row | None) -> bool:
+    def _contradicts(self, record: Row, held: Row | None, site: str) -> bool:
         """Whether it was made from something else than what serves here.
 
         Versions of two branches may have the same numbers; ``base_key`` names the very change that it
@@ -237,69 +212,72 @@ class Storage:
             return False
         if held is not None and version == record["base_version"] and held["key"] not in ("", base):
             return True
-        where = (record["type"], record["id"], base)
-        return bool(self._rows("SELECT 1 AS one FROM conflicts WHERE type = ? AND record_id = ? AND key = ?", where))
+        where = (site, record["type"], record["id"], base)
+        return bool(self._rows(f"SELECT 1 AS one FROM conflicts WHERE {_OF_ONE} AND key = ?", where))
 
-    def _settle(self, db: Any, record: Row, data: str) -> None:
+    def _settle(self, db: Any, record: Row, data: str, site: str) -> None:
         """A node has decided: its conflicts that the change names are closed."""
         for key in record.get("settles") or ():
             db.execute(
                 "UPDATE conflicts SET state = CASE WHEN edge_data = ?1 THEN 'edge' WHEN cloud_data = ?1 THEN 'cloud'"
-                " ELSE 'merged' END WHERE type = ?2 AND record_id = ?3 AND key = ?4 AND state = 'open'",
-                (data, record["type"], record["id"], key),
+                " ELSE 'merged' END WHERE type = ?2 AND record_id = ?3 AND key = ?4 AND site = ?5 AND state = 'open'",
+                (data, record["type"], record["id"], key, site),
             )
 
     @staticmethod
-    def _write(db: Any, kind: str, name: str, version: int, node: str, data: str, record: Row) -> None:
-        moment = now()
-        seq = _arrival(db, "record", f"{kind}/{name}/{version}", record.get("study"), moment)
+    def _write(db: Any, one: tuple[str, str, str], version: int, node: str, data: str, record: Row) -> None:
+        """``one``: site, type and id."""
+        moment, (site, kind, name) = now(), one
+        seq = _arrival(db, "record", f"{kind}/{name}/{version}", record.get("study"), moment, site)
         db.execute(
-            "INSERT OR REPLACE INTO records (type, id, version, node, study, data, changed_time, received_time, seq,"
-            " key) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (kind, name, version, node, record.get("study"), data, record["changed_time"], moment, seq,
+            "INSERT OR REPLACE INTO records (site, type, id, version, node, study, data, changed_time, received_time,"
+            " seq, key) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (site, kind, name, version, node, record.get("study"), data, record["changed_time"], moment, seq,
              record.get("idempotency_key") or str(uuid.uuid4())),
         )  # fmt: skip
 
-    def record(self, kind: str, name: str) -> Row | None:
-        found = self.rows("SELECT * FROM records WHERE type = ? AND id = ?", (kind, name))
+    def record(self, kind: str, name: str, site: str = "") -> Row | None:
+        found = self.rows(f"SELECT * FROM records WHERE {_ONE}", (site, kind, name))
         return self._shown(found[0]) if found else None
 
     def _shown(self, row: Row) -> Row:
         """With its data, and the keys of its conflicts that are closed, the newest last."""
         settled = self.rows(
-            "SELECT key FROM conflicts WHERE type = ? AND record_id = ? AND state != 'open' AND key != ''"
-            " ORDER BY id DESC LIMIT ?",
-            (row["type"], row["id"], SETTLED_SHOWN),
+            f"SELECT key FROM conflicts WHERE {_OF_ONE} AND state != 'open' AND key != '' ORDER BY id DESC LIMIT ?",
+            (row["site"], row["type"], row["id"], SETTLED_SHOWN),
         )
         return {**row, "data": json.loads(row["data"]), "settled": [r["key"] for r in reversed(settled)]}
 
-    def change_record(self, kind: str, name: str, expected: int, data: Mapping[str, Any]) -> Row | None:
+    def change_record(self, kind: str, name: str, expected: int, data: Mapping[str, Any], site: str = "") -> Row | None:
         """A change made at the cloud: None when its version is not ``expected`` (0: there is none)."""
         with self._transaction() as db:
-            held = self._rows("SELECT version, node, study FROM records WHERE type = ? AND id = ?", (kind, name))
+            held = self._rows(f"SELECT version, node, study FROM records WHERE {_ONE}", (site, kind, name))
             version = int(held[0]["version"]) if held else 0
             if version != expected:
                 return None
             record = {"changed_time": now(), "study": held[0]["study"] if held else None}
             text = json.dumps(data, sort_keys=True, ensure_ascii=False)
-            self._write(db, kind, name, version + 1, "", text, record)
-        return self.record(kind, name)
+            self._write(db, (site, kind, name), version + 1, "", text, record)
+        return self.record(kind, name, site)
 
-    def feed(self, after: int, kind: str | None, limit: int) -> list[Row]:
-        """Records in the order of their last change, from behind ``after`` (a ``seq``)."""
+    def feed(self, after: int, kind: str | None, limit: int, site: str = "") -> list[Row]:
+        """Records of the site in the order of their last change, from behind ``after`` (a ``seq``)."""
         rows = self.rows(
-            "SELECT * FROM records WHERE seq > ? AND (? IS NULL OR type = ?) ORDER BY seq LIMIT ?",
-            (after, kind, kind, limit),
+            "SELECT * FROM records WHERE site = ? AND seq > ? AND (? IS NULL OR type = ?) ORDER BY seq LIMIT ?",
+            (site, after, kind, kind, limit),
         )
         return [self._shown(row) for row in rows]
 
-    def newest(self) -> int:
-        """The last ``seq`` of all; smaller than a node remembers after a restore from a backup."""
-        return int(self.rows("SELECT coalesce(max(seq), 0) AS n FROM arrivals")[0]["n"])
+    def newest(self, site: str = "") -> int:
+        """The last ``seq`` of the site; smaller than a node remembers after a restore from a backup."""
+        return int(self.rows("SELECT coalesce(max(seq), 0) AS n FROM arrivals WHERE site = ?", (site,))[0]["n"])
 
-    def conflicts(self, state: str | None, limit: int) -> list[Row]:
+    def conflicts(self, state: str | None, limit: int, site: str | None = None) -> list[Row]:
+        """Of one site, or of all; newest first."""
         rows = self.rows(
-            "SELECT * FROM conflicts WHERE ? IS NULL OR state = ? ORDER BY id DESC LIMIT ?", (state, state, limit)
+            "SELECT * FROM conflicts WHERE (?1 IS NULL OR state = ?1) AND (?2 IS NULL OR site = ?2) ORDER BY id DESC"
+            " LIMIT ?3",
+            (state, site, limit),
         )
         for row in rows:
             for side in ("cloud_data", "edge_data"):
@@ -317,49 +295,50 @@ class Storage:
                 return None
             row = found[0]
             db.execute("UPDATE conflicts SET state = ? WHERE id = ?", (take, conflict))
-            held = self._rows("SELECT version, study, data FROM records WHERE type = ? AND id = ?",
-                              (row["type"], row["record_id"]))  # fmt: skip
+            one = (row["site"], row["type"], row["record_id"])
+            held = self._rows(f"SELECT version, study, data FROM records WHERE {_ONE}", one)
             merged = json.dumps(data, sort_keys=True, ensure_ascii=False)
             served = held[0]["data"] if held else row["cloud_data"]
             text = {"edge": row["edge_data"], "merged": merged, "cloud": served}[take]
             record = {"changed_time": now(), "study": held[0]["study"] if held else None}
             version = max(int(held[0]["version"]) if held else 0, int(row["edge_version"])) + 1
-            self._write(db, row["type"], row["record_id"], version, "", text, record)
-        return self.record(row["type"], row["record_id"])
+            self._write(db, one, version, "", text, record)
+        return self.record(row["type"], row["record_id"], row["site"])
 
     # Nodes
 
-    def heartbeat(self, node: str, body: Mapping[str, Any]) -> int:
+    def heartbeat(self, node: str, body: Mapping[str, Any], site: str = "") -> int:
         """Keep the last one; the generation that is desired of this node."""
         with self._transaction() as db:
             db.execute(
-                "INSERT INTO nodes (name, heartbeat, heartbeat_time) VALUES (?, ?, ?) ON CONFLICT (name)"
+                "INSERT INTO nodes (site, name, heartbeat, heartbeat_time) VALUES (?, ?, ?, ?) ON CONFLICT (site, name)"
                 " DO UPDATE SET heartbeat = excluded.heartbeat, heartbeat_time = excluded.heartbeat_time",
-                (node, json.dumps(body), now()),
+                (site, node, json.dumps(body), now()),
             )
-            return int(self._rows("SELECT generation FROM nodes WHERE name = ?", (node,))[0]["generation"])
+            return int(self._rows(f"SELECT generation FROM nodes WHERE {_NODE}", (site, node))[0]["generation"])
 
-    def node(self, name: str) -> Row | None:
-        found = self.rows("SELECT * FROM nodes WHERE name = ?", (name,))
+    def node(self, name: str, site: str = "") -> Row | None:
+        found = self.rows(f"SELECT * FROM nodes WHERE {_NODE}", (site, name))
         return _node(found[0]) if found else None
 
     def nodes(self) -> list[Row]:
-        return [_node(row) for row in self.rows("SELECT * FROM nodes ORDER BY name")]
+        return [_node(row) for row in self.rows("SELECT * FROM nodes ORDER BY site, name")]
 
-    def desire(self, node: str, state: Mapping[str, Any]) -> int:
+    def desire(self, node: str, state: Mapping[str, Any], site: str = "") -> int:
         """Set what is desired of a node; the new generation."""
         with self._transaction() as db:
             db.execute(
-                "INSERT INTO nodes (name, generation, desired) VALUES (?, 1, ?) ON CONFLICT (name)"
+                "INSERT INTO nodes (site, name, generation, desired) VALUES (?, ?, 1, ?) ON CONFLICT (site, name)"
                 " DO UPDATE SET generation = generation + 1, desired = excluded.desired",
-                (node, json.dumps(state)),
+                (site, node, json.dumps(state)),
             )
-            return int(self._rows("SELECT generation FROM nodes WHERE name = ?", (node,))[0]["generation"])
+            return int(self._rows(f"SELECT generation FROM nodes WHERE {_NODE}", (site, node))[0]["generation"])
 
-    def report(self, node: str, body: Mapping[str, Any]) -> bool:
+    def report(self, node: str, body: Mapping[str, Any], site: str = "") -> bool:
         """What a node made of a generation; False when the node is unknown."""
         with self._transaction() as db:
-            db.execute("UPDATE nodes SET report = ?, report_time = ? WHERE name = ?", (json.dumps(body), now(), node))
+            told = (json.dumps(body), now(), site, node)
+            db.execute(f"UPDATE nodes SET report = ?, report_time = ? WHERE {_NODE}", told)
             return bool(db.changes())
 
     def counts(self) -> dict[str, int]:
@@ -378,8 +357,9 @@ class Storage:
         return self.rows("SELECT * FROM arrivals WHERE seq > ? ORDER BY seq LIMIT ?", (after, limit))
 
 
-def _arrival(db: Any, kind: str, name: str, study: str | None, moment: str) -> int:
-    db.execute("INSERT INTO arrivals (kind, name, study, time) VALUES (?, ?, ?, ?)", (kind, name, study, moment))
+def _arrival(db: Any, kind: str, name: str, study: str | None, moment: str, site: str) -> int:
+    row = (kind, name, study, moment, site)
+    db.execute("INSERT INTO arrivals (kind, name, study, time, site) VALUES (?, ?, ?, ?, ?)", row)
     return int(db.last_insert_rowid())
 
 
@@ -389,19 +369,6 @@ def _outcome(record: Row, outcome: str, version: int | None, **more: Any) -> Row
 
 def _node(row: Row) -> Row:
     return {**row, **{k: json.loads(row[k]) if row[k] else None for k in ("heartbeat", "desired", "report")}}
-
-
-def read_token(path: Path | None) -> str | None:
-    """The one bearer token that nodes must show. Raises OperatorError when the file holds none."""
-    if path is None:
-        return None
-    try:
-        token = path.read_bytes()[:4096].decode("ascii", errors="replace").strip()
-    except OSError as error:
-        raise OperatorError("read the token file", error.strerror or "unreadable", "Check the file") from None
-    if len(token) < 16 or " " in token or not token.isprintable() or "\ufffd" in token:
-        raise OperatorError("read the token file", "it does not hold one token of 16 characters", "Make a longer one")
-    return token
 
 
 def make_token(path: Path) -> None:

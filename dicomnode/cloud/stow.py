@@ -59,7 +59,7 @@ class _Receipt:
         return len(self.arrived) + len(self.failed) + self.unreadable
 
 
-async def store(storage: Storage, request: web.Request) -> web.Response:
+async def store(storage: Storage, request: web.Request, site: str = "") -> web.Response:
     """Store the parts of one request; the reply names each instance as stored or failed.
 
     What was complete when a request breaks off is stored all the same.
@@ -76,9 +76,9 @@ async def store(storage: Storage, request: web.Request) -> web.Response:
     except ConnectionError:
         receipt.broken = "the connection was lost"
     except BaseException:
-        await asyncio.shield(asyncio.to_thread(storage.add_objects, receipt.arrived))
+        await asyncio.shield(asyncio.to_thread(storage.add_objects, receipt.arrived, site))
         raise
-    fates = await asyncio.to_thread(storage.add_objects, receipt.arrived)
+    fates = await asyncio.to_thread(storage.add_objects, receipt.arrived, site)
     return _answer(receipt, fates)
 
 

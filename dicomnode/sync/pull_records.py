@@ -15,6 +15,7 @@ from urllib.parse import quote
 import aiohttp
 
 from dicomnode import durable, logs
+from dicomnode.cloud_settings import node_name
 from dicomnode.conflicts import KIND_OF
 from dicomnode.errors import OperatorError, PeerAway, PeerError
 from dicomnode.index.database import Database, Row
@@ -102,6 +103,7 @@ class RecordPuller:
             after = await asyncio.to_thread(self.records.after, url)
             page = await self._get(session, f"{url}/records?after={after}&limit={PAGE}", headers)
             rows, following = page_of(page)
+            self._must_be_ours(page)
             await asyncio.to_thread(self._refused, len(page["records"]) - len(rows))
             newest = page.get("newest")
             if isinstance(newest, int) and newest < after:  # the cloud was set back: all of it is read again
@@ -113,6 +115,13 @@ class RecordPuller:
             for what, number in (await asyncio.to_thread(self._take)).items():
                 found[what] = number + (0 if what is Taken.later else found.get(what, 0))
         return found or await asyncio.to_thread(self._take)
+
+    def _must_be_ours(self, page: Mapping[str, Any]) -> None:
+        """A cloud that tells whose token it saw must name this node: with a neighbour's token come its records."""
+        known, own = page.get("node"), node_name(self.settings.node.ae_title)
+        if isinstance(known, str) and known not in ("", own):
+            hint = "Give cloud.token_file the token that the cloud has for this node, or mend node.ae_title"
+            raise OperatorError("pull records", "the cloud knows this token as that of another node", hint)
 
     def _room(self) -> bool:
         node = self.settings.node
