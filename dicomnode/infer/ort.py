@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from time import perf_counter
 from typing import Any
 
@@ -11,8 +12,12 @@ import numpy as np
 from dicomnode import metrics
 from dicomnode.errors import EngineError
 from dicomnode.infer.engine import Array, Ok, Rejected, Session
+from dicomnode.infer.lanes import in_lanes
 
 CPU_PROVIDER = "CPUExecutionProvider"
+LANES = 2
+"""Batches of one stream at a time. What a batch does in one thread (a small layer, the copy at its
+end, the wait for the slowest thread of a layer) then has the other batch beside it."""
 
 
 class OnnxRuntimeCpu:
@@ -48,19 +53,24 @@ class OnnxRuntimeCpu:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
+        # A thread without work would turn in circles for a while, on a core that another batch, the
+        # decoder or the receiver has work for.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             session = library.InferenceSession(onnx, options, providers=[CPU_PROVIDER])
         except Exception as cause:
             raise EngineError("load model", "BUILD_FAILED", _first_line(cause)) from cause
         if session.get_providers() != [CPU_PROVIDER]:
             raise EngineError("load model", "PROVIDER_MISSING", f"runs on {session.get_providers()}")
-        return _OrtSession(session, f"{self.name} {library.__version__}")
+        lanes = LANES if (threads or os.cpu_count() or 1) > 1 else 1
+        return _OrtSession(session, f"{self.name} {library.__version__}", lanes)
 
 
 class _OrtSession:
-    def __init__(self, session: Any, engine: str) -> None:
+    def __init__(self, session: Any, engine: str, lanes: int) -> None:
         self._session = session
         self._engine = engine
+        self._lanes = lanes
         self._outputs = [output.name for output in session.get_outputs()]
 
     @property
@@ -78,6 +88,12 @@ class _OrtSession:
             raise EngineError("run model", code, _first_line(cause)) from cause
         metrics.inference("onnxruntime-cpu", "fp32", "compute", perf_counter() - begin)
         return {name: np.asarray(value) for name, value in zip(self._outputs, values, strict=True)}
+
+    def stream(self, batches: Iterable[Mapping[str, Array]]) -> Iterator[Mapping[str, Array]]:
+        """See :func:`dicomnode.infer.batching.stream`. onnxruntime's ``run`` may be called by several threads."""
+        if self._lanes == 1:
+            return map(self.run, batches)
+        return in_lanes(self.run, batches, self._lanes)
 
     def close(self) -> None:
         self._session = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from dicomnode.infer.measure import VolumeSpec, measure
 from dicomnode.infer.prefetch import prefetched
 from dicomnode.infer.projections import Images, read_projections
 from dicomnode.infer.several import merge
+from dicomnode.infer.slabs import Slabs
 from dicomnode.infer.stages.inputs import SegMask, mask_volume
 from dicomnode.infer.stages.manifest import StagedManifest
 from dicomnode.infer.stages.run import NONE_MORE, run_staged
@@ -106,17 +108,17 @@ def infer(manifest: Manifest, session: Session, volume: Volume, report: Progress
     spec = manifest.engine
     slices = volume.values.shape[0]
     whole: dict[str, Array] = {}
+    slabs, inside = Slabs(manifest.preprocess), deque[Array]()
 
-    def slabs() -> Iterator[Mapping[str, Array]]:
+    def batches() -> Iterator[Mapping[str, Array]]:
         """Each is prepared while the engine computes the one before."""
         for first in range(0, slices, spec.slab_slices):
-            slab: Array = volume.values[first : first + spec.slab_slices]
-            for step in manifest.preprocess:
-                slab = step.apply(slab)
-            yield {spec.input: np.ascontiguousarray(slab[:, np.newaxis])}
+            inside.append(slabs.make(volume.values[first : first + spec.slab_slices]))
+            yield {spec.input: inside[-1]}
 
-    for first, result in zip(range(0, slices, spec.slab_slices), stream(session, prefetched(slabs())), strict=True):
+    for first, result in zip(range(0, slices, spec.slab_slices), stream(session, prefetched(batches())), strict=True):
         report("inference", first / slices)
+        slabs.done(inside.popleft())  # its answer is here, so the engine has read it
         count = min(spec.slab_slices, slices - first)
         for name in spec.outputs:
             if name not in result:

@@ -98,12 +98,16 @@ class Clip(_Step):
     high: float
 
     def apply(self, slab: Array) -> Array:
-        """Whole numbers stay in their own type: with bounds of float numpy would make float64 of them."""
-        if slab.dtype.kind in "iu" and self.low.is_integer() and self.high.is_integer():
-            kind = np.iinfo(slab.dtype)
+        return np.clip(slab, *self.bounds_for(slab.dtype))
+
+    def bounds_for(self, dtype: np.dtype[Any]) -> tuple[Any, Any]:
+        """``low`` and ``high`` of ``dtype``, where it can hold them: with bounds of float numpy would make float64
+        of whole numbers."""
+        if dtype.kind in "iu" and self.low.is_integer() and self.high.is_integer():
+            kind = np.iinfo(dtype)
             if kind.min <= self.low and self.high <= kind.max:
-                return np.clip(slab, slab.dtype.type(self.low), slab.dtype.type(self.high))
-        return np.clip(slab, self.low, self.high)
+                return dtype.type(self.low), dtype.type(self.high)
+        return self.low, self.high
 
 
 class Cast(_Step):

@@ -63,7 +63,7 @@ def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Engine:
 @pytest.fixture
 def session(engine: Engine) -> Iterator[Session]:
     assert engine.probe() == Ok()
-    made = engine.load(ONNX, threads=1)
+    made = engine.load(ONNX, threads=2)
     yield made
     made.close()
 
