@@ -130,7 +130,7 @@ def _both(bench: Bench, subject: Subject) -> tuple[Times, Times, int]:
     begin = time.perf_counter()
     bare[0]()
     turns = bench.repeat if bench.quick or time.perf_counter() - begin > SHORT_SECONDS else SHORT_TURNS * bench.repeat
-    loops = [partial(network, session), *bare]
+    loops: list[Callable[[], None]] = [partial(network, session), *bare]
     times = [(Samples(), Samples()) for _ in loops]
     for turn in range(turns):
         for index in range(len(loops)):
