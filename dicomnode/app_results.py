@@ -10,6 +10,7 @@ from dicomnode import __version__
 from dicomnode.clock import iso
 from dicomnode.errors import UnsuitableSeries
 from dicomnode.identity import derived_uid, failure_identity
+from dicomnode.index.corrections import corrected_study
 from dicomnode.index.database import Database, Row
 from dicomnode.index.jobs import Jobs
 from dicomnode.orders import Order
@@ -19,8 +20,13 @@ from dicomnode.settings import Settings
 MANUFACTURER = "dicomnode"
 
 
-def encoder(settings: Settings, decoder: Any = None) -> Callable[..., Sequence[EncodedObject]]:
-    """The encode stage as the worker needs it; ``decoder`` reads pixels in a process that may die."""
+def encoder(
+    settings: Settings, decoder: Any = None, db: Database | None = None
+) -> Callable[..., Sequence[EncodedObject]]:
+    """The encode stage as the worker needs it; ``decoder`` reads pixels in a process that may die.
+
+    ``db``: where corrections are looked up, if the site has them applied.
+    """
     from dicomnode.encode import encode_results
 
     station = _station(settings)
@@ -33,7 +39,10 @@ def encoder(settings: Settings, decoder: Any = None) -> Callable[..., Sequence[E
         sources: Sequence[SourceInstance],
         order: Order,
     ) -> Sequence[EncodedObject]:
-        return encode_results(analysis, identity, model, sources, station=station, order=order, **options)
+        correction = _correction(settings, db, sources)
+        return encode_results(
+            analysis, identity, model, sources, station=station, order=order, correction=correction, **options
+        )
 
     return encode
 
@@ -55,6 +64,16 @@ def _station(settings: Settings) -> Any:
         serial_number=settings.node.ae_title,
         institution=settings.node.institution,
     )
+
+
+def _correction(settings: Settings, db: Database | None, sources: Sequence[SourceInstance]) -> Any:
+    """What serves otherwise than the images say; None where nothing does, or the site does not want it."""
+    if db is None or not settings.sync.apply_corrections or not sources:
+        return None
+    from dicomnode.encode import Correction
+
+    found = corrected_study(db, sources[0].sop_instance_uid)
+    return None if found is None else Correction(found.values, found.changed_time, settings.node.ae_title)
 
 
 def _pixels(decoder: Any, source: SourceInstance, frame: int, rows: int, columns: int) -> Any:
@@ -99,6 +118,7 @@ def failure_reporter(settings: Settings, db: Database) -> Callable[..., EncodedO
             ) if before else None,
         )  # fmt: skip
         failure = Failure(refused, reason, int(job["attempts"]))
-        return encode_failure(failure, identity, named, sources, station=station)
+        correction = _correction(settings, db, sources)
+        return encode_failure(failure, identity, named, sources, station=station, correction=correction)
 
     return report

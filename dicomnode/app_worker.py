@@ -46,7 +46,7 @@ def run_worker(settings: Settings) -> int:
         settings,
         shell.db,
         models,
-        encoder(settings, decoder),
+        encoder(settings, decoder, shell.db),
         owner="worker",
         decoder=decoder,
         on_results=ring_senders,

@@ -149,6 +149,9 @@ class Sync(Section):
     patients_identity: Identity = Field(
         "removed", description="removed | kept: whether corrections of names, IDs and birth dates leave"
     )
+    apply_corrections: bool = Field(
+        False, description="corrected patients and studies serve in C-FIND and new results; objects stay as they are"
+    )
     conflicts: Conflicts = Field(Conflicts(), description="who serves when both ends changed a record, by kind of data")
 
     bandwidth_kb: int = Field(0, ge=0, description="KiB per second that go out at most; 0: no cap")

@@ -132,9 +132,23 @@ def _query(service: Any, classes: Sequence[SopClass], settings: Settings) -> Sec
             + ("matches" if settings.dimse.query_match_unknown else "does not match")
             + " a required key with a value (dimse.query_match_unknown). C-CANCEL is taken during C-FIND, C-MOVE and"
             " C-GET. The destination of C-MOVE is a configured peer with host and port.",
+            _corrections(settings),
             _statuses("C-FIND, C-MOVE, C-GET: statuses sent", QUERY_RETRIEVE),
         ),
         tuple(levels),
+    )
+
+
+def _corrections(settings: Settings) -> str:
+    objects = "C-MOVE, C-GET and deliveries send stored objects byte for byte as received in either case."
+    if not settings.sync.apply_corrections:
+        return f"Attributes are matched and returned as received (sync.apply_corrections = false). {objects}"
+    return (
+        "Attributes of patients and studies that were corrected at the node or at the cloud (records) are matched and"
+        " returned as corrected, and only so (sync.apply_corrections); a correction in dispute is not applied. A"
+        " corrected Patient ID serves as the unique key of queries and retrievals, and patients who have one ID since"
+        f" are one answer. {objects} Their headers may therefore differ from answers. New results have the corrected"
+        " attributes, and those of the images in Original Attributes Sequence (0400,0561), reason CORRECT."
     )
 
 

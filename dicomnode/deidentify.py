@@ -122,8 +122,9 @@ def _object(ds: Dataset, pseudonyms: Pseudonyms) -> tuple[Dataset, dict[tuple[st
     if f"{sop_class}.".startswith(f"{_SECONDARY_CAPTURE}.") and burned != "NO":
         cause = "identity may be burned into its pixels: its source does not say BurnedInAnnotation NO"
         raise MalformedDataSet("de-identify", cause)
-    patient_id, issuer = str(ds.get("PatientID") or ""), str(ds.get("IssuerOfPatientID") or "")
-    known = traces(*(str(ds.get(k) or "") for k in _IDENTIFYING))
+    former = _former(ds)
+    patient_id, issuer = (str((former if k in former else ds).get(k) or "") for k in ("PatientID", "IssuerOfPatientID"))
+    known = traces(*(str(one.get(k) or "") for one in (ds, former) for k in _IDENTIFYING))
     days, uids = pseudonyms.days(patient_id, issuer), frozenset(_uids(ds))
 
     def said(text: str) -> str:
@@ -155,6 +156,15 @@ def _object(ds: Dataset, pseudonyms: Pseudonyms) -> tuple[Dataset, dict[tuple[st
     ):
         mapping[kind, str(out[keyword].value)] = str(ds[keyword].value)
     return out, mapping
+
+
+def _former(ds: Dataset) -> Dataset:
+    """What was corrected in a result, as the images have it: a patient keeps one pseudonym, whatever was corrected."""
+    out = Dataset()
+    for item in ds.get("OriginalAttributesSequence") or []:
+        for modified in item.get("ModifiedAttributesSequence") or []:
+            out.update(modified)
+    return out
 
 
 def _uids(ds: Dataset) -> Iterator[str]:

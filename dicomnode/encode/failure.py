@@ -10,6 +10,7 @@ from highdicom.sr import RelationshipTypeValues as Relationship
 
 from dicomnode.encode.common import Context, Provenance, clean_text, quiet_pydicom
 from dicomnode.encode.headers import SourceHeaders, read_headers
+from dicomnode.encode.original import Correction, apply_correction
 from dicomnode.encode.sr import build_report, report_head, source_evidence
 from dicomnode.encode.station import Station
 from dicomnode.errors import InputError, NodeError, StorageError
@@ -39,6 +40,7 @@ def encode_failure(
     sources: Sequence[SourceInstance],
     *,
     station: Station,
+    correction: Correction | None = None,
 ) -> EncodedObject:
     """Comprehensive 3D SR without measurements; every readable or unreadable source is its evidence.
 
@@ -46,7 +48,7 @@ def encode_failure(
     none can be.
     """
     with quiet_pydicom():
-        headers = _headers(sources)
+        headers = apply_correction(_headers(sources), correction)
         provenance = Provenance.of(model, identity, "", zone=headers.zone)
         context = Context(identity, model, provenance, headers, tuple(sources), station)
         items = [

@@ -13,6 +13,7 @@ from dicomnode.encode.gsps import encode_gsps
 from dicomnode.encode.headers import SourceHeaders, read_headers
 from dicomnode.encode.keys import key_slices
 from dicomnode.encode.kos import encode_kos
+from dicomnode.encode.original import Correction, apply_correction
 from dicomnode.encode.parts import Part, parts
 from dicomnode.encode.pixels import Pixels, read_pixels
 from dicomnode.encode.pm import encode_pm
@@ -43,6 +44,7 @@ def encode_results(
     station: Station,
     order: Order = DEFAULT_ORDER,
     pixels: Pixels = read_pixels,
+    correction: Correction | None = None,
 ) -> tuple[EncodedObject, ...]:
     """The objects of one analysis that ``order`` asks for, in the order of sending, as Part 10 files.
 
@@ -51,7 +53,8 @@ def encode_results(
     beside the binary SEG that stands in for it, with a report of its own.
 
     ``sources``: every instance of the analysed series, excluded ones too; their headers are
-    read from their files. The same arguments give the same bytes, in any process. Raises
+    read from their files. ``correction``: patient and study attributes that serve in their place.
+    The same arguments give the same bytes, in any process. Raises
     ``NodeError`` when the arguments contradict each other, ``InputError`` when the source
     files cannot carry a result.
     """
@@ -65,6 +68,7 @@ def encode_results(
     frames = analysis.source_frames if every else analysis.source_frames[:1]
     with quiet_pydicom():
         headers = read_headers(wanted, sources, frames, one_size=not analysis.projection)
+        headers = apply_correction(headers, correction)
         provenance = Provenance.of(model, identity, analysis.engine, analysis.precision, headers.zone)
         context = Context(identity, model, provenance, headers, tuple(sources), station)
         hits = critical_hits(analysis, order.critical)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -30,6 +30,7 @@ from dicomnode.index.columns import (
     Root,
     columns,
 )
+from dicomnode.index.corrections import NONE, Corrections
 from dicomnode.index.keys import REQUIRED_KEYS, TIMES
 from dicomnode.index.names import fuzzy_person, name_condition
 from dicomnode.index.values import (
@@ -72,6 +73,9 @@ MAX_VALUE = 1024
 """Characters of one value; UID lists may be longer."""
 _OWN_ZONE = "own zone"
 """Name of a column that is selected for adjustment alone; no keyword has a space."""
+_OWNERS = {"patient row": "p.id", "study row": "st.id"}
+"""The same for corrections: whose row it is."""
+_MERGED = ("PatientID", "IssuerOfPatientID")
 
 
 class IdentifierError(Exception):
@@ -97,6 +101,7 @@ class Options:
     """Extended matching (PS3.4 C.5.1.1), each where it was negotiated, and one decision of the site.
 
     ``unknown``: a required key that is empty in the index matches any value (C.2.2.1.2).
+    ``corrections``: what is matched and returned in place of what was received.
     """
 
     combined: bool = False
@@ -104,6 +109,7 @@ class Options:
     timezone: bool = False
     unknown: bool = False
     local: moments.LocalOffset = moments.system_offset
+    corrections: Corrections = NONE
 
 
 def _as_texts(row: Mapping[str, Any]) -> dict[str, str]:
@@ -126,6 +132,7 @@ class Plan:
     unsupported: tuple[tuple[int, str], ...] = field(default=())
     adjust: Callable[[Row], dict[str, str]] = _as_texts
     items: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    corrected: bool = False
 
     def answer(self, row: Row) -> dict[str, str]:
         """Keyword -> text of one match; a sequence as JSON, a list with an object for each item."""
@@ -136,6 +143,20 @@ class Plan:
         if not found.get(ZONE_KEY):
             found.pop(ZONE_KEY, None)  # never with zero length (C.4.1.1.3.2)
         return found
+
+    def answers(self, rows: Sequence[Row]) -> Iterator[dict[str, str]]:
+        """Of all matches; patients who have one ID since a correction are one answer, with all that they have."""
+        if self.level is not Level.PATIENT or not self.corrected:
+            yield from map(self.answer, rows)
+            return
+        merged: dict[tuple[str, ...], dict[str, str]] = {}
+        for row in rows:
+            texts, found = self.adjust(row), self.answer(row)
+            first = merged.setdefault(tuple(texts[k] for k in _MERGED), found)
+            if first is not found:
+                for count in (k for k in found if k.startswith("NumberOfPatientRelated")):
+                    first[count] = str(int(first[count]) + int(found[count]))
+        yield from merged.values()
 
 
 # Query
@@ -184,13 +205,18 @@ def plan_find(root: Root, identifier: Identifier, *, relational: bool = False, o
         returned = tuple(dict.fromkeys([*returned, ZONE_KEY]))
         selected.setdefault(ZONE_KEY, known[ZONE_KEY])
     adjust: Callable[[Row], dict[str, str]] = _as_texts
+    if options.corrections:
+        selected |= {name: column for name, column in _OWNERS.items() if level is not Level.PATIENT or "p." in column}
+        selected |= {k: known[k] for k in _MERGED} if level is Level.PATIENT else {}
+        adjust = _correction(options.corrections)
     if zone is not None:
         selected[_OWN_ZONE] = OWN_ZONES[level]
-        adjust = _adjustment(zone, identifier.values[ZONE_KEY].strip(" "), options.local)
+        adjust = _adjustment(adjust, zone, identifier.values[ZONE_KEY].strip(" "), options.local)
     checks, judged = match.checks(), tuple({*wanted, *items})
+    whole_row = zone is not None or bool(options.corrections)
 
     def predicate(row: Row) -> bool:
-        texts = adjust(row) if zone is not None else _as_texts({k: row[k] for k in judged})
+        texts = adjust(row) if whole_row else _as_texts({k: row[k] for k in judged})
         return all(check(texts) for check in checks)
 
     conditions = match.conditions()
@@ -205,6 +231,7 @@ def plan_find(root: Root, identifier: Identifier, *, relational: bool = False, o
         tuple(sorted(unsupported)),
         adjust,
         items,
+        bool(options.corrections),
     )
 
 
@@ -232,13 +259,33 @@ def _zone(identifier: Identifier, options: Options) -> timedelta | None:
     return zone
 
 
-def _adjustment(zone: timedelta, told: str, local: moments.LocalOffset) -> Callable[[Row], dict[str, str]]:
+def _adjustment(
+    before: Callable[[Row], dict[str, str]], zone: timedelta, told: str, local: moments.LocalOffset
+) -> Callable[[Row], dict[str, str]]:
     def adjust(row: Row) -> dict[str, str]:
-        texts = moments.adjusted(_as_texts(row), _OWN_ZONE, zone, local)
+        texts = moments.adjusted(before(row), _OWN_ZONE, zone, local)
         texts[ZONE_KEY] = told
         return texts
 
     return adjust
+
+
+def _correction(corrections: Corrections) -> Callable[[Row], dict[str, str]]:
+    def adjust(row: Row) -> dict[str, str]:
+        texts = _as_texts(row)
+        values = corrections.values(*(row.get(name) for name in _OWNERS))
+        return {**texts, **{k: v for k, v in values.items() if k in texts}} if values else texts
+
+    return adjust
+
+
+def _or_corrected(found: Condition, keyword: str, corrections: Corrections) -> Condition:
+    """What was corrected is looked at, whatever was received: the predicate decides by what serves."""
+    where = corrections.of(keyword)
+    if where is None:
+        return found
+    text = f"({found[0]} OR {where[0]}.id IN (SELECT value FROM json_each(?)))"
+    return text, (*found[1], json.dumps(where[1]))
 
 
 _NAME_TABLES = {
@@ -300,7 +347,7 @@ class _Matching:
         """What every match meets, as SQL."""
         known = columns(self.level)
         found = [
-            self._condition(keyword, known[keyword], value)
+            _or_corrected(self._condition(keyword, known[keyword], value), keyword, self.options.corrections)
             for keyword, value in self.wanted.items()
             # A time of a combined pair, or of another zone, says nothing without its date.
             if not (vr_of(keyword) == "TM" and (self.zone is not None or keyword in self._combined.values()))
@@ -360,7 +407,9 @@ def _item_condition(wanted: Mapping[str, str]) -> Condition:
 # Retrieve
 
 
-def plan_retrieve(root: Root, identifier: Identifier, *, relational: bool = False) -> Plan:
+def plan_retrieve(
+    root: Root, identifier: Identifier, *, relational: bool = False, corrections: Corrections = NONE
+) -> Plan:
     """C-MOVE and C-GET: instances by unique keys alone. Raises IdentifierError.
 
     An empty unique key never means everything; a UID list is allowed at the level itself.
@@ -376,10 +425,11 @@ def plan_retrieve(root: Root, identifier: Identifier, *, relational: bool = Fals
             if one is level:
                 raise IdentifierError(f"{key} is empty")
             continue
-        conditions.append(_unique_condition(key, value))
+        conditions.append(_serving(_unique_condition(key, value), key, value, corrections))
     issuer = identifier.values.get("IssuerOfPatientID", "")
     if level is Level.PATIENT and not is_universal(issuer):
-        conditions.append(('p."IssuerOfPatientID" = ?', (issuer,)))
+        own: Condition = ('p."IssuerOfPatientID" = ?', (issuer,))
+        conditions.append(_serving(own, "IssuerOfPatientID", issuer, corrections))
     return Plan(
         level,
         "SELECT i.SOPClassUID, i.SOPInstanceUID, i.TransferSyntaxUID, i.file, i.size"
@@ -387,6 +437,17 @@ def plan_retrieve(root: Root, identifier: Identifier, *, relational: bool = Fals
         tuple(p for _, parameters in conditions for p in parameters),
         lambda _row: True,
     )
+
+
+def _serving(found: Condition, key: str, value: str, corrections: Corrections) -> Condition:
+    """A patient's ID is the corrected one, and no longer the one that was received: as C-FIND tells it."""
+    where = corrections.of(key) if key in _MERGED else None
+    if where is None:
+        return found
+    rows = "p.id {} (SELECT value FROM json_each(?))"
+    now = [row for row in where[1] if corrections.patients[row][key] == value]
+    text = f"(({found[0]} AND {rows.format('NOT IN')}) OR {rows.format('IN')})"
+    return text, (*found[1], json.dumps(where[1]), json.dumps(now))
 
 
 def _unique_condition(key: str, value: str) -> Condition:

@@ -26,6 +26,9 @@ Leave = Callable[[Row], Mapping[str, Any]]
 BEGUN_AT_CLOUD = frozenset({"preferences", "limits"})
 """Types whose records may begin at the cloud. Of others only what concerns something here is taken."""
 
+TOLD = frozenset({"settings"})
+"""What the node says of itself. It is set by the configuration, and by the desired state where that is accepted."""
+
 MOST_SETTLED = 100  # config/cloud-api.yaml
 MOST_MISSING = 100
 MOST_KEPT = 10_000
@@ -184,6 +187,8 @@ class Records:
         if held is None:
             self._write(kind, name, came, returned({}, {}, cloud.data))
             return Taken.applied
+        if kind in TOLD:
+            return self._tell_again(came, name, home, settled, origin)
         edge = Side(held["version"], held["changed_time"], ours)
         common = None
         if held["common_data"] is not None:
@@ -202,6 +207,13 @@ class Records:
         if differing(serves, taken) or keys:
             put_record(self.db, self.rules.plan, kind, name, serves, reported=False, settles=keys, **origin)
         return {Outcome.edge: Taken.kept, Outcome.merged: Taken.merged}.get(made.outcome, Taken.applied)
+
+    def _tell_again(self, came: Row, name: str, home: Row, settled: list[str], origin: Mapping[str, Any]) -> Taken:
+        """Nobody sets this by a record: the cloud hears what is so, as a change that follows its own."""
+        kind, keys = str(came["type"]), [k for k in self.unsettled(came["type"], name) if k not in settled]
+        self._write(kind, name, came, json.loads(came["data"]))
+        put_record(self.db, self.rules.plan, kind, name, home, reported=False, settles=keys, **origin)
+        return Taken.kept
 
     def _write(self, kind: str, name: str, came: Row, data: Mapping[str, Any]) -> None:
         """The cloud's value is what both ends have now; what goes out next builds on it."""

@@ -18,7 +18,7 @@ from dicomnode.index.schema_cloud import create_cloud_outbox
 from dicomnode.index.schema_desired import create_desired
 from dicomnode.index.schema_life import create_model_life
 from dicomnode.index.schema_priors import create_companions, create_priors
-from dicomnode.index.schema_records import create_records
+from dicomnode.index.schema_records import create_corrected, create_records
 from dicomnode.index.schema_trust import create_trust
 
 migrations: Any = Migrations("dicomnode")
@@ -489,3 +489,8 @@ def m0023_records(db: Database) -> None:
 def m0030_desired(db: Database) -> None:
     """What the cloud desires of this node; see :mod:`dicomnode.index.desired`."""
     create_desired(db)
+
+
+@migrations()
+def m0031_corrected(db: Database) -> None:
+    create_corrected(db)

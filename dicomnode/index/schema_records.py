@@ -35,6 +35,17 @@ _STATEMENTS = (
 )
 
 
+_CORRECTED = (
+    # Studies that somebody corrected, among all that the node told of.
+    "CREATE INDEX idx_records_corrected ON records(record_id) WHERE type = 'study' AND data <> reported",
+)
+
+
+def create_corrected(db: Database) -> None:
+    for statement in _CORRECTED:
+        db.execute(statement)
+
+
 def create_records(db: Database) -> None:
     for statement in _STATEMENTS:
         db.execute(statement)

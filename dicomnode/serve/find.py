@@ -62,8 +62,7 @@ def find(
 
 def answers(plan: Plan, rows: list[Row], ae_title: str, transfer_syntax_uid: str) -> Iterator[bytes]:
     """One identifier for each row: what was asked for, and what the standard adds to it."""
-    for row in rows:
-        values = plan.answer(row)
-        values |= {"QueryRetrieveLevel": plan.level.value, "RetrieveAETitle": ae_title}
+    for found in plan.answers(rows):
+        values = found | {"QueryRetrieveLevel": plan.level.value, "RetrieveAETitle": ae_title}
         values["InstanceAvailability"] = "ONLINE"
         yield encode_identifier(values, transfer_syntax_uid)

@@ -15,6 +15,7 @@ from dicomnode.dimse.requestor import MAX_CONTEXTS, Patience, associate
 from dicomnode.dimse.store import NextFile, NotPart10, Opened, send_store
 from dicomnode.durable import ObjectStore
 from dicomnode.errors import PeerError
+from dicomnode.index.corrections import serving_corrections
 from dicomnode.index.database import Database
 from dicomnode.index.matching import IdentifierError, Root, Row, plan_retrieve
 from dicomnode.index.query import Ended, run
@@ -135,7 +136,8 @@ class Retriever:
         """What the identifier names. Raises Refused, MalformedDataSet, StorageError."""
         identifier = parse_identifier(exchange.identifier, exchange.transfer_syntax_uid)
         try:
-            plan = plan_retrieve(root, identifier, relational=relational)
+            corrections = serving_corrections(self._settings, self._db)
+            plan = plan_retrieve(root, identifier, relational=relational, corrections=corrections)
         except IdentifierError:
             raise Refused(IDENTIFIER_MISMATCH) from None
         seconds = self._settings.dimse.query_seconds

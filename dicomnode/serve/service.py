@@ -18,6 +18,7 @@ from pynetdicom.sop_class import (
 
 from dicomnode import logs, metrics
 from dicomnode.errors import MalformedDataSet, NodeError
+from dicomnode.index.corrections import serving_corrections
 from dicomnode.index.database import Database
 from dicomnode.index.matching import Options, Root
 from dicomnode.index.operation import Events
@@ -135,7 +136,8 @@ class QueryRetrieve:
         """What the fields of C-FIND's extended negotiation stand for."""
         combined, fuzzy, timezone = (fields[n : n + 1] == b"\1" for n in (1, 2, 3))
         unknown = self._settings.dimse.query_match_unknown
-        return Options(combined=combined, fuzzy=fuzzy, timezone=timezone, unknown=unknown)
+        corrections = serving_corrections(self._settings, self._db)
+        return Options(combined=combined, fuzzy=fuzzy, timezone=timezone, unknown=unknown, corrections=corrections)
 
     def _find(self, exchange: Exchange, root: Root, relational: bool, options: Options) -> Finding:
         """C-FIND within the rate and number that one caller may ask at."""

@@ -140,7 +140,7 @@ def worker_on(settings: Settings, db: Database, engine: EngineChoice | None = No
     )
     ObjectStore(settings.node.data_dir).prepare()
     worker = Worker(
-        settings, db, models, encoder(settings), owner="worker", decoder=InlineDecoder(), on_results=lambda: None
+        settings, db, models, encoder(settings, db=db), owner="worker", decoder=InlineDecoder(), on_results=lambda: None
     )
     worker.start()
     return worker

@@ -1,0 +1,146 @@
+"""Corrections that travel as records: applied when they are decided, and one pseudonym whatever was corrected."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydicom import dcmread
+
+from dicomnode.deidentify import deidentify
+from dicomnode.encode import Correction, encode_results
+from dicomnode.index.corrections import corrected_study, read_corrections
+from dicomnode.index.database import Database
+from dicomnode.index.mapping import PseudonymRows
+from dicomnode.index.operation import Models
+from dicomnode.index.record_reviews import Reviews, demographics
+from dicomnode.infer.golden import ReadyModel
+from dicomnode.pseudonyms import Pseudonyms
+from tests.encode.conftest import assert_valid, make_case  # noqa: F401 fixtures
+from tests.encode.encode_case import Case, read
+from tests.infer.life_case import add_series, add_version, boxes, settings_of, worker_on
+from tests.sync.index_case import CANARY, CANARY_ID, add_results
+from tests.sync.test_records import Cloud, Node, run
+
+NAME = {"PatientName": "Right^Name"}
+
+
+def own_patient(node: Node, **values: str) -> str:
+    """A correction made here; the pseudonym of the patient."""
+    pseudonym = str(node.db.value("SELECT pseudonym FROM pseudonyms WHERE kind = 'patient'"))
+    begin = demographics(node.db, CANARY_ID, "")
+    node.reviews.change("patient", pseudonym, values, begin=begin, identified=True)
+    return pseudonym
+
+
+def patients(node: Node) -> list[Any]:
+    return list(read_corrections(node.db).patients.values())
+
+
+def test_a_correction_counts_once_it_is_decided(tmp_path: Path) -> None:
+    async def body(cloud: Cloud, node: Node) -> None:
+        add_results(node.db, node.settings.node.data_dir, cloud=node.settings.cloud_plan)
+        await node.exchange()
+        pseudonym = own_patient(node, PatientBirthDate="19800102")
+        await node.exchange()
+        assert patients(node) == [{"PatientBirthDate": "19800102"}]
+        held = cloud.holds("patient", pseudonym)
+        own_patient(node, PatientName="Wrong^Name", PatientSex="O")
+        await cloud.change("patient", pseudonym, **{**held, **NAME})
+        await node.exchange()
+        [conflict] = node.reviews.listing(state="open")
+        assert set(conflict["fields"]) == {"PatientName", "PatientSex"}
+        assert node.holds("patient", pseudonym)["PatientName"] == "Right^Name", "the cloud's serves as a record"
+        assert patients(node) == [{"PatientBirthDate": "19800102"}], "but what is in dispute corrects nothing"
+        node.reviews.decide(conflict["id"], "cloud", who="test")
+        assert patients(node) == [{"PatientBirthDate": "19800102", **NAME}]
+        await node.exchange()
+        assert patients(node) == [{"PatientBirthDate": "19800102", **NAME}] and cloud.open() == []
+        [row] = node.db.rows("SELECT SOPInstanceUID FROM instances LIMIT 1")
+        found = corrected_study(node.db, row["SOPInstanceUID"])
+        assert found is not None and found.values == {"PatientBirthDate": "19800102", **NAME} and found.changed_time
+        own_patient(node, PatientName="", PatientBirthDate="")
+        assert patients(node) == [], "taken back"
+        assert node.db.rows("SELECT PatientName FROM patients")[0]["PatientName"] == CANARY, "rows stay as received"
+
+    run(tmp_path, body, patients_identity="kept")
+
+
+def test_what_the_node_tells_of_a_study_is_no_correction(tmp_path: Path) -> None:
+    async def body(cloud: Cloud, node: Node) -> None:
+        add_results(node.db, node.settings.node.data_dir, cloud=node.settings.cloud_plan)
+        node.db._connection().execute("UPDATE sync_items SET identified = 1")
+        await node.exchange()
+        uid = str(node.db.value("SELECT record_id FROM records WHERE type = 'study'"))
+        assert not read_corrections(node.db).studies
+        await cloud.change("study", uid, **{**cloud.holds("study", uid), "AccessionNumber": "A77", "Note": "x"})
+        await node.exchange()
+        assert list(read_corrections(node.db).studies.values()) == [{"AccessionNumber": "A77"}]
+
+    run(tmp_path, body)
+
+
+def test_settings_of_the_node_are_told_and_not_set(tmp_path: Path) -> None:
+    """The way to set something here is the desired state; a record only says what is so."""
+
+    async def body(cloud: Cloud, node: Node) -> None:
+        from dicomnode.sync.node_record import describe_node
+
+        describe_node(node.settings, node.db)
+        await node.exchange()
+        told = node.holds("settings", "NODE0")
+        await cloud.change("settings", "NODE0", **{**told, "engine": "somebody's", "more": 1})
+        await node.exchange()
+        assert node.holds("settings", "NODE0") == told == cloud.holds("settings", "NODE0")
+        assert describe_node(node.settings, node.db) == 0 and cloud.open() == []
+        version = cloud.storage.record("settings", "NODE0")
+        await node.exchange()
+        assert cloud.storage.record("settings", "NODE0") == version, "it is told once"
+
+    run(tmp_path, body)
+
+
+def test_a_corrected_result_leaves_under_the_same_pseudonym(make_case: Callable[..., Case]) -> None:  # noqa: F811
+    case, codec = make_case(), Pseudonyms(b"k" * 32)
+    correction = Correction({"PatientID": "ID-2", "PatientName": "Other^Canary"}, "2026-11-29T10:00:00+00:00", "N")
+    arguments = (case.analysis, case.identity, case.model, case.sources)
+    for plain, corrected in zip(
+        encode_results(*arguments, station=case.station),
+        encode_results(*arguments, station=case.station, correction=correction),
+        strict=True,
+    ):
+        before, after = deidentify(plain.part10, codec), deidentify(corrected.part10, codec)
+        assert read(after.content).PatientID == read(before.content).PatientID == codec.patient("ID-1")
+        assert after.mapping == before.mapping
+        for word in (b"Canary", b"ID-2", b"Example^Test", b"OriginalAttributes"):
+            assert word not in after.content
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_the_worker_applies_them_where_the_site_wants_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, on: bool
+) -> None:
+    monkeypatch.setattr(ReadyModel, "analyse", boxes)
+    add_version(tmp_path, "1.0.0")
+    settings = settings_of(tmp_path)
+    settings = settings.model_copy(update={"sync": settings.sync.model_copy(update={"apply_corrections": on})})
+    db = Database(tmp_path / "data")
+    try:
+        Models(db).activate("ct-lung", "1.0.0")
+        worker = worker_on(settings, db)
+        job = add_series(db)
+        [patient] = db.rows("SELECT PatientID FROM patients")
+        PseudonymRows(db).keep({("patient", "pseudo"): patient["PatientID"]})
+        begin = demographics(db, patient["PatientID"], "")
+        Reviews(db, settings.cloud_plan).change("patient", "pseudo", NAME, begin=begin)
+        assert worker.run_once()
+        rows = db.rows("SELECT i.file FROM results r JOIN instances i ON i.SOPInstanceUID = r.SOPInstanceUID")
+        assert rows and db.value("SELECT state FROM jobs WHERE id = ?", (job,)) == "done"
+        for row in rows:
+            ds = dcmread(BytesIO((tmp_path / "data" / "objects" / row["file"]).read_bytes()))
+            assert (str(ds.PatientName) == "Right^Name", "OriginalAttributesSequence" in ds) == (on, on)
+    finally:
+        db.close()
