@@ -16,8 +16,12 @@ from dicomnode.settings import Cloud
 from dicomnode.sync.http import confidential, read_token
 from dicomnode.sync.source import CHUNK_BYTES, Again, Answer, Unfit
 
-NOT_FOUND = 404
-"""As which an object that is not there is told, as HTTP would."""
+NOT_FOUND, FORBIDDEN, UNKNOWN = 404, 403, 401
+"""As which it is told, as HTTP would, that there is no such object, that it may not be read, or who asks is unknown.
+
+Without s3:ListBucket a bucket answers 403 for both. Where the end of the chain of roots is asked for
+(N+1.root.json), python-tuf takes either for the end; for any other file it stays an error.
+"""
 
 
 class S3Source:
@@ -76,6 +80,16 @@ class S3Source:
             raise Unfit("the object changed between two attempts; it is loaded anew", 0.0) from None
         except (self._errors.NotFoundError, FileNotFoundError):
             raise Again("the bucket does not have it", None, NOT_FOUND) from None
+        except self._errors.PermissionDeniedError:
+            raise Again(
+                f"the bucket refuses to show it (403): the credentials need s3:GetObject on {parts.netloc}/*, and"
+                f" s3:ListBucket on {parts.netloc} to be told of what is not there",
+                None,
+                FORBIDDEN,
+            ) from None
+        except self._errors.UnauthenticatedError:
+            cause = "the bucket does not know the credentials (401): check cloud.repository.s3_access_key_file"
+            raise Again(cause, None, UNKNOWN) from None
         except self._errors.BaseError as error:
             raise Again(f"the bucket answered with {type(error).__name__}") from None
 

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 from aiohttp import ClientSession, web
 
-from dicomnode.errors import OperatorError
+from dicomnode.errors import OperatorError, PeerAway
+from dicomnode.index.trust import Trusted
 from dicomnode.settings import Cloud
 from dicomnode.sync import transfer
 from dicomnode.sync.source import Again, Unfit, source_for
@@ -39,10 +40,19 @@ class Double:
         self.objects: dict[str, bytes] = {}
         self.asked: list[dict[str, str]] = []
         self.cut: int | None = None
+        self.may_list = True
+        """Without s3:ListBucket S3 answers 403 for what is not there."""
+        self.closed = ""
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         self.asked.append(dict(request.headers))
         data = self.objects.get(request.match_info["path"].removeprefix(f"{BUCKET}/"))
+        if self.closed and self.closed in request.path:
+            data = None
+        if data is None and not (self.may_list and not self.closed):
+            return web.Response(
+                status=403, text="<Error><Code>AccessDenied</Code></Error>", content_type="application/xml"
+            )
         if data is None:
             return web.Response(
                 status=404, text="<Error><Code>NoSuchKey</Code></Error>", content_type="application/xml"
@@ -164,6 +174,36 @@ def test_without_the_package_it_says_what_to_install(tmp_path: Path, monkeypatch
     monkeypatch.setitem(__import__("sys").modules, "obstore", None)
     with pytest.raises(OperatorError, match=r"s3\.txt"):
         source_for("s3://b/x", cloud_of(tmp_path, ""), FakeClock())
+
+
+def test_a_bucket_that_may_not_be_listed_is_followed(tmp_path: Path) -> None:
+    """For what is not there it answers 403: the end of the chain of roots for python-tuf, an error elsewhere."""
+    repository = TufRepository()
+    repository.add("m/1.0.0.zip", DATA)
+    repository.publish()
+    repository.rotate("root")
+    repository.publish()
+
+    async def main() -> None:
+        async with doubled(tmp_path) as (double, cloud):
+            double.may_list = False
+            double.objects = repository.files
+
+            def look() -> Trusted:
+                fetcher = BoundedFetcher(source_for("s3://", cloud, FakeClock()), 20)
+                where, work = cloud.repository.metadata_url, tmp_path / "work"
+                return refresh(repository.trusted_root, where, tmp_path / "cache", work, fetcher)
+
+            trusted = await asyncio.to_thread(look)
+            assert trusted.versions["root"] == 2 and [o.version for o in trusted.offers] == ["1.0.0"]
+            double.closed = "timestamp.json"
+            with pytest.raises(PeerAway, match=r"timestamp\.json: .*403.*s3:GetObject on models/\*.*s3:ListBucket"):
+                await asyncio.to_thread(look)
+            with pytest.raises(Again, match="s3:GetObject") as caught:
+                await fetched(cloud, tmp_path, name="absent.zip")
+            assert caught.value.status == 403
+
+    asyncio.run(main())
 
 
 @pytest.fixture(scope="module")
