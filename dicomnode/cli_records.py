@@ -59,6 +59,16 @@ def records_list(
     output(rows, as_json, lambda data: table(data, columns, "no records"))
 
 
+@records_app.command("refused")
+def records_refused(config: Config = None, as_json: Json = False, limit: Limit = 50) -> None:
+    """Records of the cloud that were not taken, and why; one that is changed at the cloud comes again."""
+    settings = settings_of(config)
+    with index(settings) as db:
+        rows = _reviews(db, settings).refused(limit)
+    columns = {"time": "time", "seq": "seq at the cloud", "type": "type", "cloud_id": "id", "why": "why"}
+    output(rows, as_json, lambda data: table(data, columns, "none was refused"))
+
+
 @records_app.command("show")
 def records_show(kind: Kind, name: Name, config: Config = None, as_json: Json = False, issuer: Issuer = "") -> None:
     """A record with its values: may show patient data, so mind who looks."""

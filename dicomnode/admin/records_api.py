@@ -28,6 +28,7 @@ class RecordsApi:
 
     def add_routes(self, router: web.UrlDispatcher) -> None:
         router.add_get("/api/v1/records", self.records)
+        router.add_get("/api/v1/records/refused", self.refused)
         router.add_get(f"/api/v1/records/{NAME}", self.record)
         router.add_put(f"/api/v1/records/{NAME}", self.change)
         router.add_get("/api/v1/conflicts", self.conflicts)
@@ -38,6 +39,9 @@ class RecordsApi:
         kind = request.query.get("type") or None
         rows = await asyncio.to_thread(self._reviews.records, limit_of(request), kind)
         return json_answer({"records": rows})
+
+    async def refused(self, request: web.Request) -> web.Response:
+        return json_answer({"refused": await asyncio.to_thread(self._reviews.refused, limit_of(request))})
 
     async def record(self, request: web.Request) -> web.Response:
         self._near(request)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-import json
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,7 +11,7 @@ from urllib.parse import urlsplit
 
 from aiohttp import web
 
-from dicomnode import __version__, logs
+from dicomnode import __version__, logs, strict_json
 from dicomnode.cloud import page, shapes, stow
 from dicomnode.cloud.callers import ADMINISTRATOR, Caller, Callers
 from dicomnode.cloud.models import ModelFiles
@@ -267,9 +266,9 @@ def make_app(
 async def _json(request: web.Request) -> Any:
     body = await request.read()
     try:
-        return json.loads(body)
-    except (ValueError, RecursionError):
-        raise OperatorError("read request", "the body is not JSON", "See config/cloud-api.yaml") from None
+        return strict_json.read(body)
+    except ValueError as error:
+        raise OperatorError("read request", f"the body: {error}", "See config/cloud-api.yaml") from None
 
 
 def is_loopback(host: str) -> bool:

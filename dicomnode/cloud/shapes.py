@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any
 
 from dicomnode.errors import OperatorError
+from dicomnode.strict_json import MOST_DEPTH, Twice, unfit
 
 MAX_RECORDS = 500
 MAX_DATA_BYTES = 256 * 1024
@@ -38,8 +38,12 @@ def _moment(v: Any) -> bool:
         return False
 
 
+def _data_fault(v: Any) -> str:
+    return unfit(v, MAX_DATA_BYTES) if isinstance(v, dict) else "it is not an object"
+
+
 def _data(v: Any) -> bool:
-    return isinstance(v, dict) and len(json.dumps(v, ensure_ascii=False).encode("utf-8", "replace")) <= MAX_DATA_BYTES
+    return not _data_fault(v)
 
 
 def _keys(v: Any) -> bool:
@@ -56,7 +60,7 @@ _RECORD: Mapping[str, tuple[bool, Check, str]] = {
     "base_key": (False, lambda v: v is None or _text(_KEY)(v), "a UUID in lower case, or null"),
     "settles": (False, _keys, f"a list of at most {MAX_SETTLED} UUIDs in lower case"),
     "study": (False, lambda v: v is None or _text(_UID)(v), "a UID, or null"),
-    "data": (True, _data, f"an object of at most {MAX_DATA_BYTES} bytes"),
+    "data": (True, _data, f"an object of at most {MAX_DATA_BYTES} bytes, {MOST_DEPTH} deep"),
 }
 
 
@@ -86,6 +90,10 @@ def batch(body: Any) -> tuple[str, list[Any]]:
 
 def record_fault(record: Mapping[str, Any]) -> str:
     """What is wrong with a record, by its key; empty when nothing is."""
+    if isinstance(record, Twice):
+        return "a field is there twice"
+    if why := _data_fault(record.get("data", {})):
+        return f"data: {why}"
     for key, (needed, check, right) in _RECORD.items():
         if key not in record:
             if needed:
@@ -101,6 +109,8 @@ def record_fault(record: Mapping[str, Any]) -> str:
 def fields(body: Any, needed: set[str], optional: frozenset[str] = frozenset()) -> Mapping[str, Any]:
     if not isinstance(body, dict):
         raise _wrong("the body is not a JSON object")
+    if isinstance(body, Twice):
+        raise _wrong("a field is there twice")
     missing = sorted(needed - body.keys())
     if missing:
         raise _wrong(f"{missing[0]} is missing")
@@ -110,8 +120,8 @@ def fields(body: Any, needed: set[str], optional: frozenset[str] = frozenset()) 
 
 
 def data(value: Any, what: str = "data") -> Mapping[str, Any]:
-    if not _data(value):
-        raise _wrong(f"{what} is not an object of at most {MAX_DATA_BYTES} bytes")
+    if why := _data_fault(value):
+        raise _wrong(f"{what}: {why}")
     found: Mapping[str, Any] = value
     return found
 

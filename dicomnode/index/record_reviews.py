@@ -87,6 +87,16 @@ class Reviews:
             (kind, limit),
         )
 
+    def refused(self, limit: int = 100) -> list[Row]:
+        """Records of the cloud that were not taken and why, the newest first; no values.
+
+        ``seq``: its place in the cloud's feed, 0 where it was looked at later; names are empty where they
+        could not be read.
+        """
+        return self.db.rows(
+            "SELECT seq, type, cloud_id, why, time FROM refused_records ORDER BY time DESC, seq DESC LIMIT ?", (limit,)
+        )
+
     def record(self, kind: str, name: str) -> Row:
         """Raises OperatorError when there is none."""
         row = self.db.row(

@@ -74,8 +74,17 @@ class Records:
         """Up to where the feed of an endpoint was read."""
         return int(self.db.value("SELECT after_seq FROM record_feeds WHERE address = ?", (address,)) or 0)
 
-    def keep(self, address: str, page: Sequence[Mapping[str, Any]], after: int) -> int:
-        """A page of the feed and the place behind it, in one transaction; how many records were new."""
+    def keep(
+        self,
+        address: str,
+        page: Sequence[Mapping[str, Any]],
+        after: int,
+        refused: Sequence[Mapping[str, Any]] = (),
+    ) -> int:
+        """A page of the feed and the place behind it, in one transaction; how many records were new.
+
+        ``refused``: records of the page that cannot be kept (``why``, ``type``, ``cloud_id``, ``seq``).
+        """
         db, new = self.db, 0
         with db.transaction():
             for r in page:
@@ -92,7 +101,20 @@ class Records:
                 "INSERT INTO record_feeds VALUES (?, ?) ON CONFLICT (address) DO UPDATE SET after_seq = ?2",
                 (address, after),
             )
+            for r in refused:
+                self._note_refused(address, r)
         return new
+
+    def _note_refused(self, address: str, came: Mapping[str, Any]) -> None:
+        db = self.db
+        row = {key: came[key] for key in ("seq", "type", "cloud_id", "why")}
+        row |= {"address": address, "time": iso(db.clock.wall())}
+        db.insert("refused_records", row, conflict="OR REPLACE")
+        db.execute(
+            "DELETE FROM refused_records WHERE time <"
+            " (SELECT time FROM refused_records ORDER BY time DESC LIMIT 1 OFFSET ?)",
+            (MOST_KEPT - 1,),
+        )
 
     def take_all(self) -> dict[Taken, int]:
         """Decide on everything that waits; counts by what became of it."""
@@ -128,10 +150,10 @@ class Records:
                 (MOST_KEPT,),
             )
 
-    def refuse(self, kind: str, cloud_id: str) -> Taken:
+    def refuse(self, kind: str, cloud_id: str, why: str = "it cannot be looked at") -> Taken:
         """A record that cannot be looked at; it is not asked for again."""
         with self.db.transaction():
-            return self._done({"type": kind, "cloud_id": cloud_id}, self._home(kind, cloud_id), Taken.refused)
+            return self._done({"type": kind, "cloud_id": cloud_id}, self._home(kind, cloud_id), Taken.refused, why)
 
     def _take(self, kind: str, cloud_id: str) -> Taken:
         db = self.db
@@ -155,8 +177,8 @@ class Records:
             if self._stale(came, held, name):
                 return self._done(came, name, Taken.stale)
             theirs = json.loads(came["data"])
-            if fault(kind, name, theirs):
-                return self._done(came, name, Taken.refused)
+            if why := fault(kind, name, theirs):
+                return self._done(came, name, Taken.refused, why)
             return self._done(came, name, self._decide(came, name, held, theirs, settled))
 
     def _settle_late(self, kind: str, name: str, held: Row, settled: list[str]) -> None:
@@ -299,7 +321,7 @@ class Records:
             return cloud_id if kind == "patient" else str(found)
         return cloud_id if kind in BEGUN_AT_CLOUD else None
 
-    def _done(self, came: Row, name: str | None, what: Taken) -> Taken:
+    def _done(self, came: Row, name: str | None, what: Taken, why: str = "") -> Taken:
         """What concerns nothing here is not kept: it may be another node's patient; of what is refused, the name."""
         where = (came["type"], came["cloud_id"])
         if what is Taken.unknown:
@@ -308,6 +330,7 @@ class Records:
         if what is Taken.refused:
             emptied = "state = 'refused', data = '{}', settled = '[]'"
             self.db.execute(f"UPDATE cloud_records SET {emptied} WHERE {_CAME}", where)
+            self._note_refused("", {"seq": 0, **came, "why": why})
         else:
             self.db.execute(f"UPDATE cloud_records SET state = 'taken' WHERE {_CAME}", where)
         self.db.execute(

@@ -18,7 +18,7 @@ from dicomnode.index.schema_cloud import create_cloud_outbox
 from dicomnode.index.schema_desired import create_desired
 from dicomnode.index.schema_life import create_model_life
 from dicomnode.index.schema_priors import create_companions, create_priors
-from dicomnode.index.schema_records import create_corrected, create_records
+from dicomnode.index.schema_records import create_corrected, create_records, create_refused
 from dicomnode.index.schema_trust import create_trust
 
 migrations: Any = Migrations("dicomnode")
@@ -494,3 +494,9 @@ def m0030_desired(db: Database) -> None:
 @migrations()
 def m0031_corrected(db: Database) -> None:
     create_corrected(db)
+
+
+@migrations()
+def m0032_refused_records(db: Database) -> None:
+    """Records of the cloud that were not taken, and why; see :mod:`dicomnode.index.records`."""
+    create_refused(db)

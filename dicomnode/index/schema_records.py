@@ -49,3 +49,13 @@ def create_corrected(db: Database) -> None:
 def create_records(db: Database) -> None:
     for statement in _STATEMENTS:
         db.execute(statement)
+
+
+def create_refused(db: Database) -> None:
+    """What of the cloud's feed was left out, for people to look at; ``address`` is empty where it was decided on."""
+    db.execute(
+        "CREATE TABLE refused_records (address TEXT NOT NULL, seq INTEGER NOT NULL, type TEXT NOT NULL,"
+        " cloud_id TEXT NOT NULL, why TEXT NOT NULL, time TEXT NOT NULL,"
+        " PRIMARY KEY (address, seq, type, cloud_id)) WITHOUT ROWID"
+    )
+    db.execute("CREATE INDEX idx_refused_records_time ON refused_records(time)")

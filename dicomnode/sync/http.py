@@ -147,3 +147,19 @@ async def read_bounded(response: aiohttp.ClientResponse, limit: int, progress: P
             raise PeerError("read reply", f"it is longer than {limit} bytes", "", retryable=True)
         parts.append(chunk)
     return b"".join(parts)
+
+
+async def read_ends(
+    response: aiohttp.ClientResponse, limit: int, end: int, most: int, progress: Progress
+) -> tuple[bytes, bytes]:
+    """The body up to a chunk beyond ``limit``, and its last ``end`` bytes; no more than ``most`` is read for them."""
+    begin, tail, size = bytearray(), b"", 0
+    async for chunk in response.content.iter_chunked(64 * 1024):
+        progress.touch()
+        size += len(chunk)
+        if len(begin) <= limit:
+            begin += chunk
+        tail = (tail + chunk)[-end:]
+        if size > most:
+            break
+    return bytes(begin), tail

@@ -6,46 +6,46 @@ A page and the place behind it are one transaction, so nothing is skipped and no
 from __future__ import annotations
 
 import asyncio
-import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 from urllib.parse import quote
 
 import aiohttp
 
-from dicomnode import durable, logs
+from dicomnode import durable, logs, strict_json
 from dicomnode.cloud_settings import node_name
 from dicomnode.conflicts import KIND_OF
 from dicomnode.errors import OperatorError, PeerAway, PeerError
 from dicomnode.index.database import Database, Row
-from dicomnode.index.operation import Events
+from dicomnode.index.operation import Events, Severity
 from dicomnode.index.records import Records, Rules, Taken
 from dicomnode.metrics_cloud import RECORDS_TAKEN
 from dicomnode.settings import Settings
 from dicomnode.sync.endpoints import Endpoints
-from dicomnode.sync.http import Progress, read_bounded, watched
+from dicomnode.sync.feed_page import Unkept, checked, page_of, place_behind
+from dicomnode.sync.http import Progress, read_ends, watched
 
 PAGE = 200
 MOST_PAGES = 50
 """Of one run; the next one goes on where it ended."""
 
 MAX_PAGE_BYTES = 64 << 20
-MOST_NUMBER = 2**53 - 1  # config/cloud-api.yaml, also of what follows
-MOST_DATA_BYTES = 256 << 10
-MOST_NAMES_BYTES = 4 << 10
-MOST_DEPTH = 32
-_FIELDS: Mapping[str, type] = {
-    "type": str,
-    "id": str,
-    "version": int,
-    "key": str,
-    "node": str,
-    "data": dict,
-    "changed_time": str,
-    "settled": list,
-    "seq": int,
-}
+MOST_SKIPPED_BYTES = 256 << 20
+"""Of one record that cannot be read; only its end is kept, to know where to go on."""
+
+END_BYTES = 4096
+SHRINK = 8
+"""A page that cannot be read is asked for again with so many times fewer records, at last with one."""
+
+AGAIN = "a record that is changed at the cloud comes again"
+
+
+class Unreadable(PeerError):
+    """A reply that is no JSON, or too deep or too long. ``following``: the place behind it, where it is told."""
+
+    def __init__(self, cause: str, digest: str, following: int | None) -> None:
+        super().__init__("pull records", cause, "See config/cloud-api.yaml, which has the limits of records")
+        self.digest, self.following = digest, following
 
 
 class Leaving(Protocol):
@@ -67,13 +67,24 @@ class RecordPuller:
         self.endpoints = endpoints
         self._leaving = leaving
         self.records = Records(db, Rules(settings.cloud_plan, settings.sync.conflicts, leaving.record))
+        self._told = ""
         self._log = logs.get()
 
     async def run_once(self) -> dict[Taken, int]:
         """Pull what is new and decide on it; what became of how many.
 
-        Raises PeerError when the endpoint answers otherwise than config/cloud-api.yaml says.
+        Raises PeerError when the endpoint answers otherwise than config/cloud-api.yaml says; told once.
         """
+        try:
+            found = await self._run()
+        except PeerAway:
+            raise
+        except PeerError as error:
+            await asyncio.to_thread(self._tell_feed, str(error))
+            raise
+        return found
+
+    async def _run(self) -> dict[Taken, int]:
         await asyncio.to_thread(self._leaving.ready)
         number = self.endpoints.current()
         if number is None:
@@ -85,64 +96,126 @@ class RecordPuller:
                 found = await self._pages(session, url, headers)
                 missing = await asyncio.to_thread(self.records.missing) if self._room() else []
                 for kind, name in missing:
-                    one = await self._get(session, f"{url}/records/{kind}/{quote(name, safe='')}", headers)
-                    if one is not None:
-                        await asyncio.to_thread(self._keep_one, url, kind, name, checked([one]))
+                    await self._fetch_one(session, url, headers, kind, name)
         except PeerAway as error:
             self.endpoints.failed(number, error.cause)
             return await asyncio.to_thread(self._take)
+        await asyncio.to_thread(self._tell_feed, "")
         return found
 
     async def _pages(self, session: aiohttp.ClientSession, url: str, headers: dict[str, str]) -> dict[Taken, int]:
         """Each page is decided on before the next one comes, so that no more than one waits here."""
         found: dict[Taken, int] = {}
+        limit = PAGE
         for _ in range(MOST_PAGES):
             if not self._room():
                 self._log.warning("records stay at the cloud: free space is at the reserve (node.reserve_mb)")
                 break
             after = await asyncio.to_thread(self.records.after, url)
-            page = await self._get(session, f"{url}/records?after={after}&limit={PAGE}", headers)
-            rows, following = page_of(page)
-            self._must_be_ours(page)
-            await asyncio.to_thread(self._refused, len(page["records"]) - len(rows))
-            newest = page.get("newest")
-            if isinstance(newest, int) and newest < after:  # the cloud was set back: all of it is read again
-                self._log.warning("the records of the cloud begin anew", after=after, newest=newest)
+            address = f"{url}/records?after={after}&limit={limit}"
+            try:
+                body = await self._get(session, address, headers, alone=limit == 1)
+            except Unreadable as error:
+                if limit == 1:
+                    await self._skip(session, url, headers, address, after, error)
+                limit = max(1, limit // SHRINK) if limit > 1 else PAGE
+                continue
+            self._must_be_ours(body)
+            page = page_of(body, alone=limit < PAGE)
+            following, rows = page.following, page.rows
+            if page.newest is not None and page.newest < after:  # the cloud was set back: all of it is read again
+                self._log.warning("the records of the cloud begin anew", after=after, newest=page.newest)
                 rows, following = [], 0
+            elif following < after:
+                raise PeerError("pull records", f"next is {following}, behind {after}", "It may only rise")
             if following == after:
                 break
-            await asyncio.to_thread(self.records.keep, url, [r for r in rows if r["type"] in KIND_OF], following)
-            for what, number in (await asyncio.to_thread(self._take)).items():
-                found[what] = number + (0 if what is Taken.later else found.get(what, 0))
+            await asyncio.to_thread(self._keep, url, rows, page.unkept, following)
+            for what, count in (await asyncio.to_thread(self._take)).items():
+                found[what] = count + (0 if what is Taken.later else found.get(what, 0))
         return found or await asyncio.to_thread(self._take)
 
-    def _must_be_ours(self, page: Mapping[str, Any]) -> None:
+    def _must_be_ours(self, page: Any) -> None:
         """A cloud that tells whose token it saw must name this node: with a neighbour's token come its records."""
-        known, own = page.get("node"), node_name(self.settings.node.ae_title)
+        known = page.get("node") if isinstance(page, dict) else None
+        own = node_name(self.settings.node.ae_title)
         if isinstance(known, str) and known not in ("", own):
             hint = "Give cloud.token_file the token that the cloud has for this node, or mend node.ae_title"
             raise OperatorError("pull records", "the cloud knows this token as that of another node", hint)
+
+    async def _skip(
+        self,
+        session: aiohttp.ClientSession,
+        url: str,
+        headers: dict[str, str],
+        address: str,
+        after: int,
+        unreadable: Unreadable,
+    ) -> None:
+        """Go on behind one record that cannot be read; what says so twice is no accident of the line.
+
+        Raises Unreadable where it is not the same again, or does not tell where it ends.
+        """
+        if unreadable.following is None or unreadable.following <= after:
+            raise unreadable
+        try:
+            await self._get(session, address, headers, alone=True)
+        except Unreadable as again:
+            if (again.digest, again.following) != (unreadable.digest, unreadable.following):
+                raise
+            left = Unkept(unreadable.cause, seq=unreadable.following)
+            await asyncio.to_thread(self._keep, url, [], [left], unreadable.following)
+
+    async def _fetch_one(
+        self, session: aiohttp.ClientSession, url: str, headers: dict[str, str], kind: str, name: str
+    ) -> None:
+        """One record whose other side has not come; one that cannot be read is not asked for again."""
+        try:
+            one = await self._get(session, f"{url}/records/{kind}/{quote(name, safe='')}", headers)
+        except Unreadable as error:
+            await asyncio.to_thread(self._keep_one, url, kind, name, ([], [Unkept(error.cause, kind, name)]))
+            return
+        if one is not None:
+            await asyncio.to_thread(self._keep_one, url, kind, name, checked([one]))
 
     def _room(self) -> bool:
         node = self.settings.node
         return durable.free_bytes(node.data_dir) > node.reserve_mb << 20
 
-    def _keep_one(self, url: str, kind: str, name: str, rows: list[Row]) -> None:
+    def _keep(self, url: str, rows: Sequence[Row], unkept: Sequence[Unkept], following: int) -> None:
+        """Records, the place behind them, and what of them could not be kept, in one transaction."""
+        left = [{"why": u.why, "type": u.type, "cloud_id": u.name, "seq": u.seq} for u in unkept]
+        self.records.keep(url, [r for r in rows if r["type"] in KIND_OF], following, left)
+        if unkept:
+            RECORDS_TAKEN.labels(str(Taken.refused)).inc(len(unkept))
+            self._tell_refused(len(unkept), f"{unkept[0].why} ({_place_text(unkept[0])})")
+
+    def _keep_one(self, url: str, kind: str, name: str, found: tuple[list[Row], list[Unkept]]) -> None:
+        rows, unkept = found
         if not rows:
-            self.records.refuse(kind, name)
-            self._refused(1)
+            self.records.refuse(kind, name, unkept[0].why)
+            RECORDS_TAKEN.labels(str(Taken.refused)).inc()
+            self._tell_refused(1, f"{unkept[0].why} ({_place_text(unkept[0])})")
         elif not self.records.keep(url, rows, self.records.after(url)):
             self.records.look_again(rows[0]["type"], rows[0]["id"])
 
-    def _refused(self, number: int) -> None:
+    def _tell_refused(self, number: int, why: str = "") -> None:
         """Records that could not be kept; those behind them are."""
-        if number:
-            RECORDS_TAKEN.labels(str(Taken.refused)).inc(number)
-            self._tell_refused(number)
+        first = f", the first one: {why}" if why else ""
+        text = f"{number} records of the cloud are not as they have to be and were not taken{first}"
+        hint = f"See 'dicomnode records refused'; {AGAIN}"
+        Events(self.db).add("warning", "record-refused", "cloud", f"{text}. {hint}")
 
-    def _tell_refused(self, number: int) -> None:
-        text = f"{number} records of the cloud are not as they have to be and were not taken"
-        Events(self.db).add("warning", "record-refused", "cloud", text)
+    def _tell_feed(self, text: str) -> None:
+        """An event when the feed cannot be read, one for each cause, and one when it can again."""
+        before, self._told = self._told, text
+        if text == before:
+            return
+        severity: Severity = "error" if text else "info"
+        words = (
+            f"records of the cloud cannot be read; what goes out goes on. {text}" if text else "records are read again"
+        )
+        Events(self.db).add(severity, "record-feed", "cloud", words)
 
     def _take(self) -> dict[Taken, int]:
         found = self.records.take_all()
@@ -156,18 +229,24 @@ class RecordPuller:
             Events(self.db).add("warning", "record-review", "cloud", text)
         return found
 
-    async def _get(self, session: aiohttp.ClientSession, url: str, headers: dict[str, str]) -> Any:
-        """The JSON value, None for 404."""
+    async def _get(
+        self, session: aiohttp.ClientSession, url: str, headers: dict[str, str], *, alone: bool = False
+    ) -> Any:
+        """The JSON value, None for 404. ``alone``: of a page with one record, whose end is wanted in any case.
+
+        Raises Unreadable for a reply that cannot be read.
+        """
         progress = Progress()
 
-        async def request() -> tuple[int, bytes]:
+        async def request() -> tuple[int, bytes, bytes]:
             progress.waiting_for_reply()
+            most = MOST_SKIPPED_BYTES if alone else MAX_PAGE_BYTES
             async with session.get(url, headers=headers, allow_redirects=False) as response:
-                return response.status, await read_bounded(response, MAX_PAGE_BYTES, progress)
+                return response.status, *await read_ends(response, MAX_PAGE_BYTES, END_BYTES, most, progress)
 
         operation = "pull records"
         try:
-            status, body = await watched(request(), progress, self.settings.cloud.stall_seconds)
+            status, body, end = await watched(request(), progress, self.settings.cloud.stall_seconds)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise PeerAway(operation, f"the endpoint cannot be reached ({type(error).__name__})") from None
         if status == 404:
@@ -179,65 +258,18 @@ class RecordPuller:
         if status != 200:
             raise PeerError(operation, f"HTTP {status} was not expected")
         try:
-            return json.loads(body)
-        except (ValueError, RecursionError):
-            raise PeerError(operation, "the reply is not JSON", retryable=True) from None
+            return await asyncio.to_thread(_read, body)
+        except ValueError as error:
+            following = place_behind(body[:END_BYTES], end)
+            digest = durable.sha256(body[: body.rfind(b"]") + 1])
+            raise Unreadable(f"the reply is not JSON as it has to be: {error}", digest, following) from None
 
 
-def page_of(page: Any) -> tuple[list[Row], int]:
-    """Rows and the place behind them; raises PeerError for another form. Pure."""
-    if not isinstance(page, dict) or not isinstance(page.get("records"), list) or not _place(page.get("next")):
-        raise PeerError("pull records", "the reply is not a page of records", retryable=True)
-    return checked(page["records"]), int(page["next"])
+def _read(body: bytes) -> Any:
+    if len(body) > MAX_PAGE_BYTES:
+        raise ValueError(f"it is longer than {MAX_PAGE_BYTES >> 20} MiB")
+    return strict_json.read(body)
 
 
-def checked(rows: Sequence[Any]) -> list[Row]:
-    """Rows as config/cloud-api.yaml has them, but for those that do not fit here.
-
-    Raises PeerError for what is no record: then the endpoint speaks otherwise, not one record. Pure.
-    """
-    for row in rows:
-        whole = isinstance(row, dict) and all(isinstance(row.get(k), t) for k, t in _FIELDS.items())
-        if not whole or not all(_whole(row[k]) for k in ("version", "seq")) or not _texts(row["settled"]):
-            raise PeerError("pull records", "a record of the reply is not whole", retryable=True)
-    return [row for row in rows if fits(row)]
-
-
-def fits(row: Mapping[str, Any]) -> bool:
-    """Whether a whole record can be kept: one that cannot must not hold up those behind it. Pure."""
-    data, settled = row["data"], row["settled"]
-    names = {k: v for k, v in row.items() if k in _FIELDS and k not in ("data", "settled")}
-    if max(row["version"], row["seq"]) > MOST_NUMBER or not _shallow(data):
-        return False
-    return _size(data) <= MOST_DATA_BYTES and _size(settled) <= MOST_DATA_BYTES and _size(names) <= MOST_NAMES_BYTES
-
-
-def _shallow(data: Any) -> bool:
-    """No value of JSON within more than MOST_DEPTH others."""
-    level = [data]
-    for _ in range(MOST_DEPTH):
-        level = [v for one in level for v in (one.values() if isinstance(one, dict) else one)]
-        level = [v for v in level if isinstance(v, dict | list)]
-        if not level:
-            return True
-    return False
-
-
-def _size(value: Any) -> float:
-    """Bytes as JSON; infinite for what is no Unicode or no number of JSON."""
-    try:
-        return len(json.dumps(value, ensure_ascii=False, allow_nan=False).encode())
-    except ValueError:
-        return math.inf
-
-
-def _texts(values: Sequence[Any]) -> bool:
-    return all(isinstance(v, str) for v in values)
-
-
-def _place(value: Any) -> bool:
-    return _whole(value) and value <= MOST_NUMBER
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+def _place_text(unkept: Unkept) -> str:
+    return f"seq {unkept.seq}" if unkept.seq else f"{unkept.type or 'type'} {unkept.name or 'unknown'}"

@@ -19,6 +19,7 @@ from tests.admin.test_admin_http import drive, node
 from tests.sync.index_case import CANARY, CANARY_ID, FakeClock, add_results, make_settings
 
 HEADER = {"X-Dicomnode": "1"}
+REFUSED = {"seq": 7, "type": "limits", "cloud_id": "", "why": "too deep", "time": "2026-01-02T00:00:00Z"}
 
 
 @pytest.fixture
@@ -47,6 +48,8 @@ def conflict(db: Database, **more: Any) -> int:
 
 def test_values_are_shown_on_this_machine_only(db: Database, tmp_path: Path) -> None:
     number = conflict(db)
+    with db.transaction():
+        db.insert("refused_records", REFUSED | {"address": "https://cloud.example/v1"})
 
     async def body(client: ClientSession) -> None:
         for page in ("/", "/?lang=zh", "/metrics", "/api/v1/status", "/api/v1/conflicts", "/api/v1/records"):
@@ -73,6 +76,8 @@ def test_values_are_shown_on_this_machine_only(db: Database, tmp_path: Path) -> 
             async with client.get("/", params={"lang": lang}) as answer:
                 page = await answer.text()
             assert all(w in page for w in words) and f"dicomnode conflicts show {number}" in page
+        async with client.get("/api/v1/records/refused") as answer:
+            assert (await answer.json())["refused"][0] == REFUSED
         url = f"/api/v1/conflicts/{number}/decide"
         for wrong in ({}, {"take": "both"}, {"take": "merged"}, {"take": "edge", "data": {}}, {"take": "edge", "x": 1}):
             async with client.post(url, json=wrong, headers=HEADER) as answer:
@@ -137,6 +142,7 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert done["version"] == 1 and CANARY_ID not in done["record_id"]
     assert serving(db, "patient", done["record_id"])["PatientName"] == CANARY, "it begins with what the index has"
     assert CANARY in call("records", "show", "patient", CANARY_ID)
+    assert json.loads(call("records", "refused", "--json")) == []
     assert CANARY not in call("records", "list") and done["record_id"] in call("records", "list", "--type", "patient")
     call("records", "set", "patient", done["record_id"], "PatientSex=M")
     assert "nothing has changed" in call("records", "set", "patient", CANARY_ID, "PatientSex=M")

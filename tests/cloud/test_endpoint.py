@@ -279,6 +279,48 @@ def test_a_wrong_batch_is_refused_whole(tmp_path: Path) -> None:
     drive(tmp_path, body)
 
 
+AMBIGUOUS = {
+    "33 deep": b"[" * 32 + b"]" * 32,
+    "1,200 deep": b"[" * 1200 + b"]" * 1200,
+    "a number of 5,000 digits": b"9" * 5000,
+    "NaN": b"NaN",
+    "Infinity": b"-Infinity",
+    "beyond doubles": b"1e999",
+    "a lone surrogate": b'"\\ud800"',
+    "no UTF-8": b'"\xff"',
+    "a name twice": b'{"a": 1, "a": 2}',
+}
+
+
+@pytest.mark.parametrize("name", AMBIGUOUS)
+def test_what_nodes_could_not_read_does_not_come_in(name: str, tmp_path: Path) -> None:
+    """Of a node or of the cloud's own people, since all other nodes get it; see config/cloud-api.yaml."""
+    value = b'{"n": ' + AMBIGUOUS[name] + b"}"
+
+    async def body(client: ClientSession, storage: Storage) -> None:
+        texts = [json.dumps(record(n, id=f"r{n}", data={"n": 0})).encode() for n in (1, 2)]
+        batch = b'{"node": "n", "records": [%s, %s]}' % (texts[0].replace(b'{"n": 0}', value), texts[1])
+        async with client.post("/v1/records", data=batch) as answer:
+            if answer.status == 200:
+                first, second = [o["outcome"] for o in (await answer.json())["outcomes"]]
+                assert (first, second) == ("rejected", "stored")
+            else:
+                assert answer.status == 400, "it cannot be told which record it is in; a node sends them one by one"
+        for path, inner in (
+            ("/v1/records/limits/warnings", b'{"data": %s}'),
+            ("/v1/nodes/n1/desired", b'{"state": %s}'),
+        ):
+            async with client.put(path, data=inner % value, headers={"If-Match": '"0"'}) as answer:
+                assert answer.status == 400 and "cloud-api.yaml" in await answer.text()
+        assert storage.record("ai-result", "r1") is None and storage.record("limits", "warnings") is None
+        assert storage.nodes() == []
+        async with client.put("/v1/records/limits/warnings", data=b'{"data": {}, "data": {"a": 1}}',
+                              headers={"If-Match": '"0"'}) as answer:  # fmt: skip
+            assert answer.status == 400
+
+    drive(tmp_path, body)
+
+
 def test_heartbeat_desired_state_and_report(tmp_path: Path) -> None:
     async def body(client: ClientSession, storage: Storage) -> None:
         async with client.post("/v1/heartbeat", json={"node": "n1", "version": "0.1.0"}) as answer:

@@ -22,7 +22,8 @@ from dicomnode.index.records import Taken
 from dicomnode.settings import Settings
 from dicomnode.sync.departure import Departures
 from dicomnode.sync.endpoints import Endpoints
-from dicomnode.sync.pull_records import RecordPuller, checked, page_of
+from dicomnode.sync.feed_page import checked, page_of
+from dicomnode.sync.pull_records import RecordPuller
 from dicomnode.sync.sender import CloudSender
 from tests.cloud import endpoint as served
 from tests.cloud.endpoint import endpoint
@@ -435,7 +436,7 @@ def test_a_record_that_lacks_something_is_told() -> None:
         "type": "study", "id": "1", "version": 1, "key": "k", "node": "", "data": {}, "changed_time": "",
         "settled": [], "seq": 1,
     }  # fmt: skip
-    assert checked([row]) == [row]
+    assert checked([row]) == ([row], [])
     for change in ({"data": None}, {"version": -1}, {"version": True}, {"settled": [1]}):
         with pytest.raises(PeerError):
             checked([{**row, **change}])
@@ -450,7 +451,7 @@ def test_a_record_that_lacks_something_is_told() -> None:
         ({"status": 302, "headers": {"Location": "http://192.0.2.1/"}}, "HTTP 302"),
         ({"text": "<html>"}, "not JSON"),
         ({"text": "[]"}, "not a page"),
-        ({"text": '{"records": [{"type": "study"}], "next": 9, "newest": 9}'}, "not whole"),
+        ({"text": '{"records": [{"type": "study"}], "next": 9, "newest": 9}'}, "is whole"),
         ({"body": b" " * (65 << 20)}, "longer"),
         ("cut", None),
     ],

@@ -15,8 +15,9 @@ from dicomnode.errors import OperatorError, PeerError
 from dicomnode.index import records as records_module
 from dicomnode.index.cloud_rows import put_record
 from dicomnode.index.records import Taken
+from dicomnode.sync import pull_records
 from dicomnode.sync.departure import Departures
-from dicomnode.sync.pull_records import checked, fits, page_of
+from dicomnode.sync.feed_page import checked, fault, page_of
 from tests.cloud import endpoint as served
 from tests.sync.index_case import CANARY_ID, add_results
 from tests.sync.test_records import PREF, Cloud, Node, run
@@ -76,13 +77,14 @@ HOSTILE: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_what_cannot_be_kept_is_left_out_alone(name: str) -> None:
-    assert checked([row(1), row(2) | HOSTILE[name], row(3)]) == [row(1), row(3)]
+    rows, [unkept] = checked([row(1), row(2) | HOSTILE[name], row(3)])
+    assert rows == [row(1), row(3)] and unkept.why
 
 
 def test_what_just_fits_is_kept() -> None:
     for more in ({"version": 2**53 - 1}, {"data": {"n": nested(31)}}, {"data": {"n": "x" * ((256 << 10) - 9)}}):
-        assert fits(row(1, **more))
-    assert not fits(row(1, data={"n": nested(32)})) and not fits(row(1, data={"n": "x" * ((256 << 10) - 8)}))
+        assert fault(row(1, **more)) == ""
+    assert fault(row(1, data={"n": nested(32)})) and fault(row(1, data={"n": "x" * ((256 << 10) - 8)}))
     with pytest.raises(PeerError):
         page_of({"records": [], "next": 2**63})
 
@@ -98,7 +100,7 @@ def feed(monkeypatch: pytest.MonkeyPatch, answer: Callable[[web.Request], Any]) 
             asked.append(request.path_qs)
             found = answer(request)
             if found is not None:
-                return web.json_response(found)
+                return found if isinstance(found, web.StreamResponse) else web.json_response(found)
         return await handler(request)  # type: ignore[no-any-return]
 
     def app(*arguments: Any) -> web.Application:
@@ -121,6 +123,180 @@ def test_hostile_records_do_not_hold_up_the_feed(tmp_path: Path, monkeypatch: py
         [event] = node.db.rows("SELECT text FROM events WHERE kind = 'record-refused'")
         assert event["text"].startswith(f"{len(HOSTILE)} records")
         assert await node.pull() == {} and len(node.db.rows("SELECT * FROM events")) == 1
+
+    run(tmp_path, body)
+
+
+def text_of(seq: int, data: bytes = b'{"n": 1}', version: bytes = b"1", more: bytes = b"") -> bytes:
+    """A record as a cloud may send it that keeps texts as they came."""
+    return (
+        b'{"type": "limits", "id": "x%d", "version": %s, "key": "key%d", "node": "", "data": %s,'
+        b' "changed_time": "2026-01-01T00:00:00Z", "settled": [], "seq": %d%s}' % (seq, version, seq, data, seq, more)
+    )
+
+
+UNREADABLE: dict[str, tuple[dict[str, bytes], str]] = {
+    "deep": ({"data": b'{"n": ' + b"[" * 1200 + b"]" * 1200 + b"}"}, "nested too deeply"),
+    "deep, and open": ({"data": b'{"n": ' + b"[" * 100_000 + b"}"}, "nested too deeply"),
+    "just too deep": ({"data": b'{"n": ' + b"[" * 32 + b"]" * 32 + b"}"}, "nested more than 32 deep"),
+    "a long number": ({"data": b'{"n": -' + b"9" * 5000 + b"}"}, "300 digits"),
+    "a long version": ({"version": b"9" * 5000}, "above"),
+    "no number": ({"data": b'{"n": NaN}'}, "no Unicode, or a number is none"),
+    "infinite": ({"data": b'{"n": [-Infinity]}'}, "no Unicode, or a number is none"),
+    "beyond doubles": ({"data": b'{"n": 1e999}'}, "no Unicode, or a number is none"),
+    "a name twice": ({"data": b'{"n": {"a": 1, "a": 2}}'}, "a name twice"),
+    "a field twice": ({"more": b', "node": "b"'}, "there twice"),
+    "a surrogate": ({"data": b'{"n": "\\ud800"}'}, "no Unicode"),
+    "no UTF-8": ({"data": b'{"n": "\xff\xfe"}'}, "no Unicode"),
+    "no JSON": ({"data": b'{"n": }'}, "no JSON"),
+    "another next": ({"data": b'{"n": }, "next": 900, "newest": 900}'}, "no JSON"),
+    "no record": ({"version": b'"1"'}, "another type"),
+}
+
+
+def raw_feed(monkeypatch: pytest.MonkeyPatch, records: dict[int, bytes]) -> list[str]:
+    """As the reference endpoint answers, but that its records are texts."""
+
+    def page(request: web.Request) -> web.Response:
+        after, limit = int(request.query["after"]), int(request.query["limit"])
+        seqs = [n for n in sorted(records) if n > after][:limit]
+        end = b'], "next": %d, "newest": %d}' % (seqs[-1] if seqs else after, max(records))
+        return web.Response(
+            body=b'{"records": [' + b", ".join(records[n] for n in seqs) + end, content_type="application/json"
+        )
+
+    return feed(monkeypatch, page)
+
+
+def test_records_that_cannot_be_read_are_left_out_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = {n: changed for n, changed in zip(range(30, 999, 15), UNREADABLE.values(), strict=False)}
+    last = 3 * (max(bad) // 3 + 20)
+    asked = raw_feed(monkeypatch, {n: text_of(n, **(bad[n][0] if n in bad else {})) for n in range(3, last + 1, 3)})
+
+    async def body(cloud: Cloud, node: Node) -> None:
+        node.set(*PREF, language="zh")
+        await node.push()
+        assert cloud.holds(*PREF) == {"language": "zh"}, "what goes out does not wait for what comes in"
+        for _ in range(4):  # a run has an end, and goes on in the next one
+            await node.pull()
+        held = {r["cloud_id"] for r in node.db.rows("SELECT cloud_id FROM cloud_records")}
+        assert held == {f"x{n}" for n in range(3, last + 1, 3) if n not in bad}, "all others, each once"
+        left = {r["seq"]: r["why"] for r in node.reviews.refused() if "warnings" not in r["why"]}
+        assert left.keys() == bad.keys()
+        assert [n for n, (_, why) in bad.items() if why not in left[n]] == [], left
+        assert node.puller.records.after(f"{cloud.url}/v1") == last and len(asked) < 25 * 4
+        told = node.db.rows("SELECT text FROM events WHERE kind = 'record-refused' AND text LIKE '%first one%'")
+        assert len(told) < len(bad) + 1 and all("records refused" in one["text"] for one in told)
+        before = len(node.db.rows("SELECT id FROM events"))
+        asked.clear()
+        for _ in range(3):
+            await node.pull()
+        assert len(node.db.rows("SELECT id FROM events")) == before and len(asked) == 3, "told once, and no spinning"
+
+    run(tmp_path, body)
+
+
+def test_the_newest_record_alone_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is behind it, and it is changed at the cloud later."""
+    records = {5: text_of(5, data=b'{"n": }')}
+    raw_feed(monkeypatch, records)
+
+    async def body(cloud: Cloud, node: Node) -> None:
+        await node.pull()
+        assert [r["seq"] for r in node.reviews.refused()] == [5]
+        del records[5]
+        records[7] = json.dumps(row(7, data={"language": "zh"})).encode()
+        assert await node.pull() == {Taken.applied: 1}
+
+    run(tmp_path, body)
+
+
+def test_a_record_longer_than_a_page_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pull_records, "MAX_PAGE_BYTES", 1 << 18)
+    long = text_of(2, data=b'{"n": "' + b"x" * (1 << 20) + b'"}')
+    records = {1: text_of(1), 2: long, 3: json.dumps(row(3, data={"language": "zh"})).encode()}
+    asked = raw_feed(monkeypatch, records)
+
+    async def body(cloud: Cloud, node: Node) -> None:
+        await node.pull()
+        assert node.holds(*PREF) == {"language": "zh"} and len(asked) < 10
+        assert [r["why"] for r in node.reviews.refused() if r["seq"] == 2] == [
+            "the reply is not JSON as it has to be: it is longer than 0 MiB"
+        ]
+        monkeypatch.setattr(pull_records, "MOST_SKIPPED_BYTES", 1 << 19)
+        records[4] = text_of(4, data=b'{"n": "' + b"x" * (1 << 20) + b'"}')
+        with pytest.raises(PeerError, match="longer"):
+            await node.pull()
+
+    run(tmp_path, body)
+
+
+@pytest.mark.parametrize("page", [b"<html>", b'{"records": [{"a": }]}', b'{"records": [{"a": }], "next": 0}', b"[}"])
+def test_a_feed_that_says_nothing_of_where_it_ends_is_told_once(
+    page: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = [True]
+    asked = feed(monkeypatch, lambda request: web.Response(body=page) if broken else None)
+
+    async def body(cloud: Cloud, node: Node) -> None:
+        await cloud.change(*PREF, language="zh")
+        for _ in range(3):
+            asked.clear()
+            with pytest.raises(PeerError, match="not JSON"):
+                await node.pull()
+            assert len(asked) < 8, "the next look is that of the schedule"
+        [event] = node.db.rows("SELECT * FROM events WHERE kind = 'record-feed'")
+        assert event["severity"] == "error" and "cloud-api.yaml" in event["text"]
+        assert node.puller.records.after(f"{cloud.url}/v1") == 0
+        broken.clear()
+        assert await node.pull() == {Taken.applied: 1}
+        assert node.db.rows("SELECT severity FROM events WHERE kind = 'record-feed'")[-1]["severity"] == "info"
+
+    run(tmp_path, body)
+
+
+def test_a_damage_of_the_line_skips_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cannot be read once may be right the next time: only what is the same twice is left out."""
+    texts = iter([b"1", b"2", b"3", b"4", b"5"])
+
+    def page(request: web.Request) -> web.Response | None:
+        text = next(texts, None)
+        found = b'{"records": [{"a": %s }}], "next": 9, "newest": 9}' % (text or b"")
+        return web.Response(body=found) if text else None
+
+    feed(monkeypatch, page)
+
+    async def body(cloud: Cloud, node: Node) -> None:
+        await cloud.change(*PREF, language="zh")
+        with pytest.raises(PeerError, match="not JSON"):
+            await node.pull()
+        assert await node.pull() == {Taken.applied: 1}
+        assert node.reviews.refused() == []
+
+    run(tmp_path, body)
+
+
+def test_a_missing_record_that_cannot_be_read_is_asked_for_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def answer(request: web.Request) -> Any:
+        if not request.path.endswith("dashboard"):
+            return {"records": [], "next": 0}
+        asked.append(request.path)
+        return web.Response(body=b"[" * 1200 + b"]" * 1200)
+
+    feed(monkeypatch, answer)
+
+    async def body(cloud: Cloud, node: Node) -> None:
+        node.set(*PREF, language="zh")
+        with node.db.transaction():
+            node.db.execute("UPDATE sync_items SET state = 'done', outcome = 'conflict'")
+        for _ in range(3):
+            await node.pull()
+        assert len(asked) == 1
+        assert [r["cloud_id"] for r in node.reviews.refused()] == ["dashboard"]
 
     run(tmp_path, body)
 
