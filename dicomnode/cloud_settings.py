@@ -154,7 +154,12 @@ class Sync(Section):
     )
     conflicts: Conflicts = Field(Conflicts(), description="who serves when both ends changed a record, by kind of data")
 
-    bandwidth_kb: int = Field(0, ge=0, description="KiB per second that go out at most; 0: no cap")
+    bandwidth_kb: int = Field(
+        0, ge=0, description="KiB per second that go out at most: results, records, metrics, heartbeats; 0: no cap"
+    )
+    urgent_loan_seconds: float = Field(
+        10.0, ge=0, le=3600, description="seconds of bandwidth_kb that urgent items may take ahead of the others"
+    )
     spool_mb: int = Field(0, ge=0, description="MiB that may wait before batch jobs do; 0: no cap")
 
     @property

@@ -40,7 +40,7 @@ class Fleet:
         self._settings, self._db = settings, db
         self._level = LogLevel(settings, db)
         collect: Callable[[], Any] = lambda: families(db, settings, own_process)  # noqa: E731
-        self._push = MetricPush(settings, db, collect) if settings.metrics.remote_write_url else None
+        self._push = MetricPush(settings, db, collect, endpoints.line) if settings.metrics.remote_write_url else None
         named, fleet = bool(settings.cloud.records_url), settings.fleet
         beats, looks = named and fleet.heartbeat_seconds > 0, named and fleet.desired_seconds > 0
         vouched = ModelRepository(settings, db).vouched

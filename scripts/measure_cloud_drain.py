@@ -135,7 +135,8 @@ def main() -> None:
 
             def settings(stow: str, records: str) -> Settings:
                 where = {"stow_url": stow, "records_url": records}
-                return Settings(node={"data_dir": data, "reserve_mb": 1}, cloud=where)
+                rule = {"name": "chest", "models": ["ct-lung"], "cloud_identity": "kept"}  # for --identified
+                return Settings(node={"data_dir": data, "reserve_mb": 1}, cloud=where, rules=[rule])
 
             def sender(where: Settings) -> CloudSender:
                 return CloudSender(where, db, Endpoints(where, db), Departures(where, db, aside.leave))

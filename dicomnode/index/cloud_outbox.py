@@ -8,7 +8,22 @@ from collections.abc import Collection, Sequence
 from dicomnode.index.database import Database, Row
 from dicomnode.index.outbox import Outbox
 from dicomnode.index.procedure import WITHHELD
-from dicomnode.index.states import SendEvent, next_send_state
+from dicomnode.index.states import SendEvent, backoff_seconds, next_send_state
+
+MOST_ENDED = 10
+"""Ends of a process that had an item alone in hand, after which it is parked; as with jobs."""
+
+ENDED = "the sidecar ended {n} times while it sent this item alone"
+
+_LOOK = (
+    "SELECT d.id, d.state, d.size FROM sync_items d WHERE d.state = 'pending' AND d.priority = ?1 AND d.next_at <= ?2"
+    " AND d.suspect = {suspect} AND NOT EXISTS (SELECT 1 FROM sync_items o WHERE o.stream = d.stream AND o.id < d.id"
+    " AND o.state IN ('pending', 'sending'){unless}) ORDER BY d.id LIMIT ?3"
+)
+_TOGETHER = _LOOK.format(
+    suspect=0, unless=" AND (o.state = 'sending' OR o.next_at > ?2 OR o.priority != ?1 OR o.suspect = 1)"
+)
+_ALONE = _LOOK.format(suspect=1, unless="")
 
 
 class CloudOutbox(Outbox):
@@ -18,17 +33,23 @@ class CloudOutbox(Outbox):
     def lease_lane(self, priority: int, owner: str, seconds: float, limit: int, most_bytes: int) -> list[Row]:
         """Take up to ``limit`` due items of one class, oldest first, of ``most_bytes`` together (one at least).
 
-        An item waits while an older one of its stream is being sent, is not due, or belongs to
-        another class, which is more urgent then and goes by itself.
+        An item waits while an older one of its stream is being sent, is not due, is a suspect, or belongs
+        to another class, which is more urgent then and goes by itself. Suspects go by :meth:`lease_suspect`.
         """
+        return self._take(_TOGETHER, priority, owner, seconds, limit, most_bytes, trying=0)
+
+    def lease_suspect(self, priority: int, owner: str, seconds: float) -> list[Row]:
+        """Take the oldest due item that may be what ends the process or breaks its requests; by itself.
+
+        That it is about to be tried is committed with the lease: :meth:`recover` counts it.
+        """
+        return self._take(_ALONE, priority, owner, seconds, 1, 0, trying=1)
+
+    def _take(
+        self, look: str, priority: int, owner: str, seconds: float, limit: int, most_bytes: int, *, trying: int
+    ) -> list[Row]:
         db = self.db
         now = db.clock.ticks()
-        look = (
-            "SELECT d.id, d.state, d.size FROM sync_items d WHERE d.state = 'pending' AND d.priority = ?1"
-            " AND d.next_at <= ?2 AND NOT EXISTS (SELECT 1 FROM sync_items o WHERE o.stream = d.stream AND o.id < d.id"
-            " AND o.state IN ('pending', 'sending')"
-            " AND (o.state = 'sending' OR o.next_at > ?2 OR o.priority != ?1)) ORDER BY d.id LIMIT ?3"
-        )
         if not db.rows(look, (priority, now, 1)):  # look before taking the write lock
             return []
         with db.transaction():
@@ -40,13 +61,54 @@ class CloudOutbox(Outbox):
                     break
                 state = next_send_state(item["state"], SendEvent.lease)
                 db.execute(
-                    "UPDATE sync_items SET state = ?, lease_owner = ?, lease_until = ?, attempts = attempts + 1"
-                    " WHERE id = ?",
-                    (state, owner, now + seconds, item["id"]),
+                    "UPDATE sync_items SET state = ?, lease_owner = ?, lease_until = ?, attempts = attempts + 1,"
+                    " trying = ? WHERE id = ?",
+                    (state, owner, now + seconds, trying, item["id"]),
                 )
                 taken.append(item["id"])
             marks = ", ".join("?" * len(taken))
             return db.rows(f"{self._joined} WHERE d.id IN ({marks}) ORDER BY d.id", taken) if taken else []
+
+    def recover(self, owner: str, *, first: float, longest: float) -> list[Row]:
+        """What a former life of ``owner`` had in hand when it ended; the items that are parked for it.
+
+        What went together may hold the cause: each goes alone from now on. What went alone is counted
+        and waits; after MOST_ENDED it is parked.
+        """
+        db, parked = self.db, []
+        query = "SELECT * FROM sync_items WHERE state = 'sending' AND lease_owner = ? ORDER BY id"
+        if not db.rows(query, (owner,)):
+            return []
+        with db.transaction():
+            for item in db.rows(query, (owner,)):
+                ended = int(item["ended"]) + int(item["trying"])
+                if ended >= MOST_ENDED:
+                    self._leave(item["id"], owner, SendEvent.reject, ENDED.format(n=ended), 0.0)
+                    parked.append({**item, "last_error": ENDED.format(n=ended)})
+                else:
+                    wait = backoff_seconds(ended, first, longest) if item["trying"] else 0.0
+                    self._leave(item["id"], owner, SendEvent.lose, item["last_error"], wait)
+                db.execute("UPDATE sync_items SET suspect = 1, ended = ? WHERE id = ?", (ended, item["id"]))
+        return parked
+
+    def doubt(
+        self, item_id: int, owner: str, error: str, *, strikes: int, ended: int, first: float, longest: float
+    ) -> None:
+        """It failed by itself: it waits, goes alone from now on, and what speaks against it is kept.
+
+        ``strikes``: failures while others were stored; ``ended``: processes that ended with it in hand.
+        """
+        with self.db.transaction():
+            self.retry(item_id, owner, error, first=first, longest=longest)
+            self.db.execute(
+                "UPDATE sync_items SET suspect = 1, strikes = ?, ended = ? WHERE id = ?", (strikes, ended, item_id)
+            )
+
+    def requeue(self, item_id: int) -> None:
+        """As :meth:`Outbox.requeue`; a suspect has all its tries again, alone."""
+        with self.db.transaction():
+            super().requeue(item_id)
+            self.db.execute("UPDATE sync_items SET strikes = 0, ended = 0 WHERE id = ?", (item_id,))
 
     def release(self, ids: Sequence[int], owner: str, error: str | None = None, *, tried: bool = True) -> None:
         """Nothing is wrong with these items: they wait again and are due at once.

@@ -500,3 +500,13 @@ def m0031_corrected(db: Database) -> None:
 def m0032_refused_records(db: Database) -> None:
     """Records of the cloud that were not taken, and why; see :mod:`dicomnode.index.records`."""
     create_refused(db)
+
+
+@migrations()
+def m0033_suspects(db: Database) -> None:
+    """Items of the cloud outbox that may break a batch or end the process; see :mod:`dicomnode.index.cloud_outbox`.
+
+    ``suspect``: it goes alone. ``trying``: it is being tried alone. ``strikes``, ``ended``: what speaks against it.
+    """
+    for column in ("suspect", "trying", "strikes", "ended"):
+        db["sync_items"].add_column(column, int, not_null_default=0)

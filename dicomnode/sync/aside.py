@@ -1,23 +1,37 @@
-"""De-identification in a child process: parsing must not hold the interpreter that answers the API."""
+"""De-identification in child processes: parsing must not hold the interpreter that answers the API.
+
+An object may end the process that parses it: a codec's or library's crash, more memory than it may
+have, no end. That is told apart from a machine on which no such process can be had now, which passes.
+"""
 
 from __future__ import annotations
 
 import logging
 import multiprocessing
 import os
+import resource
 import signal
 import threading
 import warnings
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 from dicomnode.deidentify import Departure, deidentify
-from dicomnode.errors import MalformedDataSet
+from dicomnode.errors import MalformedDataSet, NodeError
 from dicomnode.lifeline import die_with_parent
 from dicomnode.pseudonyms import Pseudonyms
 
 NICE = 5
+MOST_CHILDREN = 2
+"""So that a class does not wait for another one's large object."""
+
+BEGIN_SECONDS = 120.0
+"""Until a child has loaded its libraries, on a busy machine."""
+
+MOST_BYTES, BYTES_FOR_EACH = 256 << 20, 12
+"""Memory of a child (RLIMIT_DATA) beyond what it has at its begin: for any object, and for each byte of one."""
 
 
 def leave(path: Path, key: bytes) -> Departure:
@@ -29,47 +43,149 @@ def leave(path: Path, key: bytes) -> Departure:
     return deidentify(content, Pseudonyms(key))
 
 
-class Aside:
-    """One child, started with the first object; a dead one is replaced."""
+class ChildEnded(NodeError):
+    """The process that de-identifies ended with this object in hand, or ran out of memory or time."""
 
-    def __init__(self) -> None:
-        self._pool: ProcessPoolExecutor | None = None
+    retryable = True
+
+
+def seconds_for(size: int) -> float:
+    """How long an object of so many bytes may take; about a thousand times what it does."""
+    return 60.0 + size / 200_000
+
+
+class Aside:
+    """Children that are started when they are needed; a dead one is replaced. Used by several threads."""
+
+    def __init__(
+        self, action: Callable[[Path, bytes], Departure] = leave, seconds: Callable[[int], float] = seconds_for
+    ) -> None:
+        self._action, self._seconds = action, seconds
+        self._idle: list[_Child] = []
         self._lock = threading.Lock()
+        self._free = threading.Semaphore(MOST_CHILDREN)
 
     def leave(self, path: Path, key: bytes) -> Departure:
-        """As :func:`leave`. Raises MemoryError where two children died: most likely they were killed for memory."""
-        for _ in range(2):
-            pool = self._executor()
-            try:
-                return pool.submit(leave, path, key).result()
-            except BrokenProcessPool:
-                self._drop(pool)
-        raise MemoryError("the process that de-identifies died")
+        """As :func:`leave`. Raises ChildEnded for what ended two children, or one by its time or memory.
+
+        MemoryError: no child can be had now.
+        """
+        with self._free:
+            ended = ""
+            for _ in range(2):
+                child = self._child()
+                try:
+                    answer = child.ask(path, key, self._seconds)
+                except ChildEnded:
+                    raise
+                except EOFError:
+                    ended = child.stop()
+                    continue
+                with self._lock:
+                    self._idle.append(child)
+                if isinstance(answer, BaseException):
+                    raise answer
+                assert isinstance(answer, Departure)
+                return answer
+            raise ChildEnded("de-identify", f"the de-identifier ended by {ended}")
 
     def close(self) -> None:
         with self._lock:
-            pool, self._pool = self._pool, None
-        if pool is not None:
-            pool.shutdown(wait=False, cancel_futures=True)
+            idle, self._idle = self._idle, []
+        for child in idle:
+            child.stop()
 
-    def _executor(self) -> ProcessPoolExecutor:
+    def _child(self) -> _Child:
         with self._lock:
-            if self._pool is None:
-                context = multiprocessing.get_context("spawn")
-                self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=_begin)
-            return self._pool
-
-    def _drop(self, broken: ProcessPoolExecutor) -> None:
-        with self._lock:
-            if self._pool is broken:
-                self._pool = None
-        broken.shutdown(wait=False, cancel_futures=True)
+            while self._idle:
+                child = self._idle.pop()
+                if child.alive:
+                    return child
+                child.stop()
+        return _Child(self._action)
 
 
-def _begin() -> None:
+class _Child:
+    def __init__(self, action: Callable[[Path, bytes], Departure]) -> None:
+        """Raises MemoryError where it does not come up: nothing speaks against an object then."""
+        context = multiprocessing.get_context("spawn")
+        self._line, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, action), daemon=True, name="de-identify")
+        try:
+            self._process.start()
+        except OSError:
+            self._line.close()
+            raise
+        finally:
+            theirs.close()  # so that its end is seen here
+        try:
+            if self._line.poll(BEGIN_SECONDS) and self._line.recv() == "ready":
+                return
+        except (EOFError, OSError):
+            pass
+        raise MemoryError(f"the de-identifier does not come up ({self.stop()})")
+
+    @property
+    def alive(self) -> bool:
+        return self._process.is_alive()
+
+    def ask(self, path: Path, key: bytes, seconds: Callable[[int], float]) -> Any:
+        """Its answer, an exception among them. EOFError: it ended. Raises ChildEnded where its time is over."""
+        allowed = seconds(path.stat().st_size) if path.exists() else seconds(0)
+        try:
+            self._line.send((path, key))
+            if self._line.poll(allowed):
+                return self._line.recv()
+        except OSError:
+            raise EOFError from None
+        self.stop()
+        raise ChildEnded("de-identify", f"the de-identifier had no end after {allowed:.0f} s")
+
+    def stop(self) -> str:
+        """By what it ended, in words."""
+        self._line.close()
+        self._process.join(1.0)  # one that is idle ends with its line
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+        code = self._process.exitcode or 0
+        self._process.close()
+        if code == -signal.SIGKILL:
+            return "signal 9, memory most likely"
+        return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+
+def _serve(line: Connection, action: Callable[[Path, bytes], Departure]) -> None:
     """The child ends with the sidecar, gives way to intake, and is silent: libraries' warnings quote values."""
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.nice(NICE)
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
+    begin = _data_bytes()
+    line.send("ready")
+    while True:
+        try:
+            path, key = line.recv()
+        except EOFError:
+            return
+        most = begin + MOST_BYTES + BYTES_FOR_EACH * (path.stat().st_size if path.exists() else 0)
+        try:
+            _limit(most)
+            line.send(action(path, key))
+        except MemoryError:
+            line.send(ChildEnded("de-identify", f"the de-identifier reached its memory limit of {most >> 20} MiB"))
+        except (NodeError, OSError) as error:
+            line.send(error)
+        except Exception as error:  # noqa: BLE001 its traceback would be on stderr, with values
+            line.send(ChildEnded("de-identify", f"the de-identifier failed ({type(error).__name__})"))
+
+
+def _data_bytes() -> int:
+    """Private memory of this process, as RLIMIT_DATA counts it (proc(5), statm)."""
+    return int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+
+
+def _limit(most: int) -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))

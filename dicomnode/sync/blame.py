@@ -1,18 +1,21 @@
-"""Who is to blame when a request fails as a whole: the endpoint, or one item that it cannot digest.
+"""Who is to blame when a request fails: the endpoint, or one item that it cannot digest.
 
 An item that makes a receiver answer 5xx, or drop the line, must not hold back its class for ever. So
 after some failures of a batch its items go alone; what fails then, while others are stored, is a
-suspect: it waits by itself, always goes alone, and is parked when that has happened often enough.
+suspect: it waits by itself, always goes alone, and is parked when that has happened often enough. What
+speaks against an item is kept in its row; what is known of the endpoint is of this life of the process.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from dicomnode.cloud_settings import Lane
 from dicomnode.index.database import Row
+from dicomnode.sync.refusal import Fault, Step, decide
 from dicomnode.sync.reply import Fate, Verdict
 from dicomnode.sync.stow import Answer
 
@@ -25,6 +28,9 @@ WHOLE_FAILURES = 3
 
 MOST_TRIES = 10
 """Failures of one item, each while others were stored, after which it is parked."""
+
+MOST_REFUSED = 3
+"""The same, where the answer was about address, token or rights: that does not pass for one item alone."""
 
 MOST_UNPROVEN = 5
 """Items that are tried alone while nothing says that the endpoint is there."""
@@ -40,65 +46,89 @@ class Seen:
 
 
 class Blame:
-    """One per sender, in memory: after a restart everything is innocent again."""
+    """One per sender."""
 
     def __init__(self) -> None:
         self._lanes: dict[Class, Seen] = {}
-        self._suspects: dict[int, Seen] = {}
-        self._taken = 0
+        self._suspects: dict[int, int] = {}
+        self._taken = {True: 0, False: 0}
+        self._refused: dict[tuple[bool, int], set[int]] = {}
 
-    def split(self, lane: Class, items: Sequence[Row]) -> list[tuple[list[Row], bool]]:
-        """What goes together (False) and what one by one (True); a stream stays in one of them."""
-        every = self._lanes.get(lane, Seen()).failures >= WHOLE_FAILURES
-        doubtful = {i["stream"] for i in items if every or i["id"] in self._suspects}
-        parts = [([i for i in items if (i["stream"] in doubtful) is alone], alone) for alone in (False, True)]
-        return [(some, alone) for some, alone in parts if some]
+    def alone(self, lane: Class) -> bool:
+        """Whether the items of a class go one by one."""
+        return self._lanes.get(lane, Seen()).failures >= WHOLE_FAILURES
 
     def there(self, lane: Class, answers: int) -> bool:
         """Whether an endpoint gave a good answer (``answers``: count of them) since the class failed last."""
         return answers > self._lanes.get(lane, Seen(answers=answers)).answers
 
     def others_stored(self, lane: Class, items: Iterable[Row]) -> bool:
-        """Whether another class was taken since this one failed last, or others when these ``items`` were not."""
-        if any(i["id"] in self._suspects for i in items):
+        """Whether others of the kind were taken since this class failed last, or when these ``items`` were not."""
+        if any(i["strikes"] for i in items):
             return True
-        return self._taken > self._lanes.get(lane, Seen(taken=self._taken)).taken
+        taken = self._taken[lane[1]]
+        return taken > self._lanes.get(lane, Seen(taken=taken)).taken
+
+    def alike(self, lane: Class, items: Iterable[Row]) -> Mapping[int, int]:
+        """HTTP status -> other items that were refused with it since anything of the kind was stored."""
+        here = {i["id"] for i in items}
+        return {status: len(ids - here) for (kind, status), ids in self._refused.items() if kind is lane[1]}
 
     def lane_failed(self, lane: Class, answers: int) -> None:
-        self._lanes[lane] = Seen(self._lanes.get(lane, Seen()).failures + 1, answers, self._taken)
+        self._lanes[lane] = Seen(self._lanes.get(lane, Seen()).failures + 1, answers, self._taken[lane[1]])
 
     def lane_went(self, lane: Class, verdicts: Mapping[str, Verdict]) -> None:
         self._lanes.pop(lane, None)
-        self._taken += any(v.fate is Fate.stored for v in verdicts.values())
+        if any(v.fate is Fate.stored for v in verdicts.values()):
+            self._taken[lane[1]] += 1
+            self._refused = {k: ids for k, ids in self._refused.items() if k[0] is not lane[1]}
 
-    def item_failed(self, item: int) -> bool:
-        """It failed and the endpoint is not to blame; True when it is to be parked."""
-        seen = self._suspects.get(item, Seen())
-        self._suspects[item] = Seen(seen.failures + (self._taken > max(0, seen.taken)), taken=self._taken)
-        return self._suspects[item].failures >= MOST_TRIES
+    def item_refused(self, lane: Class, item: Row, status: int) -> None:
+        """It was parked for an answer to its request as a whole."""
+        self._refused.setdefault((lane[1], status), set()).add(item["id"])
+
+    def item_failed(self, lane: Class, item: Row) -> int:
+        """It failed and the endpoint is not to blame: its strikes now; one for each time that others were stored."""
+        taken = self._taken[lane[1]]
+        strikes = int(item["strikes"]) + (taken > self._suspects.get(item["id"], 0))
+        self._suspects[item["id"]] = taken
+        return strikes
 
     def acquit(self, item: int) -> None:
         self._suspects.pop(item, None)
 
 
-async def together(request: Callable[[Sequence[T]], Awaitable[Answer]], things: Mapping[str, T]) -> Answer:
-    """One request; what it refuses as a whole is asked for one by one.
+def weighed(verdicts: Mapping[str, Verdict], *, stored: bool, alike: Mapping[int, int]) -> dict[str, Verdict]:
+    """Refusals of single items, seen beside each other: the same one of several, and nothing stored, is the endpoint's.
 
-    Where each one alone is refused with the same HTTP status, the endpoint is meant, not the items.
+    ``stored``, ``alike``: of others before, as in :func:`dicomnode.sync.refusal.decide`. Pure.
     """
+    stored = stored or any(v.fate is Fate.stored for v in verdicts.values())
+    here = Counter(v.status for v in verdicts.values() if v.fate is Fate.reject and v.status)
+    found = dict(verdicts)
+    for key, verdict in verdicts.items():
+        if verdict.fate is not Fate.reject or not verdict.status:
+            continue
+        others = here[verdict.status] - 1 + alike.get(verdict.status, 0)
+        if decide(Fault.item, together=False, stored=stored, alike=others) is Step.operator:
+            cause = f"HTTP {verdict.status}, and so for each item by itself: check cloud.stow_url and what is before it"
+            found[key] = Verdict(Fate.operator, cause, status=verdict.status)
+    return found
+
+
+async def together(
+    request: Callable[[Sequence[T]], Awaitable[Answer]],
+    things: Mapping[str, T],
+    streams: Mapping[str, str],
+    *,
+    others_stored: bool,
+    alike: Mapping[int, int],
+) -> Answer:
+    """One request; where it is refused for what was sent, each is asked for by itself."""
     answer = await request(list(things.values()))
-    verdicts = dict(answer.verdicts)
-    lone = [k for k in things if verdicts[k].fate is Fate.alone]
-    for key in lone:
-        one = await request([things[key]])
-        verdicts |= one.verdicts
-        if one.whole:
-            return Answer(verdicts, one.whole, one.wait, one.mendable)
-    causes = {verdicts[k].cause if verdicts[k].fate is Fate.reject else "" for k in lone}
-    if len(lone) > 1 and len(causes) == 1 and (cause := causes.pop()).startswith("HTTP"):
-        cause = f"{cause}, and so was each item by itself: check cloud.stow_url and what stands before it"
-        return Answer(verdicts | dict.fromkeys(lone, Verdict(Fate.operator, cause)), cause, None, True)
-    return Answer(verdicts, answer.whole, answer.wait, answer.mendable)
+    if any(v.fate is Fate.alone for v in answer.verdicts.values()):
+        return await one_by_one(request, things, streams, there=True, others_stored=others_stored, alike=alike)
+    return _with_blame(answer, others_stored, alike)
 
 
 async def one_by_one(
@@ -108,6 +138,7 @@ async def one_by_one(
     *,
     there: bool,
     others_stored: bool,
+    alike: Mapping[int, int],
 ) -> Answer:
     """A request for each; what fails holds back its stream only, and has no verdict where it was not asked for.
 
@@ -129,10 +160,17 @@ async def one_by_one(
         if not one.whole:
             continue
         bad.append(one)
-        if one.mendable:
-            return Answer(verdicts, one.whole, one.wait, one.mendable)
         if not (there or stored) and (one.wait is not None or len(bad) >= MOST_UNPROVEN):
             break
     if bad and not stored:
-        return Answer(verdicts, bad[-1].whole, bad[-1].wait)
-    return Answer(verdicts)
+        return Answer(verdicts, bad[-1].whole, bad[-1].wait, bad[-1].mendable)
+    return _with_blame(Answer(verdicts), others_stored, alike)
+
+
+def _with_blame(answer: Answer, stored: bool, alike: Mapping[int, int]) -> Answer:
+    """``answer`` with its refusals weighed; it failed as a whole where they turn out to blame the endpoint."""
+    found = weighed(answer.verdicts, stored=stored, alike=alike)
+    turned = [v for k, v in found.items() if v != answer.verdicts[k]]
+    if turned:
+        return Answer(found, turned[0].cause, None, True)
+    return answer

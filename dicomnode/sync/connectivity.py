@@ -78,7 +78,7 @@ def choose(endpoints: Sequence[Health], now: float, mode: Mode = "auto") -> int 
     """The endpoint to use, None when nothing may be sent now.
 
     The primary (the first) when it is well, else the quickest backup that is well, else the first
-    that may be tried.
+    that may be tried, one that has not failed before one that has.
     """
     if mode == "always":
         return None
@@ -88,7 +88,7 @@ def choose(endpoints: Sequence[Health], now: float, mode: Mode = "auto") -> int 
         return 0
     if well:
         return min(well, key=lambda i: (endpoints[i].latency or 0.0, i))
-    return usable[0] if usable else None
+    return min(usable, key=lambda i: (endpoints[i].failures > 0, i)) if usable else None
 
 
 def link(endpoints: Sequence[Health], now: float, limits: Limits) -> Link:

@@ -10,6 +10,7 @@ from typing import Any
 
 from dicomnode.deidentify import PATIENT_TYPES, Departure, deidentify_record
 from dicomnode.index.database import Database, Row
+from dicomnode.index.desired import ServingRules
 from dicomnode.index.mapping import PseudonymRows
 from dicomnode.index.record_reviews import is_pseudonym
 from dicomnode.pseudonym_key import ensure_key
@@ -39,6 +40,7 @@ class Departures:
         self._settings = settings
         self._db = db
         self._rows = PseudonymRows(db)
+        self._rules = ServingRules(settings, db, tell=False)
         self._pseudonyms: Pseudonyms | None = None
         self._key = b""
         self._leave = take_away
@@ -55,7 +57,7 @@ class Departures:
                 self._pseudonyms = Pseudonyms(self._key)
 
     def object(self, item: Row, path: Path) -> tuple[str, bytes | None]:
-        if item["identified"]:
+        if self._identified(item):
             return str(item["SOPInstanceUID"]), None
         self.ready()
         left = self._leave(path, self._key)
@@ -66,7 +68,7 @@ class Departures:
         data = json.loads(item["data"])
         patient = self._db.row(_PATIENT, (item["study_id"],)) if item["study_id"] is not None else None
         name, study = str(item["record_id"]), str(patient["StudyInstanceUID"]) if patient else None
-        if not item["identified"] and (patient is not None or item["type"] in PATIENT_TYPES):
+        if not self._identified(item) and (patient is not None or item["type"] in PATIENT_TYPES):
             codec = self._codec()
             known = {k: str(v or "") for k, v in (patient or {}).items()}
             uids = {known.get("StudyInstanceUID", "")}
@@ -88,6 +90,19 @@ class Departures:
             "study": study,
             "data": data,
         }
+
+    def _identified(self, item: Row) -> bool:
+        """Whether it leaves with patient identity: it was allowed when it was made, and it is allowed now.
+
+        A permission that was taken back since, or whose rule is gone, holds for nothing that has not left.
+        """
+        if not item["identified"]:
+            return False
+        if item["type"] == "patient":
+            return self._settings.sync.patients_identity == "kept"
+        names = json.loads(self._db.value("SELECT rules FROM jobs WHERE id = ?", (item["job_id"],)) or "[]")
+        kept = {rule.name for rule in self._rules() if rule.cloud_identity == "kept"}
+        return bool(names) and kept.issuperset(names)
 
     def _name(self, kind: str, name: str) -> str:
         """A patient's record is known by a pseudonym at home, too; a review goes by the name of its result.

@@ -16,6 +16,7 @@ from dicomnode.index.database import Database
 from dicomnode.index.operation import Events
 from dicomnode.metrics_cloud import show_cloud
 from dicomnode.settings import Cloud, Settings
+from dicomnode.sync.bandwidth import Bucket
 from dicomnode.sync.connectivity import Health, Limits, Link, choose, failed, link, succeeded
 from dicomnode.sync.http import confidential, open_session, origin, read_token
 
@@ -34,6 +35,8 @@ class Endpoints:
         self.all: Sequence[CloudEndpoint] = settings.cloud.endpoints
         self.limits = Limits(settings.sync.offline_mode, delivery.backoff_seconds, delivery.backoff_max_seconds)
         self.health = [Health() for _ in self.all]
+        self.line = Bucket(settings.sync.bandwidth_kb * 1024.0, loan=settings.sync.urgent_loan_seconds)
+        """The cap of everything that goes out."""
         self.answers = 0
         """Good answers of all, those of probes among them."""
         self._causes = [""] * len(self.all)

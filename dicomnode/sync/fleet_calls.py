@@ -59,6 +59,10 @@ async def call(
     headers = await endpoints.headers(number)
     if etag:
         headers["If-None-Match"] = etag
+    data = None if body is None else json.dumps(dict(body)).encode()
+    if data is not None:
+        headers["Content-Type"] = "application/json"
+        await endpoints.line.wait(len(data))
     begin, sent = time.monotonic(), datetime.now(UTC)
     try:
         async with (
@@ -67,19 +71,19 @@ async def call(
                 method,
                 f"{base}{path}",
                 headers=headers,
-                json=None if body is None else dict(body),
+                data=data,
                 allow_redirects=False,
                 timeout=aiohttp.ClientTimeout(total=TIMEOUT_SECONDS),
             ) as response,
         ):
-            data = await read_bounded(response, MAX_REPLY_BYTES)
+            answer = await read_bounded(response, MAX_REPLY_BYTES)
     except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
         raise PeerAway("ask the cloud", f"it cannot be reached ({type(error).__name__})") from None
     seconds = time.monotonic() - begin
     if response.status >= 500 or response.status == 429:
         raise PeerAway("ask the cloud", f"HTTP {response.status}")
     try:
-        parsed = json.loads(data) if data else None
+        parsed = json.loads(answer) if answer else None
     except (ValueError, RecursionError):
         raise PeerAway("ask the cloud", f"HTTP {response.status} with a body that is no JSON") from None
     skew = clock_skew(response.headers.get("Date"), sent, seconds)

@@ -26,6 +26,7 @@ from dicomnode.index.database import Database
 from dicomnode.index.operation import Events
 from dicomnode.metrics_push import SPOOL_BYTES, SPOOL_SECONDS, count
 from dicomnode.settings import Cloud, Settings
+from dicomnode.sync.bandwidth import Bucket
 from dicomnode.sync.connectivity import Health, Limits, failed, succeeded
 from dicomnode.sync.http import confidential, open_session, read_token
 from dicomnode.sync.metric_spool import Entry, MetricSpool, overdue, thinned
@@ -43,9 +44,15 @@ DAY_MS = 86_400_000
 
 
 class MetricPush:
-    """``collect`` gives the families of /metrics; it blocks, and runs in a thread."""
+    """``collect`` gives the families of /metrics; it blocks, and runs in a thread.
 
-    def __init__(self, settings: Settings, db: Database, collect: Callable[[], Iterable[Metric]]) -> None:
+    ``line``: the cap of what goes out.
+    """
+
+    def __init__(
+        self, settings: Settings, db: Database, collect: Callable[[], Iterable[Metric]], line: Bucket | None = None
+    ) -> None:
+        self._line = line or Bucket(0.0)
         self._to, self._mode = settings.metrics, settings.sync.offline_mode
         self._db, self._collect = db, collect
         self._limits = Limits(first=settings.delivery.backoff_seconds, longest=LONGEST_WAIT_SECONDS)
@@ -148,6 +155,7 @@ class MetricPush:
         self, session: aiohttp.ClientSession, headers: dict[str, str], batch: Sequence[tuple[Entry, Collection]]
     ) -> Fate:
         body = await asyncio.to_thread(lambda: snappy(write_request([c for _, c in batch])))
+        await self._line.wait(len(body))
         begin = self._db.clock.ticks()
         try:
             async with session.post(

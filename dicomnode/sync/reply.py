@@ -17,6 +17,8 @@ from http import HTTPStatus
 from typing import Any
 from xml.etree import ElementTree
 
+from dicomnode.sync.refusal import Fault, Step, decide, fault_of
+
 FAILED_SOP_SEQUENCE = "00081198"
 REFERENCED_SOP_SEQUENCE = "00081199"
 REFERENCED_SOP_INSTANCE_UID = "00081155"
@@ -29,16 +31,6 @@ OUT_OF_RESOURCES = range(0xA700, 0xA800)  # PS3.4 B.2.3
 ALREADY_STORED = 45070  # Azure's DICOM service: same UIDs are there
 
 RETRY_AFTER_MOST_SECONDS = 3600.0
-_OPERATOR = frozenset(
-    [
-        HTTPStatus.UNAUTHORIZED,
-        HTTPStatus.FORBIDDEN,
-        HTTPStatus.NOT_FOUND,
-        HTTPStatus.METHOD_NOT_ALLOWED,
-        HTTPStatus.PROXY_AUTHENTICATION_REQUIRED,
-    ]
-)
-_PASSING = frozenset([HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS])
 WITH_SEQUENCES = frozenset([HTTPStatus.OK, HTTPStatus.ACCEPTED, HTTPStatus.CONFLICT])
 
 
@@ -52,14 +44,27 @@ class Fate(StrEnum):
     alone = "alone"  # the request was refused as a whole: send each instance by itself
 
 
+_FATES = {
+    Step.each: Fate.alone,
+    Step.park: Fate.reject,
+    Step.strike: Fate.retry,
+    Step.endpoint: Fate.retry,
+    Step.operator: Fate.operator,
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """``conflict``: of a record that is kept there beside another one, which serves. ``full``: it has no room."""
+    """``conflict``: of a record that is kept there beside another one, which serves. ``full``: it has no room.
+
+    ``status``: of HTTP, where it answered the request as a whole.
+    """
 
     fate: Fate
     cause: str = ""
     conflict: bool = False
     full: bool = False
+    status: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +84,13 @@ def parse_reply(content_type: str, body: bytes) -> Reply:
     return _from_items(*_xml_sequences(text))
 
 
+_TELLS = {
+    Fault.item: ": the request was refused",
+    Fault.either: ": check cloud.stow_url, the token and its rights",
+    Fault.passing: "",
+}
+
+
 def judge(status: int, reply: Reply | None, uids: Collection[str]) -> dict[str, Verdict]:
     """A verdict for each of ``uids`` that were in the request.
 
@@ -88,15 +100,12 @@ def judge(status: int, reply: Reply | None, uids: Collection[str]) -> dict[str, 
         return {uid: _judge_one(reply, uid) for uid in uids}
     if status in WITH_SEQUENCES:
         verdict = Verdict(Fate.retry, f"HTTP {status} with a reply that could not be read whole")
-    elif status in _OPERATOR or 300 <= status < 400:
-        verdict = Verdict(Fate.operator, f"HTTP {status}: check cloud.stow_url, the token and its rights")
-    elif status in _PASSING or status >= 500:
-        verdict = Verdict(Fate.retry, f"HTTP {status}")
-    elif 400 <= status < 500:
-        alone = len(uids) > 1
-        verdict = Verdict(Fate.alone if alone else Fate.reject, f"HTTP {status}: the request was refused")
     else:
-        verdict = Verdict(Fate.retry, f"HTTP {status} was not expected")
+        fault = fault_of(status)
+        fate = _FATES[decide(fault, together=len(uids) > 1, stored=False, alike=0)]
+        verdict = Verdict(
+            fate, f"HTTP {status}{_TELLS[fault] if status >= 300 else ' was not expected'}", status=status
+        )
     return dict.fromkeys(uids, verdict)
 
 

@@ -8,6 +8,7 @@ end (:mod:`dicomnode.sync.blame`).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,13 +20,13 @@ import aiohttp
 from dicomnode import durable, logs, metrics
 from dicomnode.cloud_settings import LANES, Lane, node_name
 from dicomnode.errors import InputError, OperatorError
-from dicomnode.index.cloud_outbox import CloudOutbox
+from dicomnode.index.cloud_outbox import MOST_ENDED, CloudOutbox
 from dicomnode.index.database import Database, Row
 from dicomnode.index.operation import Events
 from dicomnode.metrics_cloud import RECORDS_TOTAL
 from dicomnode.settings import Settings
-from dicomnode.sync.bandwidth import Bucket
-from dicomnode.sync.blame import Blame, Class, one_by_one, together
+from dicomnode.sync.aside import ChildEnded
+from dicomnode.sync.blame import MOST_REFUSED, MOST_TRIES, Blame, Class, one_by_one, together
 from dicomnode.sync.endpoints import Endpoints
 from dicomnode.sync.reply import Fate, Verdict
 from dicomnode.sync.send_records import send_records
@@ -78,13 +79,15 @@ class CloudSender:
         self.objects = durable.ObjectStore(settings.node.data_dir)
         self._prepare = prepare
         self._blame = Blame()
+        self._lone = asyncio.Lock()
         self._node = node_name(settings.node.ae_title)
-        self._bucket = Bucket(settings.sync.bandwidth_kb * 1024.0)
         self._log = logs.get()
 
     def start(self) -> None:
         """Take back what a former life had in hand."""
-        self.outbox.expire(own=self.owner)
+        first, longest = self.delivery.backoff_seconds, self.delivery.backoff_max_seconds
+        for item in self.outbox.recover(self.owner, first=first, longest=longest):
+            self._tell_parked(item, item["last_error"])
 
     async def flush(self, lane: Lane | None = None) -> int:
         """Send what is due of a class, or of all; returns how many items were settled."""
@@ -99,33 +102,51 @@ class CloudSender:
         try:
             while (number := self.endpoints.current()) is not None:
                 items = await asyncio.to_thread(self._lease, lane)
-                if not items:
+                alone = not items
+                if alone and self._lone.locked():  # a suspect of another class is tried: which one ends us must show
                     break
-                batch = _Batch()
-                try:
-                    await self._send(lane, number, sessions, items, batch)
-                except BaseException:  # a stop, or a fault of ours: they must not wait for their lease to end
-                    ids = [i["id"] for i in items]
-                    await asyncio.shield(asyncio.to_thread(self.outbox.release, ids, self.owner, tried=False))
-                    raise
+                async with self._lone if alone else contextlib.nullcontext():
+                    items = items or await asyncio.to_thread(self._lease_suspect, lane)
+                    if not items:
+                        break
+                    batch = await self._try(lane, number, sessions, items)
                 settled += batch.settled
-                await asyncio.to_thread(self._finish, batch)
                 await self.endpoints.tell()
                 if batch.failed and self.endpoints.current() == number:
                     break
-                if not batch.failed and not batch.settled:
+                if not batch.failed and not batch.settled and not alone:
                     break
         finally:
             for session in sessions.values():
                 await session.close()
         return settled
 
+    async def _try(
+        self, lane: Lane, number: int, sessions: dict[int, aiohttp.ClientSession], items: Sequence[Row]
+    ) -> _Batch:
+        batch = _Batch()
+        try:
+            await self._send(lane, number, sessions, items, batch)
+        except BaseException:  # a stop, or a fault of ours: they must not wait for their lease to end
+            ids = [i["id"] for i in items]
+            await asyncio.shield(asyncio.to_thread(self.outbox.release, ids, self.owner, tried=False))
+            raise
+        await asyncio.to_thread(self._finish, batch)
+        return batch
+
     def _lease(self, lane: Lane) -> list[Row]:
         limit = self.sync.lane(lane).items
-        seconds = self.cloud.timeout_seconds * (limit + 2) + 600.0
-        if self.sync.bandwidth_kb:  # a lane's share of the line
+        return self.outbox.lease_lane(LANES.index(lane), self.owner, self._seconds(limit), limit, MOST_REQUEST_BYTES)
+
+    def _lease_suspect(self, lane: Lane) -> list[Row]:
+        return self.outbox.lease_suspect(LANES.index(lane), self.owner, self._seconds(1))
+
+    def _seconds(self, items: int) -> float:
+        """Of a lease, with a lane's share of the line."""
+        seconds = self.cloud.timeout_seconds * (items + 2) + 600.0
+        if self.sync.bandwidth_kb:
             seconds += MOST_REQUEST_BYTES * len(LANES) / (self.sync.bandwidth_kb * 1024.0)
-        return self.outbox.lease_lane(LANES.index(lane), self.owner, seconds, limit, MOST_REQUEST_BYTES)
+        return seconds
 
     async def _send(
         self,
@@ -137,7 +158,8 @@ class CloudSender:
     ) -> None:
         """Requests of one kind each, so that every stream keeps its order; ends at the first that fails as a whole."""
         blocked = set[str]()
-        for run, alone in [part for some in runs(items) for part in self._blame.split(_class(lane, some[0]), some)]:
+        for run in runs(items):
+            alone = run[0]["suspect"] or self._blame.alone(_class(lane, run[0]))
             wanted = [i for i in run if i["stream"] not in blocked]
             batch.untried += [i["id"] for i in run if i["stream"] in blocked or batch.failed]
             if not wanted or batch.failed:
@@ -177,7 +199,7 @@ class CloudSender:
         self._note(_class(lane, items[0]), number, answer, perf_counter() - begin, batch)
         pairs = [(p.item, answer.verdicts.get(p.uid)) for p in parts]
         sizes = {p.item["id"]: p.size for p in parts}
-        return held | await asyncio.to_thread(self._settle, pairs, answer, batch, sizes)
+        return held | await asyncio.to_thread(self._settle, _class(lane, items[0]), pairs, answer, batch, sizes)
 
     async def _records(
         self,
@@ -202,7 +224,7 @@ class CloudSender:
         answer = await self._ask(lane, request, things, [i for i, _ in ready], alone)
         self._note(_class(lane, items[0]), number, answer, perf_counter() - begin, batch)
         pairs = [(i, answer.verdicts.get(i["idempotency_key"])) for i, _ in ready]
-        return await asyncio.to_thread(self._settle, pairs, answer, batch, {})
+        return await asyncio.to_thread(self._settle, _class(lane, items[0]), pairs, answer, batch, {})
 
     async def _ask(
         self,
@@ -213,27 +235,27 @@ class CloudSender:
         alone: bool,
     ) -> Answer:
         """``things`` by key, and the rows that they belong to."""
-        if not alone:
-            return await together(request, things)
         key = _class(lane, items[0])
-        there, others = self._blame.there(key, self.endpoints.answers), self._blame.others_stored(key, items)
+        others, alike = self._blame.others_stored(key, items), self._blame.alike(key, items)
         streams = {k: str(i["stream"]) for k, i in zip(things, items, strict=True)}
-        return await one_by_one(request, things, streams, there=there, others_stored=others)
+        if not alone:
+            return await together(request, things, streams, others_stored=others, alike=alike)
+        there = self._blame.there(key, self.endpoints.answers)
+        return await one_by_one(request, things, streams, there=there, others_stored=others, alike=alike)
 
     def _limits(self, lane: Lane) -> dict[str, Any]:
         return {
             "seconds": self.cloud.timeout_seconds,
             "stall_seconds": self.cloud.stall_seconds,
             "now": self.db.clock.wall(),
-            "throttle": self._bucket.borrow if lane == "urgent" else self._bucket.wait,
+            "throttle": self.endpoints.line.borrow if lane == "urgent" else self.endpoints.line.wait,
         }
 
     def _note(self, lane: Class, number: int, answer: Answer, seconds: float, batch: _Batch) -> None:
         if answer.whole:
             self.endpoints.failed(number, answer.whole, wait=answer.wait, mendable=answer.mendable)
             batch.failed = True
-            if not answer.mendable:
-                self._blame.lane_failed(lane, self.endpoints.answers)
+            self._blame.lane_failed(lane, self.endpoints.answers)
         else:
             self._blame.lane_went(lane, answer.verdicts)
             self.endpoints.succeeded(number, seconds)
@@ -259,6 +281,10 @@ class CloudSender:
             except InputError as error:
                 self._park(item, error.cause, batch)
                 continue
+            except ChildEnded as error:
+                if not self._ended(item, error, batch):
+                    held.add(item["stream"])
+                continue
             except (OSError, MemoryError) as error:
                 held.add(item["stream"])
                 cause = (error.strerror if isinstance(error, OSError) else "") or "out of memory"
@@ -269,6 +295,18 @@ class CloudSender:
             parts.append(Part(item, uid, size if content is None else len(content), path, content))
         self._prepare.keep()
         return parts, held
+
+    def _ended(self, item: Row, error: ChildEnded, batch: _Batch) -> bool:
+        """Whether it was parked for it."""
+        ended = int(item["ended"]) + 1
+        if ended >= MOST_ENDED:
+            self._park(item, f"{error.cause}, as {ended - 1} times before", batch)
+            return True
+        first, longest = self.delivery.backoff_seconds, self.delivery.backoff_max_seconds
+        self.outbox.doubt(
+            item["id"], self.owner, error.cause, strikes=item["strikes"], ended=ended, first=first, longest=longest
+        )
+        return False
 
     def _bodies(self, items: Sequence[Row], batch: _Batch) -> list[tuple[Row, Mapping[str, Any]]]:
         ready = []
@@ -283,16 +321,23 @@ class CloudSender:
     def _park(self, item: Row, cause: str, batch: _Batch) -> None:
         self.outbox.reject(item["id"], self.owner, cause)
         self._blame.acquit(item["id"])
-        Events(self.db).add("error", "sync-rejected", f"item {item['id']}", cause)
-        self._count(item, "rejected")
+        self._tell_parked(item, cause)
         batch.settled += 1
 
+    def _tell_parked(self, item: Row, cause: str) -> None:
+        Events(self.db).add("error", "sync-rejected", f"item {item['id']}", cause)
+        self._count(item, "rejected")
+
     def _settle(
-        self, pairs: Sequence[tuple[Row, Verdict | None]], answer: Answer, batch: _Batch, sizes: Mapping[int, int]
+        self,
+        lane: Class,
+        pairs: Sequence[tuple[Row, Verdict | None]],
+        answer: Answer,
+        batch: _Batch,
+        sizes: Mapping[int, int],
     ) -> set[str]:
         """Streams that have to wait for one of these items; one without a verdict was not asked for."""
         blocked: set[str] = set()
-        first, longest = self.delivery.backoff_seconds, self.delivery.backoff_max_seconds
         for item, verdict in pairs:
             if verdict is None:
                 batch.untried.append(item["id"])
@@ -305,19 +350,37 @@ class CloudSender:
                 self._count(item, "stored", sizes.get(item["id"], 0))
             elif verdict.fate is Fate.reject:
                 self._park(item, verdict.cause, batch)
-            elif not answer.whole and self._hopeless(item, verdict):
-                self._park(item, f"{verdict.cause}, again and again while others were stored", batch)
-            else:
+                if verdict.status:
+                    self._blame.item_refused(lane, item, verdict.status)
+            elif answer.whole:  # the endpoint is to blame, and it has a back-off of its own
                 blocked.add(item["stream"])
                 self._count(item, "retried")
-                if answer.whole:  # the endpoint is to blame, and it has a back-off of its own
-                    batch.again.append((item["id"], verdict.cause))
-                else:
-                    self.outbox.retry(item["id"], self.owner, verdict.cause, first=first, longest=longest)
+                batch.again.append((item["id"], verdict.cause))
+            elif not self._strike(lane, item, verdict, batch):
+                blocked.add(item["stream"])
         return blocked
 
-    def _hopeless(self, item: Row, verdict: Verdict) -> bool:
-        return verdict.fate is Fate.retry and not verdict.full and self._blame.item_failed(item["id"])
+    def _strike(self, lane: Class, item: Row, verdict: Verdict, batch: _Batch) -> bool:
+        """It failed and others did not; whether it was parked for that."""
+        first, longest = self.delivery.backoff_seconds, self.delivery.backoff_max_seconds
+        if verdict.full:
+            self.outbox.retry(item["id"], self.owner, verdict.cause, first=first, longest=longest)
+        else:
+            strikes = self._blame.item_failed(lane, item)
+            if strikes >= (MOST_REFUSED if verdict.fate is Fate.operator else MOST_TRIES):
+                self._park(item, f"{verdict.cause}, again and again while others were stored", batch)
+                return True
+            self.outbox.doubt(
+                item["id"],
+                self.owner,
+                verdict.cause,
+                strikes=strikes,
+                ended=item["ended"],
+                first=first,
+                longest=longest,
+            )
+        self._count(item, "retried")
+        return False
 
     def _finish(self, batch: _Batch) -> None:
         if batch.stored:

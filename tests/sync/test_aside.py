@@ -1,23 +1,50 @@
-"""De-identification in a child: the same bytes, errors come back, a dead child is replaced."""
+"""De-identification in a child: the same bytes, errors come back, a dead child is replaced and told of."""
 
 from __future__ import annotations
 
-import multiprocessing
+import os
+import re
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from dicomnode.deidentify import Departure
 from dicomnode.errors import MalformedDataSet
-from dicomnode.sync.aside import Aside, leave
+from dicomnode.sync import aside as module
+from dicomnode.sync.aside import Aside, ChildEnded, leave
 from tests.sync.index_case import secondary_capture
 
 KEY = b"k" * 32
 
 
+def ends(path: Path, key: bytes) -> Departure:
+    """What the file says happens to the child."""
+    what = path.read_text()
+    if what.startswith("memory"):
+        return Departure("1.2.3", bytes(300 << 20), {})
+    if what == "hang":
+        threading.Event().wait()
+    if what.startswith("once"):
+        path.write_text("well")
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what != "well":
+        os.kill(os.getpid(), int(what))
+    return Departure("1.2.3", b"", {})
+
+
 @pytest.fixture(scope="module")
 def aside() -> Iterator[Aside]:
     made = Aside()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def troubled() -> Iterator[Aside]:
+    made = Aside(ends, lambda _: 4.0)
     yield made
     made.close()
 
@@ -37,6 +64,46 @@ def test_a_dead_child_is_replaced(aside: Aside, tmp_path: Path) -> None:
     path = tmp_path / "one.dcm"
     path.write_bytes(secondary_capture()[1])
     before = aside.leave(path, KEY)
-    for child in multiprocessing.active_children():
-        child.kill()
+    [child] = aside._idle
+    child._process.kill()
     assert aside.leave(path, KEY) == before
+    assert aside._idle != [child]
+
+
+@pytest.mark.parametrize(
+    ("what", "cause"),
+    [
+        ("9", "ended by signal 9, memory most likely"),
+        ("11", "ended by signal 11"),
+        ("memory", r"memory limit of \d+ MiB"),
+        ("hang", "no end after 4 s"),
+    ],
+)
+def test_how_a_child_ended_is_told(troubled: Aside, tmp_path: Path, what: str, cause: str) -> None:
+    path = tmp_path / "object"
+    path.write_text(what)
+    with pytest.raises(ChildEnded) as found:
+        troubled.leave(path, KEY)
+    assert re.search(cause, found.value.cause)
+    path.write_text("once")
+    assert troubled.leave(path, KEY).content == b"", "another child may do it"
+
+
+def test_the_limit_of_memory_is_the_objects_own(troubled: Aside, tmp_path: Path) -> None:
+    path = tmp_path / "object"
+    with path.open("wb") as file:
+        file.write(b"memory")
+        file.truncate(100 << 20)
+    assert len(troubled.leave(path, KEY).content) == 300 << 20
+
+
+def begins_badly(_: Path, __: bytes) -> Departure:
+    raise AssertionError
+
+
+def test_where_no_child_comes_up_no_object_is_blamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "object"
+    path.write_text("well")
+    monkeypatch.setattr(module, "BEGIN_SECONDS", 0.0)
+    with pytest.raises(MemoryError, match="does not come up"):
+        Aside(begins_badly).leave(path, KEY)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from dicomnode.cloud_settings import CloudPlan, Sync
 from dicomnode.index.database import Database
 from dicomnode.sync.sender import CloudSender
 from tests.sync.cloud_fake import FakeCloud, served
@@ -134,3 +135,89 @@ def test_the_same_refusal_of_each_is_the_endpoints(db: Database, tmp_path: Path,
 
     drive(db, tmp_path, lambda *_: web.Response(status=400), body)
     assert states(db) == ["stored"] * 3
+
+
+def answering(bad: list[str], status: int) -> Fault:
+    def fault(fake: FakeCloud, request: web.Request, body: bytes) -> web.Response | None:
+        return web.Response(status=status) if set(bad) & set(fake.parts(request, body)) else None
+
+    return fault
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 405, 407])
+def test_a_403_of_one_item_alone_parks_it_when_others_pass(
+    db: Database, tmp_path: Path, clock: FakeClock, status: int
+) -> None:
+    """Something before the endpoint does not like this one body."""
+    bad = more(db, tmp_path, 3)[:1]
+
+    async def body(sender: CloudSender, fake: FakeCloud) -> None:
+        for _ in range(4):
+            await later(sender, clock)
+        assert len(fake.stored) == 2 and sender.endpoints.link == "online", "the others went"
+        for n in range(3):
+            assert states(db)[0] == ("pending" if n < 2 else "rejected")
+            more(db, tmp_path, 1)
+            await later(sender, clock)
+
+    drive(db, tmp_path, answering(bad, status), body)
+    assert f"HTTP {status}" in db.value("SELECT last_error FROM sync_items WHERE state = 'rejected'")
+    assert states(db) == ["rejected"] + ["stored"] * 5
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_401_of_all_is_the_endpoints_and_parks_nothing(
+    db: Database, tmp_path: Path, clock: FakeClock, status: int
+) -> None:
+    more(db, tmp_path, 3)
+
+    async def body(sender: CloudSender, fake: FakeCloud) -> None:
+        for _ in range(20):
+            await later(sender, clock)
+        assert states(db) == ["pending"] * 3
+        [event] = db.rows("SELECT * FROM events WHERE severity = 'error'")
+        assert event["subject"] == "cloud primary" and f"HTTP {status}" in event["text"]
+        fake.script.clear()
+        await later(sender, clock)
+
+    drive(db, tmp_path, lambda *_: web.Response(status=status), body)
+    assert states(db) == ["stored"] * 3
+
+
+@pytest.mark.parametrize("status", [400, 413, 415, 422])
+def test_one_that_is_refused_alone_is_parked_the_next_one_alike_blames_the_endpoint(
+    db: Database, tmp_path: Path, clock: FakeClock, status: int
+) -> None:
+    more(db, tmp_path, 1)
+
+    async def body(sender: CloudSender, fake: FakeCloud) -> None:
+        await sender.flush()
+        assert states(db) == ["rejected"]
+        more(db, tmp_path, 1)
+        await later(sender, clock)
+        assert states(db) == ["rejected", "pending"] and sender.endpoints.link == "offline"
+        fake.script = [answering(more(db, tmp_path, 2)[:1], status)] * 9
+        await later(sender, clock)
+
+    drive(db, tmp_path, lambda *_: web.Response(status=status), body)
+    assert states(db) == ["rejected", "stored", "rejected", "stored"]
+
+
+def test_records_whose_address_is_wrong_wait_though_objects_are_stored(
+    db: Database, tmp_path: Path, clock: FakeClock
+) -> None:
+    fake = FakeCloud()
+
+    async def main() -> None:
+        async with served(fake.handle) as url:
+            cloud = {"stow_url": url, "records_url": url.replace("/studies", "/v2")}
+            sender = sender_of(make_settings(tmp_path, cloud=cloud), db)
+            for _ in range(20):
+                add_results(db, tmp_path, cloud=CloudPlan("cloud", records=True))
+                add_results(db, tmp_path, cloud=CloudPlan("cloud", {**Sync().lanes, "result": 0}))
+                as_they_are(db)
+                await later(sender, clock)
+
+    asyncio.run(main())
+    assert len(fake.stored) == 20
+    assert "rejected" not in states(db)

@@ -267,19 +267,3 @@ def test_a_week_without_the_cloud_and_then_all_of_it(tmp_path: Path) -> None:
 
     asyncio.run(main())
     db.close()
-
-
-def test_the_cap_on_bandwidth_holds_and_urgent_items_do_not_wait(tmp_path: Path) -> None:
-    from dicomnode.sync.bandwidth import Bucket
-
-    now = [0.0]
-    bucket = Bucket(1000.0, clock=lambda: now[0])
-    sent = 0
-    for _ in range(50):
-        now[0] += bucket.take(400)
-        sent += 400
-    assert sent / 1000 - 1.5 <= now[0] <= sent / 1000
-    assert Bucket(0.0).take(10**9) == 0.0
-    before = now[0]
-    asyncio.run(bucket.borrow(5000))
-    assert now[0] == before and bucket.take(0) >= 4.0, "the others pay for what is urgent"

@@ -110,3 +110,10 @@ def test_every_change_of_state_is_possible() -> None:
     for one, other in itertools.permutations((well, slow, bad), 2):
         seen.add((link([one], 1.0, LIMITS), link([other], 1.0, LIMITS)))
     assert len(seen) == 6
+
+
+def test_of_those_that_are_not_well_one_that_has_not_failed_is_tried_first() -> None:
+    assert choose([Health(failures=1), Health()], 10.0) == 1
+    assert choose([Health(), Health()], 10.0) == 0
+    assert choose([Health(failures=1), Health(failures=9)], 10.0) == 0
+    assert choose([Health(failures=1), Health(not_before=11.0)], 10.0) == 0

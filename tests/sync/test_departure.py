@@ -124,6 +124,49 @@ def test_a_rule_that_keeps_identity_is_obeyed(db: Database, tmp_path: Path) -> N
     asyncio.run(main())
 
 
+@pytest.mark.parametrize(
+    "rules",
+    [
+        [{"name": "chest-ct", "models": ["ct-lung"]}],
+        [{"name": "chest-ct2", "models": ["ct-lung"], "cloud_identity": "kept"}],
+        [],
+    ],
+    ids=["taken back", "another rule", "gone"],
+)
+def test_what_leaves_is_decided_at_departure(db: Database, tmp_path: Path, rules: list[Any]) -> None:
+    """Jobs were made while their rule kept identity; the operator has taken that back before they left."""
+    add_results(db, tmp_path / "data", 2, cloud=PLAN)
+    as_they_are(db)
+
+    async def main() -> None:
+        async with cloud(tmp_path) as (settings, storage):
+            await sender_of(
+                settings.model_copy(update={"rules": make_settings(tmp_path / "data", rules=rules).rules}), db
+            ).flush()
+            objects = storage.rows("SELECT * FROM objects")
+            assert len(objects) == 2
+            for row in objects:
+                assert row["PatientIdentityRemoved"] == "YES" and row["PatientID"] != CANARY_ID
+                content = storage.objects.path(row["file"]).read_bytes()
+                assert b"CANARY" not in content
+            told = json.dumps(storage.feed(0, None, 99))
+            assert "CANARY" not in told
+            for row in db.rows("SELECT SOPInstanceUID FROM results UNION SELECT StudyInstanceUID FROM studies"):
+                assert next(iter(row.values())) not in told
+
+    asyncio.run(main())
+
+
+def test_a_correction_leaves_by_todays_word_on_patients(db: Database, tmp_path: Path) -> None:
+    said = {"PatientName": CANARY, "PatientSex": "F"}
+    item = dict.fromkeys(("idempotency_key", "version", "base_version", "base_key", "settles", "changed_time"))
+    item |= {"type": "patient", "record_id": "P1", "study_id": None, "job_id": None, "identified": 1}
+    item["data"] = json.dumps(said)
+    for word, left in (("kept", said), ("removed", {"PatientSex": "F"})):
+        settings = make_settings(tmp_path / "data", sync={"patients_identity": word})
+        assert Departures(settings, db).record(item)["data"] == left
+
+
 def test_sending_again_is_once_in_effect(db: Database, tmp_path: Path) -> None:
     add_results(db, tmp_path / "data", 2, cloud=PLAN)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import pytest
 from dicomnode import deidentify, durable
 from dicomnode.index.database import Database
 from dicomnode.pseudonyms import Pseudonyms
-from dicomnode.sync.aside import Aside, leave
+from dicomnode.sync.aside import leave
 from tests.sync.cloud_fake import FakeCloud, served
 from tests.sync.index_case import (
     FakeClock,
@@ -59,20 +58,6 @@ def test_a_result_waits_until_the_shortage_is_over(
     asyncio.run(main())
     db.close()
     assert set(fake.stored) == {first, second}
-
-
-def test_children_that_are_killed_for_memory_do_not_condemn_the_object(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Dead:
-        def submit(self, *_: Any) -> Any:
-            raise BrokenProcessPool
-
-        def shutdown(self, **_: Any) -> None:
-            pass
-
-    aside = Aside()
-    monkeypatch.setattr(aside, "_executor", Dead)
-    with pytest.raises(MemoryError):
-        aside.leave(Path("unused"), b"k" * 32)
 
 
 def test_reading_and_parsing_tell_a_shortage_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
