@@ -76,6 +76,7 @@ class Shell:
 
     def ready(self) -> None:
         """Tell the index and systemd that this process does its work now."""
+        lifeline.loaded()
         self._state = "ready"
         self.beat()
         if not self._beat.is_alive():

@@ -131,6 +131,7 @@ async def _work(
     loop.add_reader(bell.fileno(), rung)
     schedule.start()
     await heartbeat()
+    lifeline.loaded()
     lifeline.notify("READY=1")
     log.info("ready", address=settings.http.host, port=port)
     try:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 
 from dicomnode.errors import OperatorError
-from dicomnode.lifeline import hold_single_instance, notify
+from dicomnode.lifeline import hold_single_instance, loaded, notify
 
 
 def test_one_instance_of_a_name(tmp_path: Path) -> None:
@@ -107,3 +109,19 @@ def test_a_stop_signal_never_meets_a_lock_of_its_own() -> None:
         "    os.close(flag._counter)\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+def test_what_is_loaded_is_not_searched_for_garbage_and_what_comes_later_is() -> None:
+    class Ring:
+        me: Ring
+
+    loaded()
+    try:
+        assert gc.get_freeze_count() > 1000
+        later = Ring()
+        later.me, gone = later, weakref.ref(later)
+        del later
+        gc.collect()
+        assert gone() is None
+    finally:
+        gc.unfreeze()
