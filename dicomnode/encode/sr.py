@@ -32,6 +32,7 @@ from dicomnode.encode.common import (
 )
 from dicomnode.encode.comparison import SCHEME, add_changes, image_library
 from dicomnode.encode.comparison import remarks as prior_remarks
+from dicomnode.encode.evidence import CURRENT_EVIDENCE, Reference, for_the_library, take_over
 from dicomnode.encode.headers import with_empty_patient
 from dicomnode.encode.procedures import procedure_reported
 from dicomnode.encode.seg import SERIES_NUMBER_BASE, tracking_id
@@ -126,7 +127,7 @@ def encode_sr(
     title = f"AI {provenance.name} {provenance.version} report"
     return build_report(
         content,
-        evidence=_evidence(context, segmentations) + _others_evidence(analysis, context) + _prior_evidence(analysis),
+        evidence=_evidence(analysis, context, segmentations),
         description=f"CRITICAL: {title}" if hits else title,
         context=context,
         variant=variant,
@@ -134,16 +135,17 @@ def encode_sr(
 
 
 def build_report(
-    content: Sequence[Dataset], *, evidence: Sequence[Dataset], description: str, context: Context, variant: str = ""
+    content: Sequence[Dataset], *, evidence: Sequence[Reference], description: str, context: Context, variant: str = ""
 ) -> EncodedObject:
     """Comprehensive 3D SR with root TID 1500 around ``content``; ``variant`` as in :func:`encode_sr`."""
     identity, headers = context.identity, context.headers
     labelmap = variant == LABELMAP
     root = ContainerContentItem(CodedConcept("126000", "DCM", "Imaging Measurement Report"), template_id="1500")
     root.ContentSequence = ContentSequence(content)
+    seen = for_the_library(evidence, content)
     with refuse_what_the_library_refuses("encode SR"):
         sr = hd.sr.Comprehensive3DSR(
-            evidence=evidence,
+            evidence=[with_empty_patient(seen[0].data_set()), *(r.data_set() for r in seen[1:])],
             content=root,
             series_instance_uid=_varied(identity.sr_series_uid, variant),
             series_number=(LABELMAP_SR_SERIES_NUMBER if labelmap else 2 * SERIES_NUMBER_BASE)
@@ -162,7 +164,8 @@ def build_report(
     private = sorted({s for s in schemes_of(sr) if s.startswith("99")})
     if private:
         sr.CodingSchemeIdentificationSequence = [_scheme(name) for name in private]
-    return finish(sr, LABELMAP_SR if labelmap else "SR", context)
+    kind = LABELMAP_SR if labelmap else "SR"
+    return finish(sr, kind, context, take_over(sr, seen, evidence), CURRENT_EVIDENCE)
 
 
 def schemes_of(item: Dataset) -> Iterator[str]:
@@ -427,42 +430,26 @@ def _evaluations(
     return items
 
 
-def source_evidence(context: Context) -> list[Dataset]:
+def source_evidence(context: Context) -> list[Reference]:
     """Every source instance, for Current Requested Procedure Evidence."""
-    return _evidence(context, ())
-
-
-def _evidence(context: Context, segmentations: Sequence[Segmentation]) -> list[Dataset]:
-    """Every source instance and each SEG, for Current Requested Procedure Evidence."""
     study, series = context.headers.study_uid, context.headers.series_uid
-    evidence = [_reference(study, series, s.sop_class_uid, s.sop_instance_uid) for s in context.sources]
-    evidence += [
-        _reference(study, seg.series_instance_uid, seg.sop_class_uid, seg.sop_instance_uid) for seg in segmentations
-    ]
-    evidence[0] = with_empty_patient(evidence[0])
+    return [Reference(study, series, s.sop_class_uid, s.sop_instance_uid) for s in context.sources]
+
+
+def _evidence(analysis: Analysis, context: Context, segmentations: Sequence[Segmentation]) -> list[Reference]:
+    """Every source instance, each SEG, images of further series, and for Pertinent Other Evidence those of the
+    earlier study."""
+    study, prior = context.headers.study_uid, analysis.prior
+    evidence = source_evidence(context)
+    evidence += [Reference(study, s.series_instance_uid, s.sop_class_uid, s.sop_instance_uid) for s in segmentations]
+    evidence += [Reference(study, *one) for one in analysis.others]
+    if prior:
+        evidence += [Reference(prior.study_uid, prior.series_uid, *one) for one in prior.instances]
     return evidence
-
-
-def _prior_evidence(analysis: Analysis) -> list[Dataset]:
-    """The images of the earlier study, for Pertinent Other Evidence."""
-    prior = analysis.prior
-    return [_reference(prior.study_uid, prior.series_uid, *one) for one in prior.instances] if prior else []
-
-
-def _others_evidence(analysis: Analysis, context: Context) -> list[Dataset]:
-    """Images of further series of the study that the model looked at."""
-    return [_reference(context.headers.study_uid, *one) for one in analysis.others]
 
 
 def _predecessor(identity: ResultIdentity, *, labelmap: bool) -> list[Dataset] | None:
     before = identity.predecessor_sr
     if labelmap:
         before = identity.predecessor_labelmap_sr or before
-    return [_reference(*before)] if before else None
-
-
-def _reference(study: str, series: str, sop_class: str, sop_instance: str) -> Dataset:
-    ds = Dataset()
-    ds.StudyInstanceUID, ds.SeriesInstanceUID = study, series
-    ds.SOPClassUID, ds.SOPInstanceUID = sop_class, sop_instance
-    return ds
+    return [Reference(*before).data_set()] if before else None
