@@ -6,10 +6,11 @@ import json
 import re
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from types import MappingProxyType
 
 import highdicom as hd
 import pydicom
@@ -27,7 +28,7 @@ ARTIFICIAL_INTELLIGENCE = hd.sr.CodedConcept("123110", "DCM", "Artificial Intell
 PROCESSING_EQUIPMENT = hd.sr.CodedConcept("109102", "DCM", "Processing Equipment")  # CID 7005
 _ANATOMICAL = {("91723000", "SCT"), ("123037004", "SCT")}  # CID 7150, as it is and as it was
 LONG_STRING = 64
-_LAST = 0xFFFF_FFFF
+NONE: Mapping[int, Sequence[bytes]] = MappingProxyType({})
 
 SHORT_TEXT = 1024
 LONG_TEXT = 10240
@@ -168,10 +169,11 @@ def contributing_equipment(provenance: Provenance) -> Dataset:
     return item
 
 
-def finish(ds: Dataset, kind: str, context: Context, encoded: bytes = b"", at: int = _LAST) -> EncodedObject:
+def finish(ds: Dataset, kind: str, context: Context, encoded: Mapping[int, Sequence[bytes]] = NONE) -> EncodedObject:
     """Put on patient, study, equipment and times; the object as a Part 10 file.
 
-    ``encoded``: elements in Explicit VR Little Endian that go between those of ``ds`` before and behind the tag ``at``.
+    ``encoded``: further elements in Explicit VR Little Endian by their tag, each in pieces that follow each other;
+    they are joined here once, since they may be large.
 
     Everything that the library took from the clock or from chance is replaced here or by the
     caller, so the same inputs give the same bytes.
@@ -194,15 +196,6 @@ def finish(ds: Dataset, kind: str, context: Context, encoded: bytes = b"", at: i
         del ds.SpecificCharacterSet
     if not _is_ascii(ds):
         ds.SpecificCharacterSet = "ISO_IR 192"
-    behind = Dataset()
-    for tag in [e.tag for e in ds if e.tag > at]:
-        behind[tag] = ds[tag]
-        del ds[tag]
-    buffer = DicomBytesIO()
-    pydicom.dcmwrite(buffer, ds, enforce_file_format=True)
-    buffer.write(encoded)
-    buffer.is_little_endian, buffer.is_implicit_VR = True, False
-    write_dataset(buffer, behind, ds.get("SpecificCharacterSet") or "iso8859")
     return EncodedObject(
         kind=kind,
         sop_class_uid=str(ds.SOPClassUID),
@@ -210,8 +203,26 @@ def finish(ds: Dataset, kind: str, context: Context, encoded: bytes = b"", at: i
         series_instance_uid=str(ds.SeriesInstanceUID),
         study_instance_uid=str(ds.StudyInstanceUID),
         transfer_syntax_uid=str(ExplicitVRLittleEndian),
-        part10=buffer.getvalue(),
+        part10=b"".join(_pieces(ds, encoded)),
     )
+
+
+def _pieces(ds: Dataset, encoded: Mapping[int, Sequence[bytes]]) -> Iterator[bytes]:
+    """The file in pieces, ``encoded`` where its tags belong. Takes the elements behind them out of ``ds``."""
+    behind = {}
+    for tag in sorted(encoded, reverse=True):
+        behind[tag] = Dataset({e.tag: e for e in ds if e.tag > tag})
+        for other in behind[tag].keys():  # noqa: SIM118 iterating over a data set gives its elements
+            del ds[other]
+    buffer = DicomBytesIO()
+    pydicom.dcmwrite(buffer, ds, enforce_file_format=True)
+    yield buffer.getvalue()
+    for tag in sorted(encoded):
+        yield from encoded[tag]
+        buffer = DicomBytesIO()
+        buffer.is_little_endian, buffer.is_implicit_VR = True, False
+        write_dataset(buffer, behind[tag], ds.get("SpecificCharacterSet") or "iso8859")
+        yield buffer.getvalue()
 
 
 def say_laterality(ds: Dataset, context: Context) -> None:

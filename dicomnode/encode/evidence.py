@@ -13,7 +13,7 @@ from pydicom.dataset import Dataset
 from pydicom.filebase import DicomBytesIO
 from pydicom.filewriter import write_data_element
 
-from dicomnode.encode.frames import element, item, text_element
+from dicomnode.encode.frames import element, item, reference, text_element
 from dicomnode.errors import NodeError
 
 CURRENT_EVIDENCE = 0x0040A375
@@ -43,9 +43,7 @@ def evidence_bytes(references: Iterable[Reference]) -> bytes:
         if sop_instance in named:
             continue
         named.add(sop_instance)
-        studies.setdefault(study, {}).setdefault(series, []).append(
-            item(text_element(0x00081150, b"UI", sop_class) + text_element(0x00081155, b"UI", sop_instance))
-        )
+        studies.setdefault(study, {}).setdefault(series, []).append(reference(sop_class, sop_instance))
     return element(
         CURRENT_EVIDENCE,
         b"SQ",

@@ -22,6 +22,8 @@ _SHORT = struct.Struct("<HH2sH").pack
 _ITEM = struct.Struct("<HHI").pack
 _LONG_FORMS = frozenset({b"SQ", b"OB", b"OW", b"UT"})
 
+REFERENCED_SERIES = 0x00081115
+SOURCE_IMAGES = 0x00082112
 PER_FRAME = 0x52009230
 PIXEL_DATA = 0x7FE00010
 
@@ -92,15 +94,35 @@ def frame_group(segment: int, number: int, plane: Plane) -> bytes:
 
 def element(tag: int, vr: bytes, value: bytes) -> bytes:
     """A data element in Explicit VR Little Endian (PS3.5 7.1.2) with a value of even length."""
+    return element_head(tag, vr, len(value)) + value
+
+
+def element_head(tag: int, vr: bytes, length: int) -> bytes:
+    """What stands before an element's value."""
     if vr in _LONG_FORMS:
-        return _LONG(tag >> 16, tag & 0xFFFF, vr, 0, len(value)) + value
-    return _SHORT(tag >> 16, tag & 0xFFFF, vr, len(value)) + value
+        return _LONG(tag >> 16, tag & 0xFFFF, vr, 0, length)
+    return _SHORT(tag >> 16, tag & 0xFFFF, vr, length)
 
 
 def text_element(tag: int, vr: bytes, text: str) -> bytes:
     """A data element of text in UTF-8, padded to an even length (PS3.5 6.2)."""
     value = text.encode()
     return element(tag, vr, value + (b"\0" if vr == b"UI" else b" ") * (len(value) % 2))
+
+
+def reference(sop_class_uid: str, sop_instance_uid: str) -> bytes:
+    """Item that names an instance (PS3.3 Table 10-11)."""
+    return item(text_element(0x00081150, b"UI", sop_class_uid) + text_element(0x00081155, b"UI", sop_instance_uid))
+
+
+def references(planes: Sequence[Plane], series_uid: str) -> dict[int, bytes]:
+    """The elements of a SEG that name every source image: Referenced Series and Source Image Sequence, by tag."""
+    each = b"".join(reference(plane.sop_class_uid, plane.sop_instance_uid) for plane in planes)
+    series = item(element(0x0008114A, b"SQ", each) + text_element(0x0020000E, b"UI", series_uid))
+    return {
+        REFERENCED_SERIES: element(REFERENCED_SERIES, b"SQ", series),
+        SOURCE_IMAGES: element(SOURCE_IMAGES, b"SQ", each),
+    }
 
 
 def item(content: bytes) -> bytes:

@@ -98,7 +98,7 @@ def encode_gsps(
     _check_form(annotations[0], state)
     del state.GraphicAnnotationSequence
     encoded = element(GRAPHIC_ANNOTATIONS, b"SQ", b"".join(annotations))
-    return finish(state, "GSPS", context, encoded, GRAPHIC_ANNOTATIONS)
+    return finish(state, "GSPS", context, {GRAPHIC_ANNOTATIONS: [encoded]})
 
 
 def layer_name(segment: SegmentDefinition) -> str:

@@ -207,7 +207,7 @@ _Shared = dict[tuple[int, str], DataElement]
 """Elements by tag and text: most values of a series are the same in every slice."""
 
 
-class _Bare(Dataset):
+class _Bare(Dataset):  # type: ignore[misc] # pydicom has no types
     """A slice's part of a header with nothing empty in it, made here: it becomes its own skeleton."""
 
 

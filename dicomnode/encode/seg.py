@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import highdicom as hd
 import numpy as np
 import numpy.typing as npt
 from highdicom.seg import SegmentationTypeValues
-from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 from pydicom.filebase import DicomBytesIO
 from pydicom.filewriter import write_data_element
@@ -20,6 +19,7 @@ from pydicom.valuerep import DS, format_number_as_ds
 from dicomnode.encode.common import (
     ARTIFICIAL_INTELLIGENCE,
     LONG_TEXT,
+    NONE,
     Context,
     Provenance,
     concept,
@@ -28,7 +28,16 @@ from dicomnode.encode.common import (
     long_string,
     refuse_what_the_library_refuses,
 )
-from dicomnode.encode.frames import PER_FRAME, PIXEL_DATA, Plane, element, frame_group, make_frames
+from dicomnode.encode.frames import (
+    PER_FRAME,
+    PIXEL_DATA,
+    Plane,
+    element,
+    element_head,
+    frame_group,
+    make_frames,
+    references,
+)
 from dicomnode.encode.headers import with_empty_patient
 from dicomnode.encode.multiframe import name_frames
 from dicomnode.errors import NodeError
@@ -120,7 +129,9 @@ def _build(
     )
 
 
-def _finished(seg: Dataset, context: Context, encoded: bytes = b"", kind: str = "SEG") -> EncodedObject:
+def _finished(
+    seg: Dataset, context: Context, encoded: Mapping[int, Sequence[bytes]] = NONE, kind: str = "SEG"
+) -> EncodedObject:
     headers, identity = context.headers, context.identity
     seg.ContentCreatorName = creator_name(context.provenance)
     if "FrameOfReferenceUID" not in headers.slices[0]:  # Type 2C without geometry (PS3.3 C.7.6.1)
@@ -154,12 +165,14 @@ def _in_bytes(
     ]
     frames = make_frames(labels, len(found), planes, order)
     seg.NumberOfFrames = frames.count
-    _refer_to_all(seg, images)
     _describe_spacing(seg, images, frames.planes, len(found))
     _segment_number_per_frame(seg)
-    _check_form(seg, [planes[index] for index in two], len(found))
-    del seg.PerFrameFunctionalGroupsSequence, seg.PixelData
-    return _finished(seg, context, element(PER_FRAME, b"SQ", frames.groups) + element(PIXEL_DATA, b"OB", frames.pixels))
+    _check_form(seg, [planes[index] for index in sorted(two)], [planes[index] for index in two], len(found))
+    del seg.PerFrameFunctionalGroupsSequence, seg.PixelData, seg.ReferencedSeriesSequence, seg.SourceImageSequence
+    encoded: dict[int, Sequence[bytes]] = {t: [e] for t, e in references(planes, context.headers.series_uid).items()}
+    encoded[PER_FRAME] = [element_head(PER_FRAME, b"SQ", len(frames.groups)), frames.groups]
+    encoded[PIXEL_DATA] = [element_head(PIXEL_DATA, b"OB", len(frames.pixels)), frames.pixels]
+    return _finished(seg, context, encoded)
 
 
 def _growing_positions(images: Sequence[Dataset]) -> list[int] | None:
@@ -184,17 +197,6 @@ def _decimal(value: object) -> str:
     return str(DS(value, auto_format=True))
 
 
-def _refer_to_all(seg: Dataset, images: Sequence[Dataset]) -> None:
-    references = []
-    for image in images:
-        item = Dataset()
-        item.add(DataElement(0x00081150, "UI", image.SOPClassUID))
-        item.add(DataElement(0x00081155, "UI", image.SOPInstanceUID))
-        references.append(item)
-    seg.SourceImageSequence = references
-    seg.ReferencedSeriesSequence[0].ReferencedInstanceSequence = references
-
-
 def _describe_spacing(seg: Dataset, images: Sequence[Dataset], planes: Sequence[int], segments: int) -> None:
     """Spacing Between Slices of the source, and whether the frames alone make a regular stack."""
     positions = [[float(v) for v in image.ImagePositionPatient] for image in images]
@@ -212,20 +214,28 @@ def _describe_spacing(seg: Dataset, images: Sequence[Dataset], planes: Sequence[
             seg.DimensionOrganizationType = "3D"
 
 
-def _check_form(seg: Dataset, planes: Sequence[Plane], segments: int) -> None:
-    """The library's own frames in the form of :mod:`frames`; another version may have another."""
+def _check_form(seg: Dataset, given: Sequence[Plane], planes: Sequence[Plane], segments: int) -> None:
+    """The library's own frames and references in the form of :mod:`frames`; another version may have another.
+
+    ``given``: its two images as it got them, ``planes``: by position.
+    """
     groups = [
         frame_group(segment, number, plane)
         for segment in range(1, segments + 1)
         for number, plane in enumerate(planes, start=1)
     ]
-    buffer = DicomBytesIO()
-    buffer.is_little_endian, buffer.is_implicit_VR = True, False
-    write_data_element(buffer, seg["PerFrameFunctionalGroupsSequence"])
-    if buffer.getvalue() != element(PER_FRAME, b"SQ", b"".join(groups)):
-        raise NodeError(
-            "encode SEG", "highdicom writes frames in another form than dicomnode.encode.frames", "Report this"
-        )
+    own = {**references(given, str(seg.ReferencedSeriesSequence[0].SeriesInstanceUID))}
+    own[PER_FRAME] = element(PER_FRAME, b"SQ", b"".join(groups))
+    for tag, wanted in own.items():
+        buffer = DicomBytesIO()
+        buffer.is_little_endian, buffer.is_implicit_VR = True, False
+        write_data_element(buffer, seg[tag])
+        if buffer.getvalue() != wanted:
+            raise NodeError(
+                "encode SEG",
+                f"highdicom writes {seg[tag].keyword} in another form than dicomnode.encode.frames",
+                "Report this",
+            )
 
 
 def _renumbered(labels: npt.NDArray[np.uint8], found: Sequence[SegmentDefinition]) -> npt.NDArray[np.uint8]:

@@ -165,7 +165,7 @@ def build_report(
     if private:
         sr.CodingSchemeIdentificationSequence = [_scheme(name) for name in private]
     kind = LABELMAP_SR if labelmap else "SR"
-    return finish(sr, kind, context, take_over(sr, seen, evidence), CURRENT_EVIDENCE)
+    return finish(sr, kind, context, {CURRENT_EVIDENCE: [take_over(sr, seen, evidence)]})
 
 
 def schemes_of(item: Dataset) -> Iterator[str]:

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dicomnode.encode import encode_results, headers, seg
+from dicomnode.encode import encode_results, evidence, headers, seg, sr
 from dicomnode.encode.frames import Plane, make_frames
 from dicomnode.errors import NodeError
+from dicomnode.records import Prior
 from tests.encode.encode_case import AXIAL, CORONAL, OBLIQUE, SAGITTAL, SEGMENTS, read
 
 
@@ -26,6 +27,8 @@ def by_the_library(case, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(seg, "_growing_positions", lambda images: None)
         patch.setattr(headers, "begun_header", lambda head, wanted: None)
+        patch.setattr(sr, "for_the_library", lambda references, content: list(references))
+        patch.setattr(sr, "take_over", lambda report, seen, every: b"")
         return encoded(case)
 
 
@@ -88,6 +91,39 @@ def test_frames_of_another_form_are_refused(make_case, monkeypatch):
     monkeypatch.setattr(seg, "frame_group", lambda *args: b"")
     with pytest.raises(NodeError, match="another form"):
         encoded(make_case())
+
+
+def test_references_of_another_form_are_refused(make_case, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(seg, "references", lambda planes, series: {0x00082112: b""})
+        with pytest.raises(NodeError, match="SourceImageSequence in another form"):
+            encoded(make_case())
+    monkeypatch.setattr(evidence, "reference", lambda sop_class, sop_instance: b"")
+    with pytest.raises(NodeError, match="evidence in another form"):
+        encoded(make_case())
+
+
+def test_evidence_of_several_series_and_studies(make_case, monkeypatch):
+    """As the library groups it: by study and series as they first occur, an instance once."""
+    case = make_case()
+    ct, first = "1.2.840.10008.5.1.4.1.1.2", case.sources[0].sop_instance_uid
+    others = (
+        ("2.25.70", ct, "2.25.71"),
+        ("2.25.80", ct, "2.25.81"),
+        ("2.25.70", ct, "2.25.72"),
+        ("2.25.80", ct, first),
+    )
+    earlier = Prior("2.25.90", "2.25.91", "20200101", "CT", ((ct, "2.25.92"), (ct, "2.25.93")))
+    case = case.with_analysis(others=others, prior=earlier)
+    found = encoded(case)
+    assert found == by_the_library(case, monkeypatch)
+    report = read(found[-1])
+    (study,) = report.CurrentRequestedProcedureEvidenceSequence
+    assert [len(series.ReferencedSOPSequence) for series in study.ReferencedSeriesSequence] == [
+        len(case.sources), 1, 2, 1,
+    ]  # fmt: skip
+    (other,) = report.PertinentOtherEvidenceSequence
+    assert other.StudyInstanceUID == "2.25.90" and len(other.ReferencedSeriesSequence[0].ReferencedSOPSequence) == 2
 
 
 def test_a_header_that_does_not_fit_the_first_bytes_is_read_whole(make_case, monkeypatch):
