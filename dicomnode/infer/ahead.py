@@ -22,6 +22,7 @@ from dicomnode.errors import NodeError
 from dicomnode.index.catalogue import Catalogue
 from dicomnode.index.database import Database, Row
 from dicomnode.infer.decode import Pixels, Undecodable
+from dicomnode.infer.room import Room
 from dicomnode.infer.slice_header import SliceHeader, read_header
 from dicomnode.part10 import data_set_begin
 from dicomnode.records import SourceInstance
@@ -48,12 +49,13 @@ class Decodes(Protocol):
 
 @dataclass(slots=True)
 class _Slice:
-    """See ``volume.ReadSlice``. ``sha256`` is that of the file that was read."""
+    """See ``volume.ReadSlice``. ``sha256`` is that of the file that was read, ``size`` what it takes of the memory."""
 
     header: SliceHeader
     sha256: str
     size: int
     future: Future[Pixels] | None
+    room: Room | None = None
 
     def values(self) -> Pixels | None:
         future, self.future = self.future, None  # the volume has its own copy
@@ -71,10 +73,15 @@ class _Series:
     last_id: int = 0
     touched: float = 0.0
     uids: set[str] = field(default_factory=set)
+    room: Room | None = None
+    """Of the slices that are kept; whoever takes them has it."""
 
 
 class ReadAhead:
-    """``wanted(attributes)`` says whether a rule names a model for a series; ``max_bytes`` bounds the pixels kept."""
+    """``wanted(attributes)`` says whether a rule names a model for a series.
+
+    ``max_bytes`` bounds what is kept: the pixels of each slice, and as much again in the volume that they will make.
+    """
 
     def __init__(
         self,
@@ -146,6 +153,7 @@ class ReadAhead:
         Instances that were not read yet are left to the caller, too.
         """
         found: dict[str, _Slice] = {}
+        rooms: set[int] = set()
         with self._lock:
             for source in sources:
                 self._taken.add(source.sop_instance_uid)
@@ -153,8 +161,12 @@ class ReadAhead:
                 if one is None:
                     continue
                 self._bytes -= one.size
+                rooms.add(id(one.room))
                 if one.sha256 == source.sha256:
                     found[source.sop_instance_uid] = one
+            for series in self._series.values():
+                if id(series.room) in rooms:
+                    series.room = None
         return found
 
     def done(self, sources: Sequence[SourceInstance]) -> None:
@@ -189,11 +201,26 @@ class ReadAhead:
             self._places.release()
             return
         future.add_done_callback(lambda _: self._places.release())
+        room = self._room(series, size)
         with self._lock:
             if uid not in self._taken:
-                self._slices[uid] = _Slice(header, str(row["sha256"]), size, future)
-                self._bytes += size
+                self._slices[uid] = _Slice(header, str(row["sha256"]), 2 * size, future, room)
+                self._bytes += 2 * size
                 series.uids.add(uid)
+
+    def _room(self, series: _Series, size: int) -> Room | None:
+        """The volume's memory with place for one slice more; None where the system grants none."""
+        with self._lock:
+            room = series.room
+        if room is None:
+            try:
+                room = Room(max(self._max_bytes, 1))
+            except (OSError, ValueError):
+                return None
+            with self._lock:
+                series.room = room
+        room.grow(size)
+        return room
 
     def _let_go(self, now: float, growing: set[int]) -> None:
         """A series that still grows is remembered, so that it is not read from its begin again."""
@@ -206,5 +233,6 @@ class ReadAhead:
                     if one is not None:
                         self._bytes -= one.size
                 series.uids.clear()
+                series.room = None
                 if number not in growing:
                     del self._series[number]

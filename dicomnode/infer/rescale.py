@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,13 @@ AIR_HU = -1024
 """What is outside the reconstruction circle in the images of most scanners, and below air in all."""
 
 
-def assemble(headers: Sequence[SliceHeader], frames: Iterator[Pixels], *, hounsfield: bool) -> npt.NDArray[Any]:
+Memory = Callable[[tuple[int, ...], npt.DTypeLike], npt.NDArray[Any]]
+"""An array of a shape and type, of any content."""
+
+
+def assemble(
+    headers: Sequence[SliceHeader], frames: Iterator[Pixels], *, hounsfield: bool, memory: Memory = np.empty
+) -> npt.NDArray[Any]:
     """Slices (slices, rows, columns) of ``frames``, which are stored values: x slope + intercept (PS3.3 C.11.1.1.2).
 
     What a slice declares as padding is outside the reconstruction: air in Hounsfield units, else
@@ -24,7 +30,7 @@ def assemble(headers: Sequence[SliceHeader], frames: Iterator[Pixels], *, hounsf
     shape = (len(headers), headers[0].rows, headers[0].columns)
     rescale = [(h.slope if h.slope is not None else 1.0, h.intercept or 0.0) for h in headers]
     whole = all(slope.is_integer() and intercept.is_integer() for slope, intercept in rescale)
-    out: npt.NDArray[Any] = np.empty(shape, np.int16 if whole else np.float32)
+    out: npt.NDArray[Any] = memory(shape, np.int16 if whole else np.float32)
     for index, frame in enumerate(frames):
         slope, intercept = rescale[index]
         outside = padding_in(frame, headers[index].padding)

@@ -16,6 +16,7 @@ from dicomnode.infer.contract import InputContract
 from dicomnode.infer.decode import Decoder, InlineDecoder, Pixels, Undecodable
 from dicomnode.infer.multiframe import SINGLE_FRAME_CLASS, single_frames, split_frame_uid
 from dicomnode.infer.rescale import assemble
+from dicomnode.infer.room import Room
 from dicomnode.infer.slice_header import SliceHeader, read_header, read_headers, refuse
 from dicomnode.records import SourceInstance
 
@@ -98,6 +99,11 @@ class ReadSlice(Protocol):
     @property
     def header(self) -> SliceHeader: ...
 
+    @property
+    def room(self) -> Room | None:
+        """Memory for the volume of its series, which is the reader's; the same for all of its slices."""
+        ...
+
     def values(self) -> Pixels | None:
         """Stored values (rows, columns); waits for them. None when it has to be decoded anew."""
         ...
@@ -139,7 +145,9 @@ def read_volume(
     places = [split_frame_uid(h.uid) for h in plan.headers]
     try:
         frames = _frames(plan, places, known, decoder or InlineDecoder(), lambda uid: read_bytes(paths[uid]))
-        values = assemble(plan.headers, frames, hounsfield=contract.hounsfield)
+        room = next((r for r in (known[h.uid].room for h in plan.headers if h.uid in known) if r is not None), None)
+        memory = room.array if room else np.empty
+        values = assemble(plan.headers, frames, hounsfield=contract.hounsfield, memory=memory)
     except Undecodable as cause:
         raise refuse(
             cause.code, cause.text, "Ask the sender to send the series again, or in another transfer syntax"

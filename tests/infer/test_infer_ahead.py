@@ -121,6 +121,27 @@ def test_what_came_last_is_read_by_the_job(arriving: Arriving) -> None:
     ahead.done(sources)
 
 
+def test_the_volume_lies_in_memory_that_was_made_ready(arriving: Arriving) -> None:
+    """And what comes for the next revision leaves it alone."""
+    arriving.receive(0, 4)
+    ahead = arriving.ahead()
+    ahead.look()
+    sources = arriving.sources()
+    taken = ahead.take(sources)
+    (room,) = {id(one.room): one.room for one in taken.values()}.values()
+    assert room is not None
+    volume = read_volume(sources, CONTRACT, decoder=NoDecoder(), ahead=taken)
+    before = volume.values.copy()
+    assert not volume.values.flags.owndata and np.array_equal(before, read_volume(sources, CONTRACT).values)
+    ahead.done(sources)
+    arriving.receive(4, 6)
+    ahead.look()
+    late = ahead.take(arriving.sources())
+    assert late and all(one.room is not room for one in late.values())
+    room.grow(1000)
+    assert np.array_equal(volume.values, before)
+
+
 def test_a_file_that_is_not_what_was_acknowledged_is_left_to_the_job(arriving: Arriving) -> None:
     arriving.receive(0, 6)
     damaged = arriving.sources()[2]
@@ -157,7 +178,7 @@ def test_a_series_that_no_rule_wants_is_not_opened(arriving: Arriving) -> None:
 
 
 def test_memory_is_bounded_and_goes_on_when_there_is_room(arriving: Arriving) -> None:
-    size = 8 * 10 * 2
+    size = 2 * 8 * 10 * 2  # the pixels of a slice, and their place in the volume
     arriving.receive(0, 6)
     ahead = arriving.ahead(max_bytes=3 * size)
     ahead.look()
