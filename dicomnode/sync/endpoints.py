@@ -42,6 +42,7 @@ class Endpoints:
         self._causes = [""] * len(self.all)
         self._told = [""] * len(self.all)
         self._quiet_since = [float("-inf")] * len(self.all)
+        self._left_alone_until = [float("-inf")] * len(self.all)
         self._untold: list[tuple[Any, str, str]] = []
         self._db = db
         self._link: Link | None = None
@@ -55,6 +56,14 @@ class Endpoints:
     @property
     def link(self) -> Link:
         return link(self.health, self._db.clock.ticks(), self.limits)
+
+    def leave_alone(self, number: int, seconds: float) -> None:
+        """With requests that can wait; it asked for it (Retry-After), and results have a back-off of their own."""
+        self._left_alone_until[number] = self._db.clock.ticks() + seconds
+
+    def left_alone_seconds(self, number: int) -> float:
+        """How long it is still to be left alone."""
+        return max(0.0, self._left_alone_until[number] - self._db.clock.ticks())
 
     def session(self, number: int) -> aiohttp.ClientSession:
         """Raises OperatorError when the endpoint's address or files are unusable."""

@@ -15,6 +15,7 @@ import aiohttp
 from dicomnode.errors import PeerAway
 from dicomnode.sync.endpoints import Endpoints
 from dicomnode.sync.http import read_bounded
+from dicomnode.sync.reply import retry_after_seconds
 
 MAX_REPLY_BYTES = 1 << 20
 TIMEOUT_SECONDS = 20.0
@@ -50,11 +51,14 @@ async def call(
 ) -> Reply | None:
     """To the endpoint that is in use; None while there is none.
 
-    Raises PeerAway when it cannot be reached or answers 5xx, OperatorError where files or addresses are unusable.
+    Raises PeerAway when it cannot be reached, answers 5xx or 429, or asked to be left alone (Retry-After) for longer;
+    PeerError for a reply without end, OperatorError where files or addresses are unusable.
     """
     number = endpoints.current()
     if number is None:
         return None
+    if left := endpoints.left_alone_seconds(number):
+        raise PeerAway("ask the cloud", f"it asked to be left alone (Retry-After), for {left:.0f} s more")
     base = endpoints.all[number].records_url
     headers = await endpoints.headers(number)
     if etag:
@@ -81,6 +85,9 @@ async def call(
         raise PeerAway("ask the cloud", f"it cannot be reached ({type(error).__name__})") from None
     seconds = time.monotonic() - begin
     if response.status >= 500 or response.status == 429:
+        wait = retry_after_seconds(response.headers.get("Retry-After"), sent)
+        if wait:
+            endpoints.leave_alone(number, wait)
         raise PeerAway("ask the cloud", f"HTTP {response.status}")
     try:
         parsed = json.loads(answer) if answer else None

@@ -21,20 +21,22 @@ from prometheus_client.metrics_core import Metric
 from dicomnode import logs
 from dicomnode.clock import iso
 from dicomnode.cloud_settings import node_name
-from dicomnode.errors import OperatorError, StorageError
+from dicomnode.errors import OperatorError, PeerError, StorageError
 from dicomnode.index.database import Database
 from dicomnode.index.operation import Events
 from dicomnode.metrics_push import SPOOL_BYTES, SPOOL_SECONDS, count
 from dicomnode.settings import Cloud, Settings
 from dicomnode.sync.bandwidth import Bucket
 from dicomnode.sync.connectivity import Health, Limits, failed, succeeded
-from dicomnode.sync.http import confidential, open_session, read_token
+from dicomnode.sync.http import confidential, open_session, read_bounded, read_token
 from dicomnode.sync.metric_spool import Entry, MetricSpool, overdue, thinned
 from dicomnode.sync.remote_write import HEADERS, Collection, samples_of, snappy, write_request
 from dicomnode.sync.reply import Fate, judge, retry_after_seconds
 
 MOST_SAMPLES = 10_000
 """Samples in one request; a collection is never divided."""
+
+MOST_REPLY_BYTES = 4096
 
 LONGEST_WAIT_SECONDS = 60.0
 """Between two tries while the receiver is away."""
@@ -162,8 +164,13 @@ class MetricPush:
                 self._to.remote_write_url, data=body, headers=headers, allow_redirects=False
             ) as response:
                 status, wait = response.status, self._wait(response, self._db.clock.wall())
+                if 200 <= status < 300:  # a receiver's is empty; what answers everything with a page of its own is none
+                    await read_bounded(response, MOST_REPLY_BYTES)
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
             self._failed(f"the receiver cannot be reached ({type(error).__name__})", None)
+            return Fate.retry
+        except PeerError as error:
+            self._failed(f"HTTP {status} with a reply that is no receiver's: {error.cause}", None)
             return Fate.retry
         if 200 <= status < 300:
             self._health = succeeded(self._health, self._db.clock.ticks() - begin, proven=True)

@@ -24,6 +24,7 @@ from dicomnode.settings import Settings
 from dicomnode.sync.endpoints import Endpoints
 from dicomnode.sync.feed_page import Unkept, checked, page_of, place_behind
 from dicomnode.sync.http import Progress, read_ends, watched
+from dicomnode.sync.reply import retry_after_seconds
 
 PAGE = 200
 MOST_PAGES = 50
@@ -56,6 +57,14 @@ class Leaving(Protocol):
     def record(self, item: Row) -> Mapping[str, Any]: ...
 
     def keep(self) -> None: ...
+
+
+class Busy(PeerAway):
+    """The endpoint is there and cannot answer now; ``wait``: the seconds that it named (Retry-After)."""
+
+    def __init__(self, operation: str, cause: str, wait: float | None) -> None:
+        super().__init__(operation, cause)
+        self.wait = wait
 
 
 class RecordPuller:
@@ -98,7 +107,7 @@ class RecordPuller:
                 for kind, name in missing:
                     await self._fetch_one(session, url, headers, kind, name)
         except PeerAway as error:
-            self.endpoints.failed(number, error.cause)
+            self.endpoints.failed(number, error.cause, wait=error.wait if isinstance(error, Busy) else None)
             return await asyncio.to_thread(self._take)
         await asyncio.to_thread(self._tell_feed, "")
         return found
@@ -238,15 +247,17 @@ class RecordPuller:
         """
         progress = Progress()
 
-        async def request() -> tuple[int, bytes, bytes]:
+        async def request() -> tuple[int, float | None, bytes, bytes]:
             progress.waiting_for_reply()
             most = MOST_SKIPPED_BYTES if alone else MAX_PAGE_BYTES
             async with session.get(url, headers=headers, allow_redirects=False) as response:
-                return response.status, *await read_ends(response, MAX_PAGE_BYTES, END_BYTES, most, progress)
+                wait = retry_after_seconds(response.headers.get("Retry-After"), self.db.clock.wall())
+                ends = await read_ends(response, MAX_PAGE_BYTES, END_BYTES, most, progress)
+                return response.status, wait, *ends
 
         operation = "pull records"
         try:
-            status, body, end = await watched(request(), progress, self.settings.cloud.stall_seconds)
+            status, wait, body, end = await watched(request(), progress, self.settings.cloud.stall_seconds)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise PeerAway(operation, f"the endpoint cannot be reached ({type(error).__name__})") from None
         if status == 404:
@@ -254,7 +265,7 @@ class RecordPuller:
         if status in (401, 403):
             raise OperatorError(operation, f"HTTP {status}", "Check the token and its rights at the cloud")
         if status >= 500 or status == 429:
-            raise PeerAway(operation, f"HTTP {status}")
+            raise Busy(operation, f"HTTP {status}", wait)
         if status != 200:
             raise PeerError(operation, f"HTTP {status} was not expected")
         try:

@@ -94,9 +94,10 @@ class FaultProxy:
         """A reply without an end."""
         await reader.readuntil(b"\r\n\r\n")
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/dicom+json\r\n\r\n")
-        while True:
+        while not (reader.at_eof() or reader.exception() or writer.transport.is_closing()):
             writer.write(b" " * (1 << 20))
             await writer.drain()
+            await asyncio.sleep(0)  # drain() does not yield, nor raise at once, when the caller is gone
 
     async def _bridge(self, client: Streams, *, up: Pump, down: Pump) -> None:
         reader, writer = await asyncio.open_connection(*self.target)
