@@ -10,6 +10,7 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from dicomnode.burned_in import Shows
 from dicomnode.conflicts import KIND_OF, Limits, Strategy
 from dicomnode.model_settings import ModelPull, Repository
 from dicomnode.peer_settings import Section
@@ -47,6 +48,11 @@ class Cloud(Section):
     health_url: str = Field("", description="answers 2xx when it is well; empty: OPTIONS of stow_url is asked")
     token_file: Path | None = Field(None, description="file with a bearer token")
     ca_file: Path | None = Field(None, description="PEM file with the authorities to trust")
+    key_images: Literal["marked", "primary"] = Field(
+        "marked",
+        description="marked | primary: key images (SC) that leave de-identified; marked: where the source says"
+        " BurnedInAnnotation NO; primary: of plain original CT, MR and PET slices that do not say it, too",
+    )
     pseudonym_key_file: Path | None = Field(
         None, description="key of the pseudonyms; none: data_dir/cloud-pseudonyms.key, made when it is needed"
     )
@@ -199,6 +205,8 @@ class CloudPlan:
     destination: str = ""
     lanes: Mapping[str, int] | None = None
     records: bool = False
+    pictures: frozenset[str] = frozenset({Shows.no})
+    """Of which sources (:class:`dicomnode.burned_in.Shows`) key images may leave without identity."""
 
     def priority(self, kind: str) -> int:
         return (self.lanes or Sync().lanes)[kind]
@@ -218,4 +226,8 @@ def node_name(ae_title: str) -> str:
 def plan_of(cloud: Cloud, sync: Sync) -> CloudPlan:
     if not cloud.stow_url:
         return OFF
-    return CloudPlan(DESTINATION, sync.lanes, bool(cloud.records_url))
+    return CloudPlan(DESTINATION, sync.lanes, bool(cloud.records_url), pictures_of(cloud))
+
+
+def pictures_of(cloud: Cloud) -> frozenset[str]:
+    return frozenset({Shows.no, Shows.primary} if cloud.key_images == "primary" else {Shows.no})

@@ -12,19 +12,40 @@ from __future__ import annotations
 import re
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 
 import pydicom
-from pydicom.datadict import tag_for_keyword
 from pydicom.dataelem import DataElement, RawDataElement
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sequence import Sequence
+from pydicom.uid import DeflatedExplicitVRLittleEndian
 
-from dicomnode.departing_keywords import EMPTY, KEPT
+from dicomnode.departing_items import (
+    CODE_MEANING,
+    CODE_VALUE,
+    CREATOR,
+    DROPPED_VALUE_TYPES,
+    EMPTY_TAGS,
+    FREE_TEXT,
+    KEPT_TAGS,
+    LOCAL_MEANING,
+    PER_FRAME,
+    PUBLIC_SCHEMES,
+    SCHEME,
+    TEXT_CONCEPTS,
+    Exchange,
+    Items,
+    NotPlain,
+    element_of,
+    joined,
+    parse,
+    uids_of,
+    written,
+)
 from dicomnode.errors import MalformedDataSet
 from dicomnode.pseudonyms import Pseudonyms, shifted, traces
 
@@ -32,42 +53,9 @@ METHOD = "dicomnode allow-list 1"
 REDACTED = "***"
 
 
-def _tags(keywords: Iterable[str]) -> frozenset[int]:
-    tags = {k: tag_for_keyword(k) for k in keywords}
-    unknown = [k for k, t in tags.items() if t is None]
-    assert not unknown, unknown
-    return frozenset(int(t) for t in tags.values() if t is not None)
-
-
-_KEPT_TAGS, _EMPTY_TAGS = _tags(KEPT), _tags(EMPTY)
-_CODE_MEANING, _CODE_VALUE, _SCHEME = (_tags([k]) for k in ("CodeMeaning", "CodeValue", "CodingSchemeDesignator"))
-_CREATOR = _tags(["ContentCreatorName"])
-_PER_FRAME = _tags(["PerFrameFunctionalGroupsSequence"])
-
-_PUBLIC_SCHEMES = frozenset({"DCM", "SCT", "SRT", "LN", "UCUM", "RADLEX", "FMA", "UMLS", "NCIt", "ISO639_1", "RFC5646"})
-"""Of other coding schemes the meaning may be anybody's free text; it is replaced."""
-
-_TEXT_CONCEPTS = frozenset(
-    {
-        "121106",  # Comment
-        "113012",  # Key Object Description
-        "112039",  # Tracking Identifier
-        "111001",  # Algorithm Name
-        "111002",  # Algorithm Parameters
-        "111003",  # Algorithm Version
-        "122405",  # Algorithm Manufacturer
-        "121013",  # Device Observer Name
-        "121014",  # Device Observer Manufacturer
-        "121015",  # Device Observer Model Name
-    }
-)
-"""Text content items that this node writes itself (PS3.16, DCM)."""
-
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 """Secondary Capture; its multi-frame classes are below it. Pixels of other results are drawn by models alone."""
 
-_DROPPED_VALUE_TYPES = frozenset({"PNAME"})
-_FREE_TEXT = frozenset({"LO", "LT", "SH", "ST", "UC", "UT"})
 _IDENTIFYING = (
     "PatientName", "PatientID", "PatientBirthName", "PatientMotherBirthName", "AccessionNumber", "StudyID",
     "ReferringPhysicianName", "PatientBirthDate", "PatientComments", "ResponsiblePerson", "InstitutionName",
@@ -85,8 +73,11 @@ class Departure:
     mapping: Mapping[tuple[str, str], str]
 
 
-def deidentify(content: bytes, pseudonyms: Pseudonyms) -> Departure:
+def deidentify(content: bytes, pseudonyms: Pseudonyms, *, plain_slice: bool = False) -> Departure:
     """A Part 10 file that this node made, as it may leave.
+
+    ``plain_slice``: of a key image that does not say BurnedInAnnotation, the source is one that conventionally
+    shows no identity, and the operator lets it leave (:mod:`dicomnode.burned_in`).
 
     Raises MalformedDataSet when it cannot be read, or when identity is burned into its pixels; a shortage
     (MemoryError, an OSError of the system) as it is, since that passes.
@@ -94,9 +85,10 @@ def deidentify(content: bytes, pseudonyms: Pseudonyms) -> Departure:
     with _quiet():
         try:
             ds = pydicom.dcmread(BytesIO(content))
-            out, mapping = _object(ds, pseudonyms)
+            out, done, mapping = _object(ds, pseudonyms, plain_slice)
             buffer = BytesIO()
             pydicom.dcmwrite(buffer, out, enforce_file_format=True)
+            left = joined(buffer.getvalue(), done)
         except (MalformedDataSet, MemoryError):
             raise
         except Exception as error:  # whatever the library meets in one object must not stop the others
@@ -104,7 +96,7 @@ def deidentify(content: bytes, pseudonyms: Pseudonyms) -> Departure:
                 raise
             cause = f"the object cannot be de-identified ({type(error).__name__})"
             raise MalformedDataSet("de-identify", cause) from None
-    return Departure(str(out.SOPInstanceUID), buffer.getvalue(), mapping)
+    return Departure(str(out.SOPInstanceUID), left, mapping)
 
 
 @contextmanager
@@ -115,26 +107,33 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _object(ds: Dataset, pseudonyms: Pseudonyms) -> tuple[Dataset, dict[tuple[str, str], str]]:
+def _object(
+    ds: Dataset, pseudonyms: Pseudonyms, plain_slice: bool
+) -> tuple[Dataset, Mapping[int, bytes], dict[tuple[str, str], str]]:
+    """The data set but for its plain sequences, those, and the mapping."""
     burned, sop_class = str(ds.get("BurnedInAnnotation") or "").strip().upper(), str(ds.get("SOPClassUID") or "")
     if burned == "YES":
         raise MalformedDataSet("de-identify", "identity may be burned into its pixels (BurnedInAnnotation)")
-    if f"{sop_class}.".startswith(f"{_SECONDARY_CAPTURE}.") and burned != "NO":
+    picture = f"{sop_class}.".startswith(f"{_SECONDARY_CAPTURE}.")
+    if picture and burned != "NO" and (burned or not plain_slice):
         cause = "identity may be burned into its pixels: its source does not say BurnedInAnnotation NO"
         raise MalformedDataSet("de-identify", cause)
     former = _former(ds)
     patient_id, issuer = (str((former if k in former else ds).get(k) or "") for k in ("PatientID", "IssuerOfPatientID"))
     known = traces(*(str(one.get(k) or "") for one in (ds, former) for k in _IDENTIFYING))
-    days, uids = pseudonyms.days(patient_id, issuer), frozenset(_uids(ds))
+    plain = _plain_sequences(ds)
+    days, uids = pseudonyms.days(patient_id, issuer), frozenset(_uids(ds, plain))
 
     def said(text: str) -> str:
         clean = pseudonyms.text(text, days, uids)
         return known.sub(REDACTED, clean) if known else clean
 
-    out = _copy(ds, _Rules(pseudonyms, days, said))
+    how = Exchange(pseudonyms.uid, days, said, "utf-8" if ds.get("SpecificCharacterSet") == "ISO_IR 192" else "ascii")
+    done = _exchanged(plain, how)
+    out = _copy(ds, _Rules(pseudonyms, days, said), done)
     alias = pseudonyms.patient(patient_id, issuer)
     out.PatientName, out.PatientID = alias, alias
-    for tag in _EMPTY_TAGS & {int(e.tag) for e in ds.elements()}:
+    for tag in EMPTY_TAGS & {int(e.tag) for e in ds.elements()}:
         out[tag] = DataElement(tag, pydicom.datadict.dictionary_VR(tag), "")
     if "DeviceSerialNumber" in ds:  # of Type 1 in enhanced equipment; here it is the node's AE title
         out.DeviceSerialNumber = pseudonyms.record("device", str(ds.DeviceSerialNumber))[:16]
@@ -155,7 +154,7 @@ def _object(ds: Dataset, pseudonyms: Pseudonyms) -> tuple[Dataset, dict[tuple[st
         ("instance", "SOPInstanceUID"),
     ):
         mapping[kind, str(out[keyword].value)] = str(ds[keyword].value)
-    return out, mapping
+    return out, done, mapping
 
 
 def _former(ds: Dataset) -> Dataset:
@@ -167,11 +166,44 @@ def _former(ds: Dataset) -> Dataset:
     return out
 
 
-def _uids(ds: Dataset) -> Iterator[str]:
+Plain = Mapping[int, tuple[Items, ...]]
+"""Sequences by tag that are exchanged as bytes."""
+
+
+def _plain_sequences(ds: Dataset) -> Plain:
+    found: dict[int, tuple[Items, ...]] = {}
+    if ds.file_meta.TransferSyntaxUID == DeflatedExplicitVRLittleEndian:
+        return found
+    for raw in list(ds.elements()):
+        if int(raw.tag) not in KEPT_TAGS or raw.VR != "SQ" or not isinstance(raw, RawDataElement):
+            continue
+        if raw.is_implicit_VR or not raw.is_little_endian or raw.length == 0xFFFFFFFF:
+            continue
+        with suppress(NotPlain):
+            found[int(raw.tag)] = parse(bytes(raw.value or b""))
+    return found
+
+
+def _exchanged(plain: Plain, how: Exchange) -> dict[int, bytes]:
+    """Whole elements by tag."""
+    found = {}
+    for tag, items in plain.items():
+        with suppress(NotPlain):
+            found[tag] = element_of(tag, "SQ", written(items, how))
+    return found
+
+
+def _uids(ds: Dataset, plain: Plain | None = None) -> Iterator[str]:
     """UIDs that ``ds`` has as such; those of its frames are in its lists of references, too."""
     for raw in list(ds.elements()):
-        if int(raw.tag) not in _KEPT_TAGS - _PER_FRAME:
+        if int(raw.tag) not in KEPT_TAGS - PER_FRAME:
             continue
+        if plain and int(raw.tag) in plain:
+            try:
+                yield from list(uids_of(plain[int(raw.tag)]))
+                continue
+            except NotPlain:
+                pass
         if raw.VR == "SQ":
             for item in ds[raw.tag].value:
                 yield from _uids(item)
@@ -187,13 +219,16 @@ class _Rules:
     said: Callable[[str], str]
 
 
-def _copy(ds: Dataset, rules: _Rules) -> Dataset:
-    """Allowed elements of ``ds``; values that cannot name anybody are taken over without being decoded."""
+def _copy(ds: Dataset, rules: _Rules, done: Collection[int] = ()) -> Dataset:
+    """Allowed elements of ``ds``, but for those of ``done``.
+
+    Values that cannot name anybody are taken over without being decoded.
+    """
     out = Dataset()
-    public = str(ds.get("CodingSchemeDesignator") or "") in _PUBLIC_SCHEMES
+    public = str(ds.get("CodingSchemeDesignator") or "") in PUBLIC_SCHEMES
     for raw in list(ds.elements()):
         tag = raw.tag
-        if int(tag) not in _KEPT_TAGS:
+        if int(tag) not in KEPT_TAGS or int(tag) in done:
             continue
         vr = _vr(raw)
         if vr == "SQ":
@@ -204,12 +239,12 @@ def _copy(ds: Dataset, rules: _Rules) -> Dataset:
         elif vr in ("DA", "DT"):
             out[tag] = DataElement(tag, vr, _each(ds[tag].value, lambda v: shifted(v, rules.days)))
         elif vr == "PN":
-            if int(tag) in _CREATOR:  # the model, by encode.common.creator_name
+            if int(tag) in CREATOR:  # the model, by encode.common.creator_name
                 out[tag] = DataElement(tag, "PN", rules.said(str(ds[tag].value or "")))
-        elif vr in _FREE_TEXT:
-            if int(tag) in _CODE_MEANING and not public:
-                out[tag] = DataElement(tag, "LO", "local code")
-            elif int(tag) in _CODE_VALUE or int(tag) in _SCHEME:
+        elif vr in FREE_TEXT:
+            if int(tag) in CODE_MEANING and not public:
+                out[tag] = DataElement(tag, "LO", LOCAL_MEANING)
+            elif int(tag) in CODE_VALUE or int(tag) in SCHEME:
                 out[tag] = ds[tag]
             else:
                 out[tag] = DataElement(tag, vr, _each(ds[tag].value, rules.said))
@@ -230,12 +265,12 @@ def _may_leave(item: Dataset) -> bool:
     kind = item.get("ValueType")
     if kind is None:
         return True
-    if kind in _DROPPED_VALUE_TYPES:
+    if kind in DROPPED_VALUE_TYPES:
         return False
     if kind != "TEXT":
         return True
     names = item.get("ConceptNameCodeSequence") or []
-    return bool(names) and str(names[0].get("CodeValue") or "") in _TEXT_CONCEPTS
+    return bool(names) and str(names[0].get("CodeValue") or "") in TEXT_CONCEPTS
 
 
 def _each(value: Any, change: Callable[[str], str]) -> Any:

@@ -232,3 +232,5 @@ class EncodedObject:
     study_instance_uid: str
     transfer_syntax_uid: str
     part10: bytes
+    shows: str = ""
+    """Of a picture, whether its source may show identity: :class:`dicomnode.burned_in.Shows`."""

@@ -22,7 +22,8 @@ Pixels = Callable[[SourceInstance, int, int, int], npt.NDArray[Any]]
 OPERATION = "make key image"
 _TAGS = [
     "SOPClassUID", "SOPInstanceUID", "NumberOfFrames", "Rows", "Columns", "SamplesPerPixel",
-    "PhotometricInterpretation", "BurnedInAnnotation",
+    "PhotometricInterpretation", "BurnedInAnnotation", "Modality", "ImageType", "ConversionType",
+    "RecognizableVisualFeatures",
     "PixelSpacing", "ImagerPixelSpacing", "ImageOrientationPatient", "PatientOrientation", "PixelAspectRatio",
     "RescaleSlope", "RescaleIntercept", "RescaleType", "WindowCenter", "WindowWidth", "PresentationLUTShape",
     "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import highdicom as hd
 import numpy as np
@@ -10,6 +11,7 @@ import numpy.typing as npt
 from pydicom.dataset import Dataset
 from pydicom.uid import ExplicitVRLittleEndian
 
+from dicomnode.burned_in import Shows, shows
 from dicomnode.critical import Hit
 from dicomnode.encode.common import (
     Context,
@@ -94,9 +96,11 @@ def _encode(
         sc.PixelSpacing = [f"{mm:.6g}", f"{mm:.6g}"]
     sc.ImageType = ["DERIVED", "SECONDARY"]
     # It means the patient's identity (PS3.3 C.7.6.1.1.3): nothing of it is drawn, but the source may show it
-    burned = str(shown.get("BurnedInAnnotation") or "").strip().upper()
-    if burned in ("YES", "NO"):
-        sc.BurnedInAnnotation = burned
+    may_show = shows(shown)
+    if frame and may_show is Shows.primary:  # a frame stands in for a slice here
+        may_show = Shows.unsaid
+    if may_show in (Shows.yes, Shows.no):
+        sc.BurnedInAnnotation = str(may_show)
     elif "BurnedInAnnotation" in sc:
         del sc.BurnedInAnnotation
     sc.SeriesDescription = long_string(f"{MARK}: {provenance.name} key images")
@@ -113,7 +117,7 @@ def _encode(
     sc.SecondaryCaptureDeviceManufacturerModelName = long_string(station.model_name)
     sc.SecondaryCaptureDeviceSoftwareVersions = long_string(station.software_versions)
     say_laterality(sc, context)
-    return finish(sc, "SC", context)
+    return replace(finish(sc, "SC", context), shows=str(may_show))
 
 
 def _build(picture: npt.NDArray[np.uint8], number: int, context: Context) -> Dataset:

@@ -15,9 +15,11 @@ from typing import Any, Protocol
 from dicomnode.clock import iso
 from dicomnode.cloud_settings import CloudPlan
 from dicomnode.index.database import Database, Row
+from dicomnode.index.operation import Events
 from dicomnode.index.states import SendState
 
 _OPEN = "state IN ('pending', 'sending')"
+PICTURES_STAY = "key-images-stay"
 STUDY_KEYS = ("StudyInstanceUID", "StudyDate", "StudyTime", "AccessionNumber", "StudyDescription")
 PATIENT_KEYS = ("PatientID", "IssuerOfPatientID", "PatientName", "PatientBirthDate", "PatientSex")
 
@@ -52,7 +54,7 @@ def hand_to_cloud(
         return min(plan.priority(kind), plan.priority("critical")) if critical else plan.priority(kind)
 
     common = {"job_id": job["id"], "study_id": study_id, "identified": int(identified)}
-    results = list(results)
+    results = _leaving(db, plan, int(job["series_id"]), results, identified=identified)
     if plan.records:
         study = study_metadata(db, study_id)
         put_record(db, plan, "study", study["StudyInstanceUID"], study, priority=priority("study"), **common)
@@ -66,6 +68,23 @@ def hand_to_cloud(
     if plan.records:
         name, data = summary(db, job, results, outcome)
         put_record(db, plan, "ai-result", name, data, priority=priority("ai-result"), **common)
+
+
+def _leaving(db: Database, plan: CloudPlan, series_id: int, results: Iterable[int], *, identified: bool) -> list[int]:
+    """Results but for key images that could not leave without identity: told once for a series, not parked each."""
+    leaving: list[int] = []
+    kept = 0
+    for result_id in results:
+        found = db.row("SELECT kind, shows FROM results WHERE id = ?", (result_id,)) or {"kind": "", "shows": ""}
+        if identified or found["kind"] != "SC" or not found["shows"] or found["shows"] in plan.pictures:
+            leaving.append(result_id)
+        else:
+            kept += 1
+    subject = f"series {series_id}"
+    if kept and not db.row("SELECT 1 AS one FROM events WHERE kind = ? AND subject = ?", (PICTURES_STAY, subject)):
+        text = f"{kept} key images stay here: their source does not say BurnedInAnnotation NO (see cloud.key_images)"
+        Events(db).add("info", PICTURES_STAY, subject, text)
+    return leaving
 
 
 def put_record(

@@ -54,10 +54,11 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A finished object of a job, its file durable. ``kind`` as in ``EncodedObject``."""
+    """A finished object of a job, its file durable. ``kind`` and ``shows`` as in ``EncodedObject``."""
 
     kind: str
     instance: NewInstance
+    shows: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,6 +319,7 @@ class Jobs(JobViews):
                 "TransferSyntaxUID": result.instance.transfer_syntax_uid,
                 "file": result.instance.file,
                 "sha256": result.instance.sha256,
+                "shows": result.shows,
                 "created_time": moment,
             },
         )

@@ -20,6 +20,7 @@ _OF_COMMITMENT = (SendState.committing, SendState.committed)
 
 _JOINED = (
     "SELECT d.*, r.kind, r.SOPClassUID, r.SOPInstanceUID, r.SeriesInstanceUID, r.TransferSyntaxUID, r.file, r.sha256,"
+    " r.shows,"
     " st.StudyInstanceUID FROM {table} d {join} JOIN results r ON r.id = d.result_id"
     " {join} JOIN studies st ON st.id = d.study_id"
 )

@@ -510,3 +510,9 @@ def m0033_suspects(db: Database) -> None:
     """
     for column in ("suspect", "trying", "strikes", "ended"):
         db["sync_items"].add_column(column, int, not_null_default=0)
+
+
+@migrations()
+def m0034_pictures(db: Database) -> None:
+    """Of key images, whether their source may show identity (:class:`dicomnode.burned_in.Shows`); "" of others."""
+    db["results"].add_column("shows", str, not_null_default="")

@@ -118,6 +118,7 @@ class JobFiles:
                 dataset_sha256=durable.sha256(data_set),
                 origin="result",
             ),
+            encoded.shows,
         )
 
 

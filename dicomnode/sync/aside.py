@@ -34,13 +34,16 @@ MOST_BYTES, BYTES_FOR_EACH = 256 << 20, 12
 """Memory of a child (RLIMIT_DATA) beyond what it has at its begin: for any object, and for each byte of one."""
 
 
-def leave(path: Path, key: bytes) -> Departure:
+def leave(path: Path, key: bytes, plain_slice: bool = False) -> Departure:
     """What leaves in place of the file at ``path``. Raises MalformedDataSet; OSError and MemoryError pass."""
     try:
         content = path.read_bytes()
     except FileNotFoundError as error:
         raise MalformedDataSet("de-identify", f"the stored file cannot be read ({error.strerror})") from None
-    return deidentify(content, Pseudonyms(key))
+    return deidentify(content, Pseudonyms(key), plain_slice=plain_slice)
+
+
+Action = Callable[[Path, bytes, bool], Departure]
 
 
 class ChildEnded(NodeError):
@@ -57,15 +60,13 @@ def seconds_for(size: int) -> float:
 class Aside:
     """Children that are started when they are needed; a dead one is replaced. Used by several threads."""
 
-    def __init__(
-        self, action: Callable[[Path, bytes], Departure] = leave, seconds: Callable[[int], float] = seconds_for
-    ) -> None:
+    def __init__(self, action: Action = leave, seconds: Callable[[int], float] = seconds_for) -> None:
         self._action, self._seconds = action, seconds
         self._idle: list[_Child] = []
         self._lock = threading.Lock()
         self._free = threading.Semaphore(MOST_CHILDREN)
 
-    def leave(self, path: Path, key: bytes) -> Departure:
+    def leave(self, path: Path, key: bytes, plain_slice: bool = False) -> Departure:
         """As :func:`leave`. Raises ChildEnded for what ended two children, or one by its time or memory.
 
         MemoryError: no child can be had now.
@@ -75,7 +76,7 @@ class Aside:
             for _ in range(2):
                 child = self._child()
                 try:
-                    answer = child.ask(path, key, self._seconds)
+                    answer = child.ask((path, key, plain_slice), self._seconds)
                 except ChildEnded:
                     raise
                 except EOFError:
@@ -106,7 +107,7 @@ class Aside:
 
 
 class _Child:
-    def __init__(self, action: Callable[[Path, bytes], Departure]) -> None:
+    def __init__(self, action: Action) -> None:
         """Raises MemoryError where it does not come up: nothing speaks against an object then."""
         context = multiprocessing.get_context("spawn")
         self._line, theirs = context.Pipe()
@@ -129,11 +130,11 @@ class _Child:
     def alive(self) -> bool:
         return self._process.is_alive()
 
-    def ask(self, path: Path, key: bytes, seconds: Callable[[int], float]) -> Any:
+    def ask(self, what: tuple[Path, bytes, bool], seconds: Callable[[int], float]) -> Any:
         """Its answer, an exception among them. EOFError: it ended. Raises ChildEnded where its time is over."""
-        allowed = seconds(path.stat().st_size) if path.exists() else seconds(0)
+        allowed = seconds(_size(what[0]))
         try:
-            self._line.send((path, key))
+            self._line.send(what)
             if self._line.poll(allowed):
                 return self._line.recv()
         except OSError:
@@ -155,7 +156,7 @@ class _Child:
         return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
-def _serve(line: Connection, action: Callable[[Path, bytes], Departure]) -> None:
+def _serve(line: Connection, action: Action) -> None:
     """The child ends with the sidecar, gives way to intake, and is silent: libraries' warnings quote values."""
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -166,19 +167,27 @@ def _serve(line: Connection, action: Callable[[Path, bytes], Departure]) -> None
     line.send("ready")
     while True:
         try:
-            path, key = line.recv()
+            what = line.recv()
         except EOFError:
             return
-        most = begin + MOST_BYTES + BYTES_FOR_EACH * (path.stat().st_size if path.exists() else 0)
+        most = begin + MOST_BYTES + BYTES_FOR_EACH * _size(what[0])
         try:
             _limit(most)
-            line.send(action(path, key))
+            line.send(action(*what))
         except MemoryError:
             line.send(ChildEnded("de-identify", f"the de-identifier reached its memory limit of {most >> 20} MiB"))
         except (NodeError, OSError) as error:
             line.send(error)
         except Exception as error:  # noqa: BLE001 its traceback would be on stderr, with values
             line.send(ChildEnded("de-identify", f"the de-identifier failed ({type(error).__name__})"))
+
+
+def _size(path: Path) -> int:
+    """0 for one that is not there: that is told when it is read."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def _data_bytes() -> int:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dicomnode.burned_in import Shows
+from dicomnode.cloud_settings import pictures_of
 from dicomnode.deidentify import PATIENT_TYPES, Departure, deidentify_record
 from dicomnode.index.database import Database, Row
 from dicomnode.index.desired import ServingRules
@@ -18,7 +20,7 @@ from dicomnode.pseudonyms import Pseudonyms
 from dicomnode.settings import Settings
 from dicomnode.sync.aside import leave
 
-TakeAway = Callable[[Path, bytes], Departure]
+TakeAway = Callable[[Path, bytes, bool], Departure]
 MOST_REMEMBERED = 20_000
 _PATIENT = (
     "SELECT p.PatientID, p.IssuerOfPatientID, st.PatientName, st.AccessionNumber, st.StudyInstanceUID"
@@ -60,7 +62,8 @@ class Departures:
         if self._identified(item):
             return str(item["SOPInstanceUID"]), None
         self.ready()
-        left = self._leave(path, self._key)
+        plain = item["shows"] == Shows.primary and Shows.primary in pictures_of(self._settings.cloud)
+        left = self._leave(path, self._key, plain)
         self._note(left.mapping)
         return left.sop_instance_uid, left.content
 

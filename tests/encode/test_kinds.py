@@ -229,8 +229,10 @@ def test_key_images_say_of_identity_in_pixels_what_their_source_says(
     for ds in sources:
         if said is not None:
             ds.BurnedInAnnotation = said
-    pictures = by_kind(encode(case_of(sources, tmp_path), order_for(["pacs"], ["SC"], "labelmap")))["SC"]
-    assert {ds.get("BurnedInAnnotation") for ds in pictures} == {said or None}
+        ds.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL"]
+    made = encode(case_of(sources, tmp_path), order_for(["pacs"], ["SC"], "labelmap"))
+    assert {ds.get("BurnedInAnnotation") for ds in by_kind(made)["SC"]} == {said or None}
+    assert {o.shows for o in made} == {said or ("unsaid" if name == "enhanced-ct" else "primary")}
 
 
 def test_the_mark_is_said_in_words_too(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from tests.sync.index_case import secondary_capture
 KEY = b"k" * 32
 
 
-def ends(path: Path, key: bytes) -> Departure:
+def ends(path: Path, key: bytes, plain_slice: bool) -> Departure:
     """What the file says happens to the child."""
     what = path.read_text()
     if what.startswith("memory"):
@@ -97,7 +97,7 @@ def test_the_limit_of_memory_is_the_objects_own(troubled: Aside, tmp_path: Path)
     assert len(troubled.leave(path, KEY).content) == 300 << 20
 
 
-def begins_badly(_: Path, __: bytes) -> Departure:
+def begins_badly(_: Path, __: bytes, ___: bool) -> Departure:
     raise AssertionError
 
 

@@ -20,7 +20,7 @@ from dicomnode.sync.departure import Departures
 from dicomnode.sync.feed_page import checked, fault, page_of
 from tests.cloud import endpoint as served
 from tests.sync.index_case import CANARY_ID, add_results
-from tests.sync.test_records import PREF, Cloud, Node, run
+from tests.sync.test_records import LIMIT, PREF, Cloud, Node, run
 
 
 def test_a_patient_id_is_no_name_of_a_record(tmp_path: Path) -> None:
@@ -415,3 +415,43 @@ def test_no_missing_record_starves(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert len({one for _ in range(3) for one in node.puller.records.missing()}) == 5
 
     run(tmp_path, body)
+
+
+@pytest.mark.parametrize("strategy", ["cloud", "merge", "review", "review there"])
+def test_more_conflicting_versions_than_one_change_settles(tmp_path: Path, strategy: str) -> None:
+    """Offline, one record was changed 120 times, and once at the cloud; a change names 100 keys at most."""
+
+    async def body(cloud: Cloud, node: Node) -> None:
+        node.clock.now -= 100.0
+        node.set(*LIMIT, disk_free_mb=0)
+        await node.exchange()
+        await cloud.change(*LIMIT, disk_free_mb=2)
+        for n in range(120):
+            node.set(*LIMIT, open_reviews=n)
+        await node.push()
+        assert len(cloud.storage.conflicts("open", 999)) == 120
+        for _ in range(3):
+            await node.exchange()
+        if strategy == "review there":
+            for one in reversed(cloud.storage.conflicts("open", 999)):
+                url = f"/v1/conflicts/{one['id']}/decide"
+                async with cloud.client.post(url, json={"take": "edge"}) as answer:
+                    assert answer.status == 200
+            for _ in range(3):
+                await node.exchange()
+        if strategy == "review":
+            [one] = node.reviews.listing(state="open")
+            assert len(cloud.storage.conflicts("open", 999)) == 120
+            node.reviews.decide(one["id"], "edge", who="EVE")
+            for _ in range(3):
+                await node.exchange()
+        assert cloud.storage.conflicts("open", 999) == []
+        assert node.holds(*LIMIT) == cloud.holds(*LIMIT)
+        if strategy != "cloud":
+            assert node.holds(*LIMIT)["open_reviews"] == 119
+        assert len(node.reviews.listing()) == 1, "one conflict, not 120"
+        arrived = len(cloud.storage.arrivals(9999))
+        await node.exchange()
+        assert len(cloud.storage.arrivals(9999)) == arrived, "and then there is nothing more to say"
+
+    run(tmp_path, body, conflicts={"settings": strategy.partition(" ")[0]})

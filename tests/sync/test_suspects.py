@@ -147,7 +147,7 @@ def test_an_object_that_ends_the_de_identifier_is_parked_and_its_study_goes_on(
     add_results(db, tmp_path)
     bad = one(db, "(SELECT file FROM results r WHERE r.id = result_id)", 1)
 
-    def take_away(path: Path, key: bytes) -> Departure:
+    def take_away(path: Path, key: bytes, plain_slice: bool) -> Departure:
         if path.name == Path(bad).name:
             raise ChildEnded("de-identify", "the de-identifier ended by signal 9, memory most likely")
         return leave(path, key)
