@@ -128,17 +128,6 @@ def gate(bundle: Bundle, session: Session) -> ReadyModel:
     return ReadyModel(bundle, session, report)
 
 
-def verify_bundle(bundle: Bundle, engine: Engine, *, threads: int = 0) -> GoldenReport:
-    """Digests again, then every golden case on a fresh session; never raises for a mismatch."""
-    for name in bundle.manifest.files:
-        bundle.read(name)
-    session = session_for(bundle, engine, threads)
-    try:
-        return check_golden(bundle, session)
-    finally:
-        session.close()
-
-
 def session_for(
     bundle: Bundle, engine: Engine | Loads, threads: int, read: Callable[[str], bytes] | None = None
 ) -> Session:

@@ -18,8 +18,10 @@ import pydicom
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
+from dicomnode.infer.bundle import Bundle
 from dicomnode.infer.contract import InputContract
-from dicomnode.infer.engine import Ok, Rejected
+from dicomnode.infer.engine import Engine, Ok, Rejected
+from dicomnode.infer.golden import GoldenReport, check_golden, session_for
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "models" / "ct-lung" / "1.0.0"
@@ -147,3 +149,12 @@ class FakeEngine:
 def crash(part10: bytes, rows: int, columns: int) -> None:
     """Stands for a codec that crashes; runs in a child of the pool."""
     os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def golden_report(bundle: Bundle, engine: Engine) -> GoldenReport:
+    """What the gate finds, of which ``models verify`` tells only the first problem; never raises for a mismatch."""
+    session = session_for(bundle, engine, 1)
+    try:
+        return check_golden(bundle, session)
+    finally:
+        session.close()

@@ -15,7 +15,7 @@ from dicomnode.encode import encode_results
 from dicomnode.errors import BundleError, UnsuitableSeries
 from dicomnode.identity import result_identity
 from dicomnode.infer.bundle import load_bundle
-from dicomnode.infer.golden import ReadyModel, verify_bundle
+from dicomnode.infer.golden import ReadyModel
 from dicomnode.infer.manifest import parse_manifest
 from dicomnode.infer.ort import OnnxRuntimeCpu
 from dicomnode.infer.shadow_child import Task, run
@@ -24,7 +24,7 @@ from dicomnode.orders import order_for
 from dicomnode.records import Analysis
 from tests.encode.encode_case import STATION
 from tests.encode.source_case import save
-from tests.infer.infer_case import DATA
+from tests.infer.infer_case import DATA, golden_report
 from tests.infer.radiograph_case import BUNDLE, numbered, of_real_ct, picture, quality_model, radiograph_file, saved
 
 REAL = DATA / "cr-chest" / "gdcm-CR-MONO1-10-chest.dcm"
@@ -61,14 +61,14 @@ def test_the_build_script_makes_the_very_bytes(tmp_path: Path) -> None:
 
 
 def test_verify_passes_and_fails_for_another_number(tmp_path: Path) -> None:
-    assert verify_bundle(load_bundle(BUNDLE), OnnxRuntimeCpu(), threads=1).passed
+    assert golden_report(load_bundle(BUNDLE), OnnxRuntimeCpu()).passed
     copy = tmp_path / "cxr-quality" / "1.0.0"
     shutil.copytree(BUNDLE, copy)
     path = copy / "manifest.json"
     manifest = json.loads(path.read_text())
     manifest["golden"][0]["measurements"]["tilt"] += 5
     path.write_text(json.dumps(manifest))
-    report = verify_bundle(load_bundle(copy), OnnxRuntimeCpu(), threads=1)
+    report = golden_report(load_bundle(copy), OnnxRuntimeCpu())
     assert [p for c in report.cases for p in c.problems if "tilt" in p]
 
 

@@ -32,7 +32,8 @@ from benchmarks import graphs
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(1800)]
 LIMITS = Limits(max_batch=8)
 LEARNED = ROOT / "models" / "ct-lung-unet" / "1.0.0"
-BUNDLES = ["ct-lung", "ct-lung-unet", graphs.UNET3D, graphs.DENSENET]
+QUALITY = ROOT / "models" / "cxr-quality" / "1.0.0"
+BUNDLES = ["ct-lung", "ct-lung-unet", "cxr-quality", graphs.UNET3D, graphs.DENSENET]
 
 
 def usable(engine: Engine) -> Engine:
@@ -51,7 +52,7 @@ def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Engine:
 @pytest.fixture(scope="session")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     made = graphs.write_bundles(tmp_path_factory.mktemp("graphs"))
-    return {"ct-lung": MODEL, "ct-lung-unet": LEARNED, **made}
+    return {"ct-lung": MODEL, "ct-lung-unet": LEARNED, "cxr-quality": QUALITY, **made}
 
 
 def dice(a: np.ndarray, b: np.ndarray) -> float:

@@ -16,18 +16,26 @@ from onnx import TensorProto, helper
 
 from dicomnode.errors import BundleError, EngineError
 from dicomnode.infer.bundle import compare_versions, find_bundles, load_bundle
-from dicomnode.infer.golden import open_model, verify_bundle
+from dicomnode.infer.golden import open_model
 from dicomnode.infer.onnxcheck import check_onnx
 from dicomnode.infer.ort import OnnxRuntimeCpu
 from dicomnode.infer.serving import resolve
-from tests.infer.infer_case import MODEL, FakeEngine, build_script, copy_bundle, edit_manifest, replace_file
+from tests.infer.infer_case import (
+    MODEL,
+    FakeEngine,
+    build_script,
+    copy_bundle,
+    edit_manifest,
+    golden_report,
+    replace_file,
+)
 
 CPU = OnnxRuntimeCpu()
 
 
 def test_shipped_bundle_is_valid_and_passes_its_gate() -> None:
     bundle = load_bundle(MODEL)
-    report = verify_bundle(bundle, CPU)
+    report = golden_report(bundle, CPU)
     assert report.passed
     assert len(report.cases) == 3
     assert all(case.disagreement == 0 for case in report.cases)
@@ -64,7 +72,7 @@ def test_change_after_loading_is_seen_by_the_next_read(tmp_path: Path) -> None:
     bundle = load_bundle(path)
     (path / "model.onnx").write_bytes(b"other")
     with pytest.raises(BundleError, match="digest"):
-        verify_bundle(bundle, CPU)
+        golden_report(bundle, CPU)
 
 
 @pytest.mark.parametrize(
@@ -226,7 +234,7 @@ def test_engine_that_computes_something_else_never_serves(
     function: Callable[[np.ndarray], np.ndarray], message: str
 ) -> None:
     engine = FakeEngine(function)
-    report = verify_bundle(load_bundle(MODEL), engine)
+    report = golden_report(load_bundle(MODEL), engine)
     assert not report.passed
     assert message in " ".join(problem for case in report.cases for problem in case.problems)
     with pytest.raises(EngineError) as caught:
@@ -238,7 +246,7 @@ def test_engine_that_computes_something_else_never_serves(
 def test_wrong_expected_measurement_fails_the_gate(tmp_path: Path) -> None:
     path = copy_bundle(tmp_path)
     edit_manifest(path, lambda m: m["golden"][0]["measurements"].update({"left_lung.volume_ml": 1.0}))
-    report = verify_bundle(load_bundle(path), CPU)
+    report = golden_report(load_bundle(path), CPU)
     assert [bool(case.problems) for case in report.cases] == [True, False, False]
 
 
@@ -247,7 +255,7 @@ def test_golden_file_that_is_no_array(tmp_path: Path, content: bytes) -> None:
     path = copy_bundle(tmp_path)
     replace_file(path, "golden/apart.input.npy", content)
     with pytest.raises(BundleError, match=r"apart\.input"):
-        verify_bundle(load_bundle(path), CPU)
+        golden_report(load_bundle(path), CPU)
 
 
 def test_pickled_golden_file_is_never_loaded(tmp_path: Path) -> None:
@@ -255,7 +263,7 @@ def test_pickled_golden_file_is_never_loaded(tmp_path: Path) -> None:
     np.save(tmp_path / "p.npy", np.array([[[{}]]], dtype=object), allow_pickle=True)
     replace_file(path, "golden/apart.input.npy", (tmp_path / "p.npy").read_bytes())
     with pytest.raises(BundleError):
-        verify_bundle(load_bundle(path), CPU)
+        golden_report(load_bundle(path), CPU)
 
 
 def test_versions_sort_by_semver(tmp_path: Path) -> None:

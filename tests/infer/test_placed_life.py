@@ -21,7 +21,7 @@ from dicomnode.index.operation import Models
 from dicomnode.index.runs import Runs
 from dicomnode.infer.decode import InlineDecoder
 from dicomnode.infer.engine import Limits
-from dicomnode.infer.golden import ReadyModel, open_model, verify_bundle
+from dicomnode.infer.golden import ReadyModel, open_model
 from dicomnode.infer.kserve import KServe
 from dicomnode.infer.kserve_tensors import onnx_signature
 from dicomnode.infer.ort import OnnxRuntimeCpu
@@ -32,7 +32,7 @@ from dicomnode.infer.shadow import _engine
 from dicomnode.infer.verification import verify_apart
 from dicomnode.infer.worker import Worker
 from dicomnode.settings import EngineName, Settings
-from tests.infer.infer_case import MODEL
+from tests.infer.infer_case import MODEL, golden_report
 from tests.infer.kserve_double import HttpDouble, Model
 from tests.infer.life_case import add_series, add_version, boxes
 from tests.infer.stages.bundle_case import golden, manifest, measurement, npy, segment, two_channels, write
@@ -249,7 +249,7 @@ def test_a_model_of_schema_2_runs_at_an_endpoint(tmp_path: Path) -> None:
         assert ready.report.passed and ready.report.engine == "kserve gpu1 (double 1.0)"
         assert with_double.headers, "its golden case went through the endpoint"
         served.change = lambda outputs: {"y": -outputs["y"]}
-        assert not verify_bundle(ready.bundle, engine).passed
+        assert not golden_report(ready.bundle, engine).passed
         with pytest.raises(EngineError, match="GOLDEN_MISMATCH"):
             open_model(path, engine)
     finally:

@@ -32,7 +32,7 @@ def test_what_was_asked_for_is_there_and_no_more() -> None:
 
 def test_it_is_given_away_once_and_left_alone_then() -> None:
     room = Room(1 << 20)
-    room.grow(1000)
+    room.grow(100)
     volume = room.array((4, 10, 10), np.int16)
     volume[:] = 7
     room.grow(1 << 20)

@@ -12,11 +12,12 @@ import pytest
 
 from dicomnode.errors import BundleError, EngineError
 from dicomnode.infer.bundle import load_bundle
-from dicomnode.infer.golden import open_model, verify_bundle
+from dicomnode.infer.golden import open_model
 from dicomnode.infer.ort import OnnxRuntimeCpu
 from dicomnode.infer.pipeline import run_bundle
 from dicomnode.infer.stages.golden import case_volume
 from dicomnode.infer.stages.plugins import find_pipeline
+from tests.infer.infer_case import golden_report
 from tests.infer.stages.bundle_case import CODE, golden, manifest, measurement, npy, segment, two_channels, write
 
 SOURCE = '''
@@ -166,7 +167,7 @@ def test_two_packages_with_one_name(tmp_path: Path) -> None:
 )
 def test_answers_of_another_shape_do_not_pass(tmp_path: Path, parameters: dict[str, Any], message: str) -> None:
     path = bundle(tmp_path, **parameters)
-    report = verify_bundle(load_bundle(path), OnnxRuntimeCpu())
+    report = golden_report(load_bundle(path), OnnxRuntimeCpu())
     assert message in "; ".join(report.cases[0].problems)
     with pytest.raises(EngineError):
         open_model(path, OnnxRuntimeCpu())

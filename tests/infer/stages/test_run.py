@@ -12,7 +12,7 @@ import pytest
 
 from dicomnode.errors import EngineError
 from dicomnode.infer.bundle import load_bundle
-from dicomnode.infer.golden import golden_volume, open_model, verify_bundle
+from dicomnode.infer.golden import golden_volume, open_model
 from dicomnode.infer.manifest import Manifest
 from dicomnode.infer.ort import OnnxRuntimeCpu
 from dicomnode.infer.pipeline import run_bundle
@@ -20,7 +20,7 @@ from dicomnode.infer.stages.golden import finding_problems, statistics
 from dicomnode.infer.stages.manifest import StagedManifest
 from dicomnode.infer.stages.network import Answers
 from dicomnode.infer.stages.run import run_staged
-from tests.infer.infer_case import MODEL
+from tests.infer.infer_case import MODEL, golden_report
 from tests.infer.stages.bundle_case import CODE, golden, manifest, mean_score, npy, segment, two_channels, write
 from tests.infer.stages.stage_case import make_volume
 
@@ -178,7 +178,7 @@ def test_gate_sees_it(tmp_path: Path, kind: str, change: Any, message: str) -> N
     change(written["golden"][0])
     files = {n: (path / n).read_bytes() for n in written["files"]}
     path = write(tmp_path / "b", written, {**files, **(extra if kind == "seg" else {})})
-    report = verify_bundle(load_bundle(path), CPU)
+    report = golden_report(load_bundle(path), CPU)
     assert not report.passed
     assert message in "; ".join(report.cases[0].problems)
     with pytest.raises(EngineError) as caught:
@@ -193,7 +193,7 @@ def test_a_golden_case_that_is_no_series_for_the_steps_is_a_problem_of_the_case(
     written = json.loads((path / "manifest.json").read_text())
     written["preprocess"][1]["max_voxels"] = 10
     files = {n: (path / n).read_bytes() for n in written["files"]}
-    report = verify_bundle(load_bundle(write(tmp_path / "b", written, files)), CPU)
+    report = golden_report(load_bundle(write(tmp_path / "b", written, files)), CPU)
     assert not report.passed and "the limit is 10" in report.cases[0].problems[0]
 
 
