@@ -260,6 +260,7 @@ def web(settings: Settings) -> Section:
             " instance counts as stored when the reply names it in Referenced SOP Sequence.",
             "Unless every rule of an analysis keeps identity (cloud_identity), what leaves is de-identified: attributes"
             " of an allow-list, other UIDs, a pseudonym for Patient's Name and ID, shifted dates, Patient Identity"
-            " Removed YES and Longitudinal Temporal Information Modified MODIFIED.",
+            " Removed YES and Longitudinal Temporal Information Modified MODIFIED. Key images leave so only where their"
+            " source says Burned In Annotation NO (cloud.key_images).",
         ),
     )

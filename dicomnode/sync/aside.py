@@ -6,6 +6,7 @@ have, no end. That is told apart from a machine on which no such process can be 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
 import os
@@ -63,6 +64,8 @@ class Aside:
     def __init__(self, action: Action = leave, seconds: Callable[[int], float] = seconds_for) -> None:
         self._action, self._seconds = action, seconds
         self._idle: list[_Child] = []
+        self._busy: list[_Child] = []
+        self._closed = False
         self._lock = threading.Lock()
         self._free = threading.Semaphore(MOST_CHILDREN)
 
@@ -77,13 +80,11 @@ class Aside:
                 child = self._child()
                 try:
                     answer = child.ask((path, key, plain_slice), self._seconds)
-                except ChildEnded:
-                    raise
                 except EOFError:
                     ended = child.stop()
                     continue
-                with self._lock:
-                    self._idle.append(child)
+                finally:
+                    self._done(child)
                 if isinstance(answer, BaseException):
                     raise answer
                 assert isinstance(answer, Departure)
@@ -91,19 +92,36 @@ class Aside:
             raise ChildEnded("de-identify", f"the de-identifier ended by {ended}")
 
     def close(self) -> None:
+        """For good; who waits for a child is told that there is none."""
         with self._lock:
+            self._closed = True
             idle, self._idle = self._idle, []
+            for child in self._busy:
+                child.kill()
         for child in idle:
             child.stop()
 
     def _child(self) -> _Child:
+        child = None
         with self._lock:
-            while self._idle:
+            while self._idle and child is None:
                 child = self._idle.pop()
-                if child.alive:
-                    return child
-                child.stop()
-        return _Child(self._action)
+                if not child.alive:
+                    child.stop()
+                    child = None
+        child = child or _Child(self._action)
+        with self._lock:
+            self._busy.append(child)
+            if self._closed:
+                child.kill()
+                raise MemoryError("the de-identifier is closed")
+        return child
+
+    def _done(self, child: _Child) -> None:
+        with self._lock:
+            self._busy.remove(child)
+            if child.alive and not self._closed:
+                self._idle.append(child)
 
 
 class _Child:
@@ -128,7 +146,11 @@ class _Child:
 
     @property
     def alive(self) -> bool:
-        return self._process.is_alive()
+        return not self._line.closed and self._process.is_alive()
+
+    def kill(self) -> None:
+        with contextlib.suppress(ValueError):  # it was stopped already
+            self._process.kill()
 
     def ask(self, what: tuple[Path, bytes, bool], seconds: Callable[[int], float]) -> Any:
         """Its answer, an exception among them. EOFError: it ended. Raises ChildEnded where its time is over."""

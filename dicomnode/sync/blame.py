@@ -162,15 +162,12 @@ async def one_by_one(
         bad.append(one)
         if not (there or stored) and (one.wait is not None or len(bad) >= MOST_UNPROVEN):
             break
-    if bad and not stored:
-        return Answer(verdicts, bad[-1].whole, bad[-1].wait, bad[-1].mendable)
-    return _with_blame(Answer(verdicts), others_stored, alike)
+    whole = bad[-1] if bad and not stored else Answer({})
+    return _with_blame(Answer(verdicts, whole.whole, whole.wait, whole.mendable), others_stored, alike)
 
 
 def _with_blame(answer: Answer, stored: bool, alike: Mapping[int, int]) -> Answer:
     """``answer`` with its refusals weighed; it failed as a whole where they turn out to blame the endpoint."""
     found = weighed(answer.verdicts, stored=stored, alike=alike)
     turned = [v for k, v in found.items() if v != answer.verdicts[k]]
-    if turned:
-        return Answer(found, turned[0].cause, None, True)
-    return answer
+    return Answer(found, turned[0].cause, None, True) if turned else answer

@@ -97,6 +97,27 @@ def test_the_limit_of_memory_is_the_objects_own(troubled: Aside, tmp_path: Path)
     assert len(troubled.leave(path, KEY).content) == 300 << 20
 
 
+def test_closing_does_not_wait_for_one_that_has_no_end(tmp_path: Path) -> None:
+    path = tmp_path / "object"
+    path.write_text("hang")
+    aside = Aside(ends, lambda _: 300.0)
+    found: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            aside.leave(path, KEY)
+        except MemoryError as error:
+            found.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    while not aside._busy:
+        thread.join(0.01)
+    aside.close()
+    thread.join(60)
+    assert [str(e) for e in found] == ["the de-identifier is closed"], "that speaks against no object"
+
+
 def begins_badly(_: Path, __: bytes, ___: bool) -> Departure:
     raise AssertionError
 

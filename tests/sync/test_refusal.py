@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections import Counter
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dicomnode.sync.blame import weighed
+from dicomnode.sync.blame import one_by_one, together, weighed
 from dicomnode.sync.refusal import Fault, Step, decide, fault_of
 from dicomnode.sync.reply import WITH_SEQUENCES, Fate, Verdict, judge
+from dicomnode.sync.stow import Answer, answer_of
 
 STATUSES = st.integers(100, 599).filter(lambda s: s not in WITH_SEQUENCES)
 FAULTS = st.sampled_from(Fault)
@@ -92,6 +97,35 @@ def test_without_a_stored_item_at_most_one_is_parked_for_each_status(outcomes: l
             refused[outcome] = refused.get(outcome, 0) + 1
             parked[outcome] = parked.get(outcome, 0) + 1
         assert max(parked.values(), default=0) <= 1
+
+
+@given(st.lists(st.sampled_from([200, 400, 413, 403, 500]), min_size=2, max_size=12), st.booleans())
+def test_of_a_batch_of_which_nothing_is_stored_at_most_one_is_parked_for_each_status(
+    statuses: list[int], together_first: bool
+) -> None:
+    """Whatever the endpoint says of each alone, after it refused the batch or while the class goes one by one."""
+    wanted = {str(n): status for n, status in enumerate(statuses)}
+
+    async def request(keys: Sequence[str]) -> Answer:
+        if len(keys) > 1:
+            return answer_of(judge(400, None, keys), None)
+        if wanted[keys[0]] == 200:
+            return Answer({keys[0]: Verdict(Fate.stored)})
+        return answer_of(judge(wanted[keys[0]], None, keys), None)
+
+    things, streams = {k: k for k in wanted}, {k: k for k in wanted}
+    if together_first:
+        going = together(request, things, streams, others_stored=False, alike={})
+    else:
+        going = one_by_one(request, things, streams, there=True, others_stored=False, alike={})
+    answer = asyncio.run(going)
+    parked = Counter(wanted[k] for k, v in answer.verdicts.items() if v.fate is Fate.reject)
+    if 200 in statuses:
+        assert not answer.whole and set(parked) <= {400, 413}
+        assert parked.total() == sum(s in (400, 413) for s in statuses), "each that was refused for itself"
+    else:
+        assert max(parked.values(), default=0) <= 1
+        assert answer.whole or len(statuses) == parked.total(), "the rest waits for the endpoint"
 
 
 @given(OUTCOMES, st.booleans())
