@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from dicomnode.burned_in import Shows
 from dicomnode.conflicts import KIND_OF, Limits, Strategy
 from dicomnode.model_settings import ModelPull, Repository
+from dicomnode.offline import Mode
 from dicomnode.peer_settings import Section
 
 Lane = Literal["urgent", "normal", "batch"]
@@ -138,7 +139,7 @@ class Conflicts(Section):
 class Sync(Section):
     """What goes to the cloud, how soon, and how much of the line it may take."""
 
-    offline_mode: Literal["auto", "always", "never"] = Field("auto", description="auto | always | never")
+    offline_mode: Mode = Field("auto", description="auto | always | never")
     urgent_seconds: float = Field(1.0, gt=0, description="seconds between two looks at urgent items")
     urgent_items: int = Field(10, ge=1, le=500, description="urgent items in one request")
     normal_seconds: float = Field(5.0, gt=0, description="seconds between two looks at normal items")

@@ -28,6 +28,7 @@ from urllib.parse import urlsplit
 from dicomnode import durable
 from dicomnode.errors import BundleError, NodeError, OperatorError
 from dicomnode.findings import Finding, Level
+from dicomnode.offline import HELD, may_ask
 from dicomnode.settings import EngineName, Peer, Repository, Settings
 from dicomnode.tls import Transport
 from dicomnode.tls_check import tls_findings
@@ -424,8 +425,9 @@ def _cloud(settings: Settings) -> Iterable[Finding]:
     for key, path, secret in (("cloud.token_file", cloud.token_file, True), ("cloud.ca_file", cloud.ca_file, False)):
         if path is not None:
             yield _file(key, path, secret=secret)
+    reach = _reach if may_ask(settings.sync.offline_mode) else _not_asked
     for endpoint in cloud.endpoints:
-        yield _reach("cloud", endpoint.stow_url, endpoint.ca_file)
+        yield reach("cloud", endpoint.stow_url, endpoint.ca_file)
         if endpoint.token_file is not None and endpoint.token_file != cloud.token_file:
             yield _file(f"cloud.backups {endpoint.name}: token_file", endpoint.token_file, secret=True)
     if cloud.endpoints:
@@ -437,7 +439,7 @@ def _cloud(settings: Settings) -> Iterable[Finding]:
         yield _root_file(cloud.repository)
         urls += [u for u in (cloud.repository.metadata_url, cloud.repository.archives_url) if not u.startswith("s3:")]
     for host in dict.fromkeys(urlsplit(url)._replace(path="", query="", fragment="") for url in urls):
-        yield _reach("model pull", host.geturl(), cloud.ca_file)
+        yield reach("model pull", host.geturl(), cloud.ca_file)
 
 
 def _pseudonym_key(settings: Settings) -> Iterable[Finding]:
@@ -477,6 +479,12 @@ def _file(key: str, path: Path, *, secret: bool) -> Finding:
         hint = f"chmod 600 {path}, or use LoadCredential as in systemd/"
         return Finding(Level.warn, "cloud", f"{key}: others on this box may read {path} (mode {mode:o})", hint)
     return Finding(Level.ok, "cloud", f"{key}: {path} is readable")
+
+
+def _not_asked(name: str, url: str, ca_file: Path | None) -> Finding:
+    """In place of :func:`_reach` while nothing may be asked of the cloud."""
+    del ca_file
+    return Finding(Level.note, name, f"{urlsplit(url).hostname}: {HELD}")
 
 
 def _reach(name: str, url: str, ca_file: Path | None) -> Finding:

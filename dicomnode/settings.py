@@ -22,6 +22,7 @@ from dicomnode.errors import SettingsError
 from dicomnode.fleet_settings import Fleet
 from dicomnode.metrics_settings import MetricsSettings
 from dicomnode.model_settings import ModelPull, Repository
+from dicomnode.offline import Place
 from dicomnode.peer_settings import (
     AETitle,
     AETitles,
@@ -221,6 +222,7 @@ class Alerts(Section):
     identify: Literal["hash", "uid"] = Field("hash", description="hash: UIDs are hashed with the secret; uid: as is")
     ca_file: Path | None = Field(None, description="PEM file with the authorities to trust")
     timeout_seconds: float = Field(10.0, gt=0, description="time for one request")
+    place: Place = Field("auto", description="where url is, for sync.offline_mode: auto | hospital | cloud")
 
     @field_validator("url")
     @classmethod

@@ -166,6 +166,7 @@ async def _models_in(
 
     async def follow() -> None:
         if await repository.run_once():
+            puller.look_again()  # also while it is at work
             schedule.soon("model-pull")
 
     async def pull() -> None:

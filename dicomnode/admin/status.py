@@ -30,6 +30,7 @@ from dicomnode.index.procedure import Steps
 from dicomnode.index.record_reviews import Reviews
 from dicomnode.index.trust import trust_rows
 from dicomnode.index.urgency import Alerts
+from dicomnode.offline import HELD, may_ask
 from dicomnode.settings import Settings
 
 RECENT_EVENTS = 20
@@ -73,7 +74,9 @@ def status_report(db: Database, settings: Settings) -> dict[str, Any]:
             "building": building_engines(processes),
             "engines_rejected": rejected_engines(processes),
             "pulls": models.pulls(),
-            "repository": trust_rows(db, settings.cloud.repository.metadata_url),
+            "repository": trust_rows(
+                db, settings.cloud.repository.metadata_url, "" if may_ask(settings.sync.offline_mode) else HELD
+            ),
             "waiting": waiting_versions(db),
         },
         "disk": disk(settings),

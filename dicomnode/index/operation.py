@@ -113,6 +113,18 @@ class Models:
         with self.db.transaction():
             self.db.insert("model_pulls", row, conflict="OR REPLACE")
 
+    def forget_pull(self, sha256: str) -> None:
+        """An archive that is not wanted any more and has not come."""
+        with self.db.transaction():
+            self.db.execute("DELETE FROM model_pulls WHERE sha256 = ? AND state = 'pending'", (sha256,))
+
+    def gone(self, name: str, version: str) -> None:
+        """The folder of a version that was pulled is not here any more; inside a transaction."""
+        here = "state IN ('placed', 'activated')"
+        self.db.execute(
+            f"UPDATE model_pulls SET state = 'removed' WHERE name = ? AND version = ? AND {here}", (name, version)
+        )
+
     def pull(self, sha256: str) -> Row | None:
         """What is remembered of one archive; survives a restart and a rollback."""
         return self.db.row("SELECT * FROM model_pulls WHERE sha256 = ?", (sha256,))

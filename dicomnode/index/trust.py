@@ -106,11 +106,23 @@ class Trust:
             self.db.insert("model_trust", {**fields, "repository": self.repository}, conflict="OR REPLACE")
 
 
-def trust_rows(db: Database, repository: str) -> dict[str, Any]:
-    """For ``status``, the dashboard and /metrics; empty without a repository."""
+def trust_rows(db: Database, repository: str, held: str = "") -> dict[str, Any]:
+    """For ``status``, the dashboard and /metrics; empty without a repository.
+
+    ``held``: why it is not looked at now, whatever stands in the row; empty when it is.
+    """
     if not repository:
         return {}
     row = Trust(db, repository).row()
     if row is None:
-        return {"repository": repository, "state": "unknown", "reason": "it has not been looked at yet", "offers": []}
-    return {**row, "offers": [{"name": o.name, "version": o.version} for o in row["offers"]]}
+        return {
+            "repository": repository,
+            "state": "unknown",
+            "reason": held or "it has not been looked at yet",
+            "offers": [],
+        }
+    return {
+        **row,
+        "reason": held or row["reason"],
+        "offers": [{"name": o.name, "version": o.version} for o in row["offers"]],
+    }

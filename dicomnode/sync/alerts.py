@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import hmac
 import json
+import socket
 from typing import Any
 
 import aiohttp
@@ -19,8 +20,9 @@ from dicomnode.errors import NodeError, OperatorError
 from dicomnode.index.database import Database, Row
 from dicomnode.index.operation import Events
 from dicomnode.index.urgency import Alerts
+from dicomnode.offline import HELD, is_inside, longest_wait, may_ask
 from dicomnode.settings import Cloud, Settings
-from dicomnode.sync.http import confidential, open_session
+from dicomnode.sync.http import confidential, open_session, origin
 
 SIGNATURE = "X-Dicomnode-Signature"
 MOST_SECRET_BYTES = 4096
@@ -58,6 +60,12 @@ def signature(secret: bytes, timestamp: int, body: bytes) -> str:
     return f"t={timestamp},v1={digest}"
 
 
+def cloud_hosts(settings: Settings) -> frozenset[str]:
+    """Hosts that take results: what is sent to one of them goes to the cloud. Pure."""
+    urls = [u for e in settings.cloud.endpoints for u in (e.stow_url, e.records_url, e.health_url)]
+    return frozenset(origin(u)[1] for u in urls if u)
+
+
 def verdict(status: int) -> str:
     """What a reply means: ``stored``, ``retry`` or ``reject``. Pure."""
     if 200 <= status < 300:
@@ -69,7 +77,9 @@ class AlertSender:
     """One per node, in the sidecar; sends one alert at a time, the oldest first."""
 
     def __init__(self, settings: Settings, db: Database) -> None:
-        self._alerts = settings.alerts
+        self._alerts, self._mode = settings.alerts, settings.sync.offline_mode
+        self._cloud_hosts = cloud_hosts(settings)
+        self._held = False
         self._delivery = settings.delivery
         self._node = settings.node.ae_title
         self._db = db
@@ -81,10 +91,31 @@ class AlertSender:
         if not self._alerts.url:
             return 0
         due = await asyncio.to_thread(self._outbox.due)
+        if due and not await self._may_go():
+            return 0
         taken = 0
         for alert in due:
             taken += await self._send(alert)
         return taken
+
+    async def _may_go(self) -> bool:
+        """Whether alerts may leave now: to a webhook inside the hospital always. An event tells that they wait."""
+        inside = not may_ask(self._mode) and await self._inside()
+        held, self._held = self._held, not may_ask(self._mode, inside=inside)
+        if self._held and not held:
+            hint = 'alerts.place = "hospital" says that the webhook is inside'
+            text = f"{HELD}, and alerts.url is at the cloud or cannot be looked up: alerts wait. {hint}"
+            await asyncio.to_thread(Events(self._db).add, "error", "alert-held", "alerts", text)
+        return not self._held
+
+    async def _inside(self) -> bool:
+        scheme, host, port = origin(self._alerts.url)
+        del scheme
+        try:
+            found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except OSError:
+            found = []
+        return is_inside(self._alerts.place, host, self._cloud_hosts, {str(one[4][0]) for one in found})
 
     async def _send(self, alert: Row) -> int:
         try:
@@ -130,7 +161,7 @@ class AlertSender:
             self._outbox.stored(alert["id"])
             self._log.info("alert taken", **fields)
         elif fate == "retry":
-            longest = min(self._delivery.backoff_max_seconds, 300.0)
+            longest = longest_wait(self._mode, min(self._delivery.backoff_max_seconds, 300.0))
             self._outbox.retry(alert["id"], cause, first=self._delivery.backoff_seconds, longest=longest)
             self._log.warning("alert not taken", **fields)
             if alert["attempts"] == 2:

@@ -9,19 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Literal
 
 from dicomnode.index.states import backoff_seconds
+from dicomnode.offline import Mode, longest_wait, may_ask
 
-Mode = Literal["auto", "always", "never"]
 RETURN_AFTER = 2
 """Good answers in a row after which an endpoint that had failed counts as well."""
 
 SMOOTHING = 0.3
 """Weight of the newest latency in the mean."""
-
-NEVER_LONGEST = 30.0
-"""Seconds of the longest back-off with ``offline_mode = "never"``."""
 
 
 class Link(StrEnum):
@@ -69,7 +65,7 @@ def succeeded(health: Health, latency: float, *, proven: bool = False) -> Health
 def failed(health: Health, now: float, limits: Limits, wait: float | None = None) -> Health:
     """After a failure; ``wait``: the endpoint named the seconds itself (Retry-After)."""
     failures = health.failures + 1
-    longest = min(limits.longest, NEVER_LONGEST) if limits.mode == "never" else limits.longest
+    longest = longest_wait(limits.mode, limits.longest)
     pause = backoff_seconds(failures, limits.first, longest) if wait is None else wait
     return replace(health, failures=failures, successes=0, not_before=now + pause)
 
@@ -80,7 +76,7 @@ def choose(endpoints: Sequence[Health], now: float, mode: Mode = "auto") -> int 
     The primary (the first) when it is well, else the quickest backup that is well, else the first
     that may be tried, one that has not failed before one that has.
     """
-    if mode == "always":
+    if not may_ask(mode):
         return None
     usable = [i for i, h in enumerate(endpoints) if h.usable(now)]
     well = [i for i in usable if endpoints[i].well]

@@ -15,6 +15,7 @@ from dicomnode.errors import NodeError, OperatorError
 from dicomnode.index.database import Database
 from dicomnode.index.operation import Events
 from dicomnode.metrics_cloud import show_cloud
+from dicomnode.offline import may_ask
 from dicomnode.settings import Cloud, Settings
 from dicomnode.sync.bandwidth import Bucket
 from dicomnode.sync.connectivity import Health, Limits, Link, choose, failed, link, succeeded
@@ -100,7 +101,7 @@ class Endpoints:
     async def probe(self) -> None:
         """Ask those that may be asked and had no answer lately; all at a time."""
         now = self._db.clock.ticks()
-        if self.limits.mode == "always":
+        if not may_ask(self.limits.mode):
             self.refresh()
             return
         idle = [i for i, h in enumerate(self.health) if h.usable(now) and now - self._quiet_since[i] >= PROBE_SECONDS]

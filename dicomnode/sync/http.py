@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import aiohttp
+from aiohttp.abc import AbstractResolver
 
 from dicomnode import __version__
 from dicomnode.errors import OperatorError, PeerError
@@ -56,8 +57,10 @@ def confidential(url: str) -> bool:
         return host == "localhost"
 
 
-def open_session(cloud: Cloud, url: str) -> aiohttp.ClientSession:
+def open_session(cloud: Cloud, url: str, resolver: AbstractResolver | None = None) -> aiohttp.ClientSession:
     """A session for one address. Raises OperatorError when ``cloud.ca_file`` is unusable.
+
+    ``resolver`` looks up its names, where there is one.
 
     Replies are not decompressed, so that a small reply cannot become a large one; a proxy
     from the environment is used for https only.
@@ -67,7 +70,7 @@ def open_session(cloud: Cloud, url: str) -> aiohttp.ClientSession:
     except (OSError, ssl.SSLError) as error:
         raise OperatorError("read cloud.ca_file", type(error).__name__, "Give a PEM file with certificates") from None
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(ssl=context, limit=2),
+        connector=aiohttp.TCPConnector(ssl=context, limit=2, resolver=resolver, use_dns_cache=resolver is None),
         timeout=aiohttp.ClientTimeout(total=cloud.timeout_seconds, connect=min(30.0, cloud.timeout_seconds)),
         headers={"User-Agent": f"dicomnode/{__version__}", "Accept-Encoding": "identity"},
         auto_decompress=False,

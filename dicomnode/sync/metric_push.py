@@ -25,6 +25,7 @@ from dicomnode.errors import OperatorError, PeerError, StorageError
 from dicomnode.index.database import Database
 from dicomnode.index.operation import Events
 from dicomnode.metrics_push import SPOOL_BYTES, SPOOL_SECONDS, count
+from dicomnode.offline import may_ask
 from dicomnode.settings import Cloud, Settings
 from dicomnode.sync.bandwidth import Bucket
 from dicomnode.sync.connectivity import Health, Limits, failed, succeeded
@@ -57,7 +58,7 @@ class MetricPush:
         self._line = line or Bucket(0.0)
         self._to, self._mode = settings.metrics, settings.sync.offline_mode
         self._db, self._collect = db, collect
-        self._limits = Limits(first=settings.delivery.backoff_seconds, longest=LONGEST_WAIT_SECONDS)
+        self._limits = Limits(self._mode, settings.delivery.backoff_seconds, LONGEST_WAIT_SECONDS)
         self._health = Health()
         self._external = {"job": "dicomnode", "instance": node_name(settings.node.ae_title)}
         self._spool = MetricSpool(settings.node.data_dir, settings.node.reserve_mb << 20, db.clock)
@@ -93,7 +94,7 @@ class MetricPush:
 
         Raises OperatorError where an operator has to act: the schedule shows it.
         """
-        if self._mode == "always" or not self._health.usable(self._db.clock.ticks()):
+        if not may_ask(self._mode) or not self._health.usable(self._db.clock.ticks()):
             return 0
         entries = self._spool.entries()
         if not entries:

@@ -2,9 +2,12 @@
 
 The version that serves is not touched until the new one has passed everything. Each
 archive has one row, by digest: ``pending`` (waits for the next attempt), ``activated`` or
-``placed`` (for good: a version that the operator rolled back is not activated again) or ``rejected``
-(wrong digest, unsafe archive, failed golden case; not tried again until its settings
-change).
+``placed`` (for good: a version that the operator rolled back is not activated again), ``removed``
+(placed once, gone from the disk since; see :mod:`dicomnode.sync.prune`) or ``rejected`` (wrong digest, unsafe
+archive, failed golden case; not tried again until its settings change).
+
+Two are fetched at a time, never two of one model, the shortest first; so a huge one over a slow line does not
+hold up an urgent one, nor what was found meanwhile. Bundles are verified one by one: a golden case takes a core.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -28,12 +31,17 @@ from dicomnode.index.operation import Events, Models
 from dicomnode.index.states import backoff_seconds
 from dicomnode.ladder import Plan
 from dicomnode.metrics import PullOutcome
+from dicomnode.offline import longest_wait, may_ask
 from dicomnode.settings import ModelPull, Settings
 from dicomnode.sync import transfer
 from dicomnode.sync.archive import MEBIBYTE, Caps, unpack
 from dicomnode.sync.source import Again, source_for
 
+AT_ONCE = 2
 BACKOFF_SECONDS = 10.0
+LOOK_SECONDS = 30.0
+"""Between two looks for what else is wanted while archives come."""
+
 SYNC = "sync"
 """``who`` of what the sidecar does by itself."""
 Verify = Callable[[Path], None]
@@ -51,6 +59,8 @@ class Wanted:
     plan: Plan
     length: int | None = None
     signed: bool = False
+    by_version: bool = False
+    """An entry of the settings names this very version."""
 
 
 class Offered(Protocol):
@@ -67,7 +77,7 @@ def nothing(*, stale: bool = False) -> Sequence[Wanted]:
 
 def named(entry: ModelPull) -> Wanted:
     """The archive of an entry that has a URL."""
-    return Wanted(entry.name, entry.version, entry.url, entry.sha256, entry.plan)
+    return Wanted(entry.name, entry.version, entry.url, entry.sha256, entry.plan, by_version=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +104,17 @@ def fingerprint(wanted: Wanted, max_bundle_mb: int) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def is_due(row: Row | None, mark: str, now: float) -> bool:
-    """Whether to try now; pure. ``mark`` is the :func:`fingerprint`, ``now`` node time."""
+def is_due(row: Row | None, mark: str, now: float, *, by_version: bool = False) -> bool:
+    """Whether to try now; pure. ``mark`` is the :func:`fingerprint`, ``now`` node time.
+
+    What was removed from the disk comes back where an entry names its version.
+    """
     if row is None:
         return True
     if row["state"] in ("activated", "placed"):
         return False
+    if row["state"] == "removed":
+        return by_version
     if row["state"] == "rejected":
         return not str(row["last_error"] or "").endswith(f"[{mark}]")
     return bool(now >= float(row["next_at"] or 0.0))
@@ -123,15 +138,36 @@ class ModelPuller:
         self.db = db
         self.models = Models(db)
         self.verify = verify
+        self._mode = settings.sync.offline_mode
+        self._installing = asyncio.Lock()
+        self._coming: dict[str, Wanted] = {}
+        self._news = asyncio.Event()
         self._log = logs.get()
 
     def start(self) -> None:
-        """Drop what was staged for entries that the settings do not have any more."""
-        kept = {f"{w.sha256}{end}" for w in self._wanted(stale=True) for end in ("", ".part", ".etag")}
+        """Drop what was staged for what nobody wants any more."""
+        self._sweep()
+
+    def look_again(self) -> None:
+        """Something else may be wanted than before; in the event loop, also while archives come."""
+        self._news.set()
+
+    def _sweep(self) -> None:
+        """Of what is wanted no more also the part that was fetched goes; what is in use stays."""
+        wanted = {w.sha256 for w in self._wanted(stale=True)} | set(self._coming)
+        kept = {f"{sha256}{end}" for sha256 in wanted for end in ("", ".part", ".etag")}
         staging = self.data_dir / "staging" / "models"
         for entry in staging.iterdir() if staging.is_dir() else ():
             if entry.name not in kept:
+                self._tell_abandoned(entry)
                 durable.remove_tree(entry) if entry.is_dir() else durable.remove(entry)
+
+    def _tell_abandoned(self, entry: Path) -> None:
+        row = self.models.pull(entry.stem)
+        if row is not None and row["state"] == "pending" and entry.suffix == ".part":
+            self.models.forget_pull(entry.stem)
+            text = "not wanted any more: what was fetched of it is removed"
+            Events(self.db).add("info", "model", f"{row['name']}@{row['version']}", text)
 
     def _wanted(self, *, stale: bool = False) -> list[Wanted]:
         """Archives with a URL of their own, then what the repository offers."""
@@ -141,20 +177,66 @@ class ModelPuller:
         return fingerprint(wanted, self.cloud.max_bundle_mb)
 
     async def run_once(self) -> int:
-        """Try every entry that is due; returns how many were activated."""
+        """Try every entry that is due; returns how many were activated.
+
+        While archives come it looks again for what else is due, after :meth:`look_again` at once.
+        """
+        if not may_ask(self._mode):
+            return 0
+        tasks: dict[asyncio.Task[bool], str] = {}
+        tried: set[str] = set()
         activated = 0
-        for wanted in await asyncio.to_thread(self._wanted):
-            row = await asyncio.to_thread(self.models.pull, wanted.sha256)
-            if is_due(row, self._mark(wanted), self.db.clock.ticks()):
-                activated += await self._pull(wanted, int(row["attempts"] or 0) if row else 0)
-        return activated
+        try:
+            while True:
+                self._news.clear()
+                await asyncio.to_thread(self._sweep)
+                for wanted, attempts in await self._due(AT_ONCE - len(tasks), tried):
+                    self._coming[wanted.sha256] = wanted
+                    tasks[asyncio.create_task(self._pull(wanted, attempts))] = wanted.sha256
+                if not tasks:
+                    return activated
+                for done in await self._first_of(tasks):
+                    sha256 = tasks.pop(done)
+                    del self._coming[sha256]
+                    tried.add(sha256)
+                    activated += done.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self._coming.clear()
+
+    async def _due(self, room: int, tried: Collection[str]) -> list[tuple[Wanted, int]]:
+        """What to begin now, with its attempts: the shortest first, of each model one at a time, each once in a run."""
+        busy = {w.name for w in self._coming.values()}
+        found: list[tuple[Wanted, int]] = []
+        wanted = await asyncio.to_thread(self._wanted)
+        for one in sorted(wanted, key=lambda w: w.length if w.length is not None else MEBIBYTE << 20):
+            if len(found) == room:
+                break
+            row = await asyncio.to_thread(self.models.pull, one.sha256)
+            due = is_due(row, self._mark(one), self.db.clock.ticks(), by_version=one.by_version)
+            if due and one.name not in busy and one.sha256 not in tried:
+                busy.add(one.name)
+                found.append((one, int(row["attempts"] or 0) if row else 0))
+        return found
+
+    async def _first_of(self, tasks: Collection[asyncio.Task[bool]]) -> set[asyncio.Task[bool]]:
+        """Those that ended; none of them after news or LOOK_SECONDS."""
+        news = asyncio.create_task(self._news.wait())
+        try:
+            done, _ = await asyncio.wait({*tasks, news}, timeout=LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            news.cancel()
+        return {task for task in tasks if task in done}
 
     async def _pull(self, wanted: Wanted, attempts: int) -> bool:
         place = places(self.data_dir, wanted)
         attempts += 1
         try:
             await self._download(wanted, place)
-            await in_daemon_thread(self._install, wanted, place)
+            async with self._installing:
+                await in_daemon_thread(self._install, wanted, place)
         except transfer.WrongDigest as error:
             if wanted.signed:  # what is true is signed; the bytes may come right the next time
                 await asyncio.to_thread(self._again, wanted, attempts, error.cause, None)
@@ -255,7 +337,8 @@ class ModelPuller:
         metrics.model_pull("rejected")
 
     def _again(self, wanted: Wanted, attempts: int, why: str, wait: float | None) -> None:
-        pause = wait if wait is not None else backoff_seconds(attempts, BACKOFF_SECONDS, self.longest)
+        longest = longest_wait(self._mode, self.longest)
+        pause = wait if wait is not None else backoff_seconds(attempts, BACKOFF_SECONDS, longest)
         self._record(wanted, "pending", attempts, self.db.clock.ticks() + pause, why)
         if attempts == 1:
             Events(self.db).add("warning", "model", f"{wanted.name}@{wanted.version}", f"not pulled yet: {why}")

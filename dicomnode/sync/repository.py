@@ -16,6 +16,7 @@ from dicomnode.errors import NodeError
 from dicomnode.index.database import Database, Row
 from dicomnode.index.operation import Events, Models, Severity
 from dicomnode.index.trust import Offer, State, Trust, release
+from dicomnode.offline import may_ask
 from dicomnode.settings import ModelPull, Settings
 from dicomnode.sync.pull import Wanted, in_daemon_thread
 from dicomnode.sync.source import source_for
@@ -45,7 +46,7 @@ def clock_set_back(row: Row | None, now: datetime) -> bool:
 class ModelRepository:
     def __init__(self, settings: Settings, db: Database) -> None:
         self._cloud = settings.cloud
-        self._settings = settings.cloud.repository
+        self._settings, self._mode = settings.cloud.repository, settings.sync.offline_mode
         self._cache = settings.node.data_dir / "trust"
         self._work = settings.node.data_dir / "staging" / "trust"
         self._db = db
@@ -54,6 +55,8 @@ class ModelRepository:
 
     async def run_once(self) -> bool:
         """Look once; whether something else is wanted than before."""
+        if not may_ask(self._mode):
+            return False
         before = await asyncio.to_thread(self.offered)
         state, reason, hint = await in_daemon_thread(self._look)
         if state == "current":
@@ -100,9 +103,8 @@ class ModelRepository:
             offer = None if entry.url else choose(entry, offers, active.get(entry.name))
             if offer is not None:
                 url = f"{self._settings.archives_url}/{offer.target}"
-                found.append(
-                    Wanted(offer.name, offer.version, url, offer.sha256, entry.plan, offer.length, signed=True)
-                )
+                named = {"signed": True, "by_version": bool(entry.version)}
+                found.append(Wanted(offer.name, offer.version, url, offer.sha256, entry.plan, offer.length, **named))
         return found
 
     def vouched(self, name: str, version: str, sha256: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
@@ -20,6 +20,7 @@ from dicomnode.clock import Clock
 from dicomnode.errors import PeerAway
 from dicomnode.settings import Cloud
 from dicomnode.sync.http import confidential, open_session, origin, read_token
+from dicomnode.sync.redirect import MOST_REDIRECTS, REDIRECTS, Astray, Guarded, next_address
 from dicomnode.sync.reply import retry_after_seconds
 
 CHUNK_BYTES = 256 * 1024
@@ -60,19 +61,38 @@ class HttpSource:
 
     @asynccontextmanager
     async def open(self, url: str, start: int = 0, etag: str = "") -> AsyncIterator[Answer]:
+        """Redirects are followed within the bounds of :mod:`dicomnode.sync.redirect`; raises Astray beyond them."""
         headers = {"Range": f"bytes={start}-"} if start else {}
         if start and etag:
             headers["If-Range"] = etag
-        token = read_token(token_file(self._cloud, url))
-        if token:
-            headers["Authorization"] = f"Bearer {token}"
+        guard = Guarded(url)
+        async with open_session(self._cloud, url, guard) as session, AsyncExitStack() as stack:
+            try:
+                response = await self._follow(session, stack, url, headers, guard)
+            except aiohttp.ClientError:
+                if guard.astray is not None:
+                    raise guard.astray from None
+                raise
+            yield self._judge(response, start)
+
+    async def _follow(
+        self, session: aiohttp.ClientSession, stack: AsyncExitStack, url: str, headers: dict[str, str], guard: Guarded
+    ) -> aiohttp.ClientResponse:
         timeout = self._cloud.timeout_seconds
         limits = aiohttp.ClientTimeout(total=None, sock_connect=min(30.0, timeout), sock_read=timeout)
-        async with (
-            open_session(self._cloud, url) as session,
-            session.get(url, headers=headers, max_redirects=5, timeout=limits) as response,
-        ):
-            yield self._judge(response, start)
+        token = read_token(token_file(self._cloud, url))
+        here = url
+        for _ in range(MOST_REDIRECTS + 1):
+            own = {"Authorization": f"Bearer {token}"} if token and origin(here) == origin(url) else {}
+            response = await stack.enter_async_context(
+                session.get(here, headers=headers | own, allow_redirects=False, timeout=limits)
+            )
+            if response.status not in REDIRECTS:
+                return response
+            response.close()
+            here = next_address(here, response.headers.get("Location", ""), guard.kinds)
+            guard.leads_to(here)
+        raise Astray(f"it was redirected more than {MOST_REDIRECTS} times")
 
     def _judge(self, response: aiohttp.ClientResponse, start: int) -> Answer:
         if response.status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
