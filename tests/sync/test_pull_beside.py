@@ -171,7 +171,7 @@ def test_a_stop_ends_every_download(tmp_path: Path) -> None:
             store.held |= {"a": asyncio.Event(), "b": asyncio.Event()}
             case.offers = [store.wanted(case.base, n, len(store.data[n])) for n in "ab"]
             run = asyncio.create_task(case.puller.run_once())
-            await case.until(lambda: len(store.begun) == 2)
+            await case.until(lambda: len([p for p in case.staging.glob("*.part") if p.stat().st_size]) == 2)
             run.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await run
