@@ -34,6 +34,7 @@ SECTIONS = (
     "retrieve",
     "sustained",
     "admin",
+    "line",
     "reading",
     "turnaround",
     "inference",

@@ -21,6 +21,9 @@ from dicomnode import logs, metrics
 from dicomnode.clock import iso
 from dicomnode.errors import NodeError
 
+WATCH = "clock-watch"
+"""The one that APScheduler cannot drive, since it watches the clock that APScheduler goes by."""
+
 WATCH_SECONDS = 5.0
 JUMP_SECONDS = 10.0
 STOP_SECONDS = 2.0
@@ -35,6 +38,8 @@ class Run:
     last_time: str = ""
     seconds: float = 0.0
     error: str = ""
+    since: float | None = None
+    """Of the run that goes on, monotonic seconds."""
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -43,6 +48,7 @@ class Run:
             "last_time": self.last_time,
             "seconds": round(self.seconds, 3),
             "error": self.error,
+            "running_seconds": 0.0 if self.since is None else round(time.monotonic() - self.since, 3),
         }
 
 
@@ -78,6 +84,7 @@ class Schedule:
         self._scheduler.modify_job(name, next_run_time=datetime.now(UTC))
 
     def start(self) -> None:
+        self._runs[WATCH] = Run(WATCH_SECONDS)
         self._scheduler.start()
         self._watch = asyncio.create_task(self._watch_clock(), name="watch-clock")
 
@@ -100,7 +107,7 @@ class Schedule:
 
     async def _run(self, name: str, action: Callable[[], Awaitable[object]]) -> None:
         run = self._runs[name]
-        begin = time.monotonic()
+        begin = run.since = time.monotonic()
         try:
             await action()
         except Exception as error:  # noqa: BLE001 a failing task must not stop the others; it is shown and counted
@@ -111,6 +118,8 @@ class Schedule:
             run.error = ""
             metrics.SCHEDULED_TOTAL.labels(name, "ok").inc()
             metrics.SCHEDULED_TIME.labels(name).set(time.time())
+        finally:
+            run.since = None
         run.runs += 1
         run.last_time = iso(datetime.now(UTC).astimezone())
         run.seconds = time.monotonic() - begin
@@ -121,15 +130,20 @@ class Schedule:
 
     async def _watch_clock(self) -> None:
         offset = self._wall() - time.monotonic()
+
+        async def look() -> None:
+            nonlocal offset
+            offset = self.realign(offset)
+
         while True:
             await asyncio.sleep(WATCH_SECONDS)
-            offset = self.realign(offset)
+            await self._run(WATCH, look)
 
     def realign(self, offset: float) -> float:
         """Run every task now when wall and monotonic clock drifted apart since ``offset``; the new offset."""
         now = self._wall() - time.monotonic()
         if abs(now - offset) > JUMP_SECONDS:
             self._log.warning("the wall clock was set", seconds=round(now - offset))
-            for name in self._runs:
+            for name in self._runs.keys() - {WATCH}:
                 self.soon(name)
         return now

@@ -37,6 +37,8 @@ class Node:
         self.data_dir = data_dir or folder / "data"
         self.config = folder / "node.toml"
         self.pid = 0
+        self.environment: dict[str, str] = {}
+        """Further variables for the processes that :meth:`serving` starts."""
         peers = "".join(
             f'[[peers]]\nname = "{name}"\nae_title = "{name.upper()}"\nhost = "{LOOPBACK}"\nport = {port}\n'
             for name, port in (targets or {}).items()
@@ -61,7 +63,7 @@ class Node:
 
     @contextmanager
     def serving(self) -> Iterator[None]:
-        with running(self.argv("serve"), {}, self.folder / "log") as process:
+        with running(self.argv("serve"), self.environment, self.folder / "log") as process:
             self.pid = process.pid
             try:
                 wait_for(lambda: process.poll() is not None or self._ready(), "the node to be ready", START_SECONDS)

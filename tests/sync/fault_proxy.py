@@ -12,6 +12,7 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 CUTS = (200, 1_500, 6_000)
@@ -179,3 +180,37 @@ def name_service(proxy: FaultProxy) -> object:
         yield
     finally:
         loop.getaddrinfo = real  # type: ignore[method-assign]
+
+
+_RESOLVER = """
+import os, socket
+
+_real = socket.getaddrinfo
+
+def getaddrinfo(host, *arguments, **named):
+    if host == "localhost" and os.path.exists({gone!r}):
+        with open({seen!r}, "ab") as file:
+            file.write(b".")
+        raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+    return _real(host, *arguments, **named)
+
+socket.getaddrinfo = getaddrinfo
+"""
+
+
+class ResolverFault:
+    """As :func:`name_service`, for Python processes that have ``folder`` on their PYTHONPATH."""
+
+    def __init__(self, folder: Path) -> None:
+        self._gone, self._seen = folder / "dns-gone", folder / "dns-seen"
+        (folder / "sitecustomize.py").write_text(_RESOLVER.format(gone=str(self._gone), seen=str(self._seen)))
+
+    def gone(self, gone: bool) -> None:
+        if gone:
+            self._gone.touch()
+        else:
+            self._gone.unlink(missing_ok=True)
+
+    def seen(self) -> int:
+        """How often a name was not found."""
+        return self._seen.stat().st_size if self._seen.exists() else 0

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 
+import pytest
+
 from dicomnode import metrics
 from dicomnode.errors import OperatorError
-from dicomnode.sync.schedule import Schedule
+from dicomnode.sync.schedule import WATCH, Schedule
 
 
 def test_a_failing_task_is_shown_and_does_not_stop_the_others() -> None:
@@ -60,6 +62,28 @@ def test_a_wall_clock_that_is_set_back_does_not_put_tasks_to_sleep() -> None:
     asyncio.run(main())
 
 
+def test_the_watch_is_shown_as_every_other_and_outlives_a_fault_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dicomnode.sync.schedule.WATCH_SECONDS", 0.01)
+
+    async def main() -> None:
+        wall: list[float] = [time.time()]
+        schedule = Schedule(lambda: wall[0])
+        schedule.start()
+
+        async def until(error: str) -> None:
+            while schedule.report()[WATCH]["error"] != error or not schedule.report()[WATCH]["runs"]:
+                await asyncio.sleep(0.01)
+
+        await asyncio.wait_for(until(""), 10)
+        right = wall.pop()
+        await asyncio.wait_for(until("IndexError"), 10)
+        wall.append(right)
+        await asyncio.wait_for(until(""), 10)
+        await schedule.stop()
+
+    asyncio.run(main())
+
+
 def test_soon_and_stop_in_the_middle_of_a_task() -> None:
     async def main() -> None:
         schedule, begun = Schedule(), asyncio.Event()
@@ -76,6 +100,9 @@ def test_soon_and_stop_in_the_middle_of_a_task() -> None:
         schedule.every("long", 3600, long)
         schedule.start()
         await asyncio.wait_for(begun.wait(), 10)
+        while not schedule.report()["long"]["running_seconds"]:
+            await asyncio.sleep(0.001)
+        assert schedule.report()["long"]["runs"] == 0, "one that hangs is seen while it does"
         begin = time.monotonic()
         await schedule.stop()
         assert time.monotonic() - begin < 1
