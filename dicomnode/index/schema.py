@@ -16,6 +16,7 @@ from dicomnode.index.names import name_keys
 from dicomnode.index.schema_alerts import create_alerts
 from dicomnode.index.schema_cloud import create_cloud_outbox
 from dicomnode.index.schema_desired import create_desired
+from dicomnode.index.schema_figures import create_figures
 from dicomnode.index.schema_life import create_model_life
 from dicomnode.index.schema_priors import create_companions, create_priors
 from dicomnode.index.schema_records import create_corrected, create_records, create_refused
@@ -516,3 +517,8 @@ def m0033_suspects(db: Database) -> None:
 def m0034_pictures(db: Database) -> None:
     """Of key images, whether their source may show identity (:class:`dicomnode.burned_in.Shows`); "" of others."""
     db["results"].add_column("shows", str, not_null_default="")
+
+
+@migrations()
+def m0035_figures(db: Database) -> None:
+    create_figures(db)

@@ -1,0 +1,30 @@
+"""A look at the node reads indices, not the rows, however much waits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from dicomnode.index.cloud_outbox import CloudOutbox
+from dicomnode.index.database import Database
+from dicomnode.index.operation import Figures
+
+
+def plans(db: Database, monkeypatch: pytest.MonkeyPatch, look: Any) -> list[str]:
+    """How SQLite carries out each statement of ``look``."""
+    asked: list[tuple[str, Any]] = []
+    rows = db.rows
+    monkeypatch.setattr(db, "rows", lambda sql, parameters=(): asked.append((sql, parameters)) or rows(sql, parameters))
+    look()
+    monkeypatch.undo()
+    return [str(r["detail"]) for sql, given in asked for r in db.rows(f"EXPLAIN QUERY PLAN {sql}", given)]
+
+
+def test_figures_of_the_outboxes_are_read_from_indices_alone(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert plans(db, monkeypatch, CloudOutbox(db).lanes) == [
+        "SCAN sync_items USING COVERING INDEX idx_sync_items_waiting"
+    ]
+    for table in ("sync_items", "deliveries"):
+        found = plans(db, monkeypatch, lambda t=table: Figures(db).waiting(t))
+        assert found == [f"SCAN {table} USING COVERING INDEX idx_{table}_figures"]
