@@ -23,6 +23,8 @@ def job_lines(data: dict[str, Any]) -> Iterator[str]:
     if data["placement"]:
         yield f"  placed: {data['placement']['chosen'] or 'nowhere'}"
         yield from (f"    {line}" for line in told(data["placement"]))
+    if data["batch_studies"]:
+        yield f"  its network shared batches with {data['batch_studies'] - 1} other series"
     yield from _found(data)
     if data["seconds"]:
         yield "  seconds: " + ", ".join(f"{k} {v:.3f}" for k, v in data["seconds"].items())

@@ -42,6 +42,7 @@ ALLOWED = frozenset(
         "service",
         "count",
         "read_ahead",
+        "batch_studies",
         "bytes",
         "status",
         "reason",

@@ -192,6 +192,13 @@ INFERENCE_BATCH = Histogram(
     buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
     registry=REGISTRY,
 )
+INFERENCE_STUDIES = Histogram(
+    "dicomnode_inference_batch_studies",
+    "Series that one pass through a network served: above 1 several studies shared its batches",
+    ["engine"],
+    buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
+    registry=REGISTRY,
+)
 INFERENCE_ENGINE = Gauge(
     "dicomnode_inference_engine_info",
     "1 for the engine, with version and precision, that serves a model",
@@ -392,6 +399,11 @@ def inference(engine: str, precision: str, stage: InferenceStage, seconds: float
 
 def inference_batch(engine: str, rows: int) -> None:
     INFERENCE_BATCH.labels(engine).observe(rows)
+
+
+def batch_studies(engine: str, studies: int) -> None:
+    """Record how many series shared the batches of one pass."""
+    INFERENCE_STUDIES.labels(engine).observe(studies)
 
 
 def serves(model: str, version: str, engine: str, precision: str, *, on: bool = True) -> None:

@@ -130,6 +130,13 @@ class Inference(Section):
         le=512,
         description="slices or patches in one batch of an engine; halved while GPU memory is too small",
     )
+    batch_studies: int = Field(
+        0,
+        ge=0,
+        le=512,
+        description="series of few images that share batches while they wait in the queue; 0: as many as fit on a GPU "
+        "or an endpoint, each by itself on the CPU; 1: each by itself",
+    )
     gpu_memory_share: float = Field(
         0.8,
         gt=0,

@@ -16,7 +16,7 @@ from dicomnode.clock import iso
 from dicomnode.cloud_settings import OFF, CloudPlan
 from dicomnode.errors import LeaseLost, OperatorError
 from dicomnode.identity import input_digest
-from dicomnode.index import chain, companions, prior
+from dicomnode.index import chain, companions, prior, sharing
 from dicomnode.index.catalogue import Catalogue, NewInstance
 from dicomnode.index.cloud_rows import hand_to_cloud
 from dicomnode.index.database import Row
@@ -181,7 +181,7 @@ class Jobs(JobViews):
             state = next_job_state(job["state"], JobEvent.lease)
             db.execute(
                 "UPDATE jobs SET state = ?, lease_owner = ?, lease_until = ?, attempts = attempts + 1,"
-                " started_at = ? WHERE id = ?",
+                " started_at = ?, batch_studies = 0 WHERE id = ?",
                 (state, owner, now + seconds, now, job["id"]),
             )
             return db.row("SELECT * FROM jobs WHERE id = ?", (job["id"],))
@@ -350,7 +350,7 @@ class Jobs(JobViews):
         with self.db.transaction():
             job = self._owned(job_id, owner)
             self._leave(job, JobEvent.retry, error)
-            return self._wait(job, backoff, "attempts = max(0, attempts - 1)")
+            return self._wait(job, backoff, "attempts = max(0, attempts - 1), batch_studies = 0")
 
     def _wait(self, job: Row, backoff: float, change: str) -> int:
         waits = int(job["waits"]) + 1
@@ -410,14 +410,16 @@ class Jobs(JobViews):
             held = self.db.rows("SELECT * FROM jobs WHERE state = 'running' AND lease_owner = ?", (owner,))
             for job in held:
                 self._leave(job, JobEvent.lose)
-                self.db.execute("UPDATE jobs SET attempts = max(0, attempts - 1) WHERE id = ?", (job["id"],))
+                self.db.execute(
+                    "UPDATE jobs SET attempts = max(0, attempts - 1), batch_studies = 0 WHERE id = ?", (job["id"],)
+                )
         return len(held)
 
     def expire(self, max_attempts: int, dead_owners: Sequence[str] = ()) -> list[Row]:
         """Take back leases that ran out, or whose owner is known to be gone.
 
         A job that took its worker with it ``max_attempts`` times is parked, so that one
-        poisonous study cannot stop the others.
+        poisonous study cannot stop the others. One that shared a batch then is not blamed for it.
         """
         db = self.db
         now = db.clock.ticks()
@@ -428,6 +430,9 @@ class Jobs(JobViews):
         with db.transaction():
             lost = db.rows(query, (now, *dead_owners))
             for job in lost:
+                if job["batch_studies"]:
+                    sharing.lost_in_company(db, job, "the worker died while this job shared a batch with others")
+                    continue
                 event = JobEvent.give_up if job["attempts"] >= max_attempts else JobEvent.lose
                 self._leave(job, event, "the worker died or fell silent while it held the job")
                 chain.ended(db, job)
@@ -446,7 +451,8 @@ class Jobs(JobViews):
                 raise OperatorError("retry job", f"there is no job {job_id}", "See 'dicomnode jobs list'")
             self._leave(job, JobEvent.requeue)
             self.db.execute(
-                "UPDATE jobs SET attempts = 0, waits = 0, next_at = 0, report_owed = 0 WHERE id = ?", (job_id,)
+                "UPDATE jobs SET attempts = 0, waits = 0, next_at = 0, report_owed = 0, batch_studies = 0 WHERE id = ?",
+                (job_id,),
             )
             if job["needs"]:
                 chain.hold(self.db, {**job, "state": JobState.pending})

@@ -91,19 +91,30 @@ class Runs:
         outputs: Mapping[str, float] | None = None,
         engine: str = "",
         settled: bool = True,
+        batch_studies: int = 0,
     ) -> None:
-        """``outputs``: value of each measurement by its name, for the drift; the others as in :class:`Run`."""
+        """``outputs``: value of each measurement by its name, for the drift; ``batch_studies``: series that shared
+        its batches, 0 if none did; the others as in :class:`Run`.
+        """
         with self.db.transaction(sync=False):
             self.db.execute(
-                "UPDATE model_runs SET state = ?, seconds = ?, outputs = ?, engine = ?, settled = ?"
+                "UPDATE model_runs SET state = ?, seconds = ?, outputs = ?, engine = ?, settled = ?, batch_studies = ?"
                 " WHERE id = ? AND state = 'running'",
-                (state, seconds, json.dumps(dict(outputs or {})), engine, int(settled), run),
+                (state, seconds, json.dumps(dict(outputs or {})), engine, int(settled), batch_studies, run),
             )
 
     def stop(self) -> None:
         """The node is told to stop: what runs says nothing of its version."""
         with self.db.transaction(sync=False):
             self.db.execute("UPDATE model_runs SET state = 'stopped' WHERE state = 'running'")
+
+    def part(self, job_ids: Sequence[int]) -> None:
+        """The worker died under a batch that these jobs shared: that says nothing of the version by any one of them."""
+        with self.db.transaction(sync=False):
+            for job_id in job_ids:
+                self.db.execute(
+                    "UPDATE model_runs SET state = 'stopped' WHERE job_id = ? AND state = 'running'", (job_id,)
+                )
 
     def lose(self, job_ids: Sequence[int]) -> list[tuple[str, str]]:
         """Jobs whose worker died; returns name and version of each run that was lost."""
@@ -120,17 +131,21 @@ class Runs:
         return lost
 
     def recent(self, name: str, version: str, limit: int, *, since: float = 0.0) -> list[Run]:
-        """The last ``limit`` attempts that began at node time ``since`` or later, newest first."""
+        """The last ``limit`` attempts that began at node time ``since`` or later, newest first.
+
+        One that shared batches has no seconds of its own: it took less than it would have alone, and a
+        version that got fewer such series would look slow.
+        """
         return [
             Run(
                 r["state"],
                 int(r["instances"] or 0),
-                float(r["seconds"] or 0.0),
+                0.0 if r["batch_studies"] else float(r["seconds"] or 0.0),
                 r["engine"] or "",
                 bool(r["settled"]),
             )
             for r in self.db.rows(
-                "SELECT state, instances, seconds, engine, settled FROM model_runs"
+                "SELECT state, instances, seconds, engine, settled, batch_studies FROM model_runs"
                 " WHERE name = ? AND version = ? AND at >= ?"
                 " ORDER BY id DESC LIMIT ?",
                 (name, version, since, limit),

@@ -15,6 +15,7 @@ from dicomnode.index.keys import INSTANCE_KEYS, PATIENT_KEYS, REQUEST_KEYS, SERI
 from dicomnode.index.names import name_keys
 from dicomnode.index.schema_alerts import create_alerts
 from dicomnode.index.schema_cloud import create_cloud_outbox
+from dicomnode.index.schema_commitment import create_commitments
 from dicomnode.index.schema_desired import create_desired
 from dicomnode.index.schema_figures import create_figures
 from dicomnode.index.schema_life import create_model_life
@@ -281,43 +282,7 @@ def m0005_query(db: Database) -> None:
 @migrations()
 def m0006_commitment(db: Database) -> None:
     """Storage commitment in both roles; see :mod:`dicomnode.index.commitment`."""
-    db["commitments"].create(
-        {
-            "id": int,
-            "role": str,
-            "peer": str,
-            "TransactionUID": str,
-            "digest": str,
-            "refs": str,
-            "outcome": str,
-            "instances": int,
-            "failed": int,
-            "state": str,
-            "attempts": int,
-            "next_at": float,
-            "due_at": float,
-            "lease_owner": str,
-            "lease_until": float,
-            "last_error": str,
-            "created_at": float,
-            "created_time": str,
-            "finished_at": float,
-            "finished_time": str,
-        },
-        pk="id",
-        not_null={"role", "peer", "TransactionUID", "refs", "instances", "state"},
-        defaults={"attempts": 0, "next_at": 0.0, "digest": ""},
-    )
-    db["commitments"].create_index(["TransactionUID", "role", "peer", "digest"], unique=True)
-    db["commitments"].create_index(["role", "state", "peer"])
-    db["deliveries"].add_column("commit_wanted", int, not_null_default=0)
-    db["deliveries"].add_column("commitment_id", int)
-    db["deliveries"].add_column("asks", int, not_null_default=0)
-    db["deliveries"].add_column("stores", int, not_null_default=0)
-    db.execute(
-        "CREATE INDEX idx_deliveries_to_ask ON deliveries(destination, next_at)"
-        " WHERE state = 'stored' AND commit_wanted = 1"
-    )
+    create_commitments(db)
 
 
 @migrations()
@@ -522,3 +487,10 @@ def m0034_pictures(db: Database) -> None:
 @migrations()
 def m0035_figures(db: Database) -> None:
     create_figures(db)
+
+
+@migrations()
+def m0040_sharing(db: Database) -> None:
+    """Series that shared the batches of a network with a job's; see :mod:`dicomnode.index.sharing`."""
+    for table in ("jobs", "model_runs"):
+        db[table].add_column("batch_studies", int, not_null_default=0)

@@ -14,10 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from dicomnode.errors import BundleError, EngineError
+from dicomnode.infer.begun import BegunSeries, begin_series
 from dicomnode.infer.bundle import Bundle, load_bundle
 from dicomnode.infer.decode import Decoder
 from dicomnode.infer.engine import ByName, Engine, Loads, Session
 from dicomnode.infer.faults import Fault, golden_code
+from dicomnode.infer.independence import rows_independent
 from dicomnode.infer.manifest import GoldenCase, Manifest
 from dicomnode.infer.pipeline import NO_SERIES, Progress, analyse_series, infer, run_bundle
 from dicomnode.infer.stages.golden import load_array, measurement_problems, run_case
@@ -72,6 +74,13 @@ class ReadyModel:
     bundle: Bundle
     session: Session
     report: GoldenReport
+    shares: bool = False
+    """Whether series of several studies may share its batches: shown by ``independence``."""
+
+    @property
+    def most_rows(self) -> int:
+        """Rows of a batch that several studies may share, at present; 1 where they may not."""
+        return int(getattr(self.session, "batch", 1)) if self.shares else 1
 
     @property
     def identity(self) -> ModelIdentity:
@@ -90,6 +99,18 @@ class ReadyModel:
         return analyse_series(
             self.bundle, self.session, instances, decoder=decoder, progress=progress, ahead=ahead, more=more
         )
+
+    def begin(
+        self,
+        instances: Sequence[SourceInstance | Path],
+        *,
+        decoder: Decoder | None = None,
+        progress: Progress | None = None,
+        ahead: Mapping[str, ReadSlice] | None = None,
+        more: Mapping[str, Sequence[SourceInstance] | SegMask] = NO_SERIES,
+    ) -> BegunSeries:
+        """The first half of :meth:`analyse`, where it ``shares``; see ``begun.begin_series``."""
+        return begin_series(self.bundle, instances, decoder=decoder, progress=progress, ahead=ahead, more=more)
 
     def close(self) -> None:
         self.session.close()
@@ -112,6 +133,7 @@ def gate(bundle: Bundle, session: Session) -> ReadyModel:
     """
     try:
         report = check_golden(bundle, session)
+        shares = report.passed and rows_independent(bundle, session)
     except BaseException:
         session.close()
         raise
@@ -125,7 +147,7 @@ def gate(bundle: Bundle, session: Session) -> ReadyModel:
             problems,
             _HINTS.get(report.code, "Do not use this model with this engine; choose another engine or another version"),
         )
-    return ReadyModel(bundle, session, report)
+    return ReadyModel(bundle, session, report, shares)
 
 
 def session_for(

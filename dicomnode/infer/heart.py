@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from dicomnode import logs
@@ -17,7 +17,8 @@ EXIT_HUNG = 75
 
 
 class Heart:
-    """Keeps the lease alive while a job runs; ends the process when it takes too long.
+    """Keeps the lease alive while a job runs, and those of jobs that share its batches; ends the process
+    when it takes too long.
 
     A codec or engine that hangs cannot be interrupted from Python, so the process goes: the
     lease is taken back at its restart, and after ``max_attempts`` the job is parked.
@@ -26,6 +27,8 @@ class Heart:
     def __init__(self, jobs: Jobs, job_id: int, owner: str, seconds: float, limit: float) -> None:
         """``seconds``: of the lease; ``limit``: of the job."""
         self._jobs, self._job_id, self._owner, self._seconds = jobs, job_id, owner, seconds
+        self._held: tuple[int, ...] = (job_id,)
+        self._limit = limit
         self._deadline = time.monotonic() + limit
         self._stands = False
         self._stop = threading.Event()
@@ -39,6 +42,14 @@ class Heart:
         self._stop.set()
         self._thread.join()
 
+    def keep(self, job_ids: Iterable[int]) -> None:
+        """The leases of these jobs as well."""
+        self._held = (*self._held, *job_ids)
+
+    def turn(self) -> None:
+        """Another of the jobs is at hand: it has its own time."""
+        self._deadline = time.monotonic() + self._limit
+
     @contextmanager
     def standing_still(self) -> Iterator[Callable[[], float]]:
         """While a more urgent job is done, this one's time does not run; gives the seconds that it stood."""
@@ -51,16 +62,17 @@ class Heart:
             self._stands = False
 
     def _beat(self) -> None:
-        held = True
         while not self._stop.wait(min(self._seconds / 3, max(0.1, self._deadline - time.monotonic()))):
             if time.monotonic() >= self._deadline and not self._stands:
                 logs.get().error("job takes too long, the worker is restarted", job=self._job_id)
                 os._exit(EXIT_HUNG)
-            if not held:
-                continue  # the work still runs, and may still hang
-            try:
-                self._jobs.extend(self._job_id, self._owner, self._seconds)
-            except LeaseLost:
-                held = False  # finish() will find out and drop the result
-            except NodeError:
-                continue  # a locked index: the next beat is soon enough
+            for job_id in self._held:  # with none left the work still runs, and may still hang
+                self._extend(job_id)
+
+    def _extend(self, job_id: int) -> None:
+        try:
+            self._jobs.extend(job_id, self._owner, self._seconds)
+        except LeaseLost:  # or it has ended, of several; else finish() will find out and drop the result
+            self._held = tuple(held for held in self._held if held != job_id)
+        except NodeError:
+            return  # a locked index: the next beat is soon enough

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -153,6 +153,40 @@ def analyse_series(
 
     Raises UnsuitableSeries or MalformedDataSet for the input, EngineError for the engine.
     """
+    read = read_series(
+        bundle, instances, decoder=decoder, read_bytes=read_bytes, progress=progress, ahead=ahead, more=more
+    )
+    if read.images is not None:
+        return _analyse_images(bundle, session, read.images, read.seconds, progress)
+    (volume,) = read.volumes
+    analysis = run_bundle(bundle, session, volume, progress, read.more)
+    return replace(analysis, seconds={"read": read.seconds, **analysis.seconds})
+
+
+@dataclass(frozen=True, slots=True)
+class ReadSeries:
+    """``volumes``: of one slice for each of ``images``, where the model takes single images; else one.
+
+    ``more``: the further series and masks by their names in the manifest. ``seconds``: of reading.
+    """
+
+    volumes: tuple[Volume, ...]
+    images: Images | None
+    more: Mapping[str, Volume]
+    seconds: float
+
+
+def read_series(
+    bundle: Bundle,
+    instances: Sequence[SourceInstance | Path],
+    *,
+    decoder: Decoder | None = None,
+    read_bytes: Callable[[Path], bytes] = Path.read_bytes,
+    progress: Progress | None = None,
+    ahead: Mapping[str, ReadSlice] | None = None,
+    more: Mapping[str, Sequence[SourceInstance] | SegMask] = NO_SERIES,
+) -> ReadSeries:
+    """As :func:`analyse_series`, which begins with it. Raises UnsuitableSeries or MalformedDataSet."""
     began = time.perf_counter()
     if progress:
         progress("read", 0.0)
@@ -160,7 +194,7 @@ def analyse_series(
     if isinstance(contract, ProjectionContract):
         _check_names(bundle, more)
         images = read_projections(instances, contract, decoder=decoder, read_bytes=read_bytes, ahead=ahead)
-        return _analyse_images(bundle, session, images, time.perf_counter() - began, progress)
+        return ReadSeries(images.images, images, NONE_MORE, time.perf_counter() - began)
     volume = read_volume(instances, contract, decoder=decoder, read_bytes=read_bytes, ahead=ahead)
     specs = bundle.manifest.more_inputs if isinstance(bundle.manifest, StagedManifest) else ()
     _check_names(bundle, more)
@@ -171,9 +205,7 @@ def analyse_series(
         for s in specs
         if s.name in more
     }
-    seconds = time.perf_counter() - began
-    analysis = run_bundle(bundle, session, volume, progress, further)
-    return replace(analysis, seconds={"read": seconds, **analysis.seconds})
+    return ReadSeries((volume,), None, further, time.perf_counter() - began)
 
 
 def _check_names(bundle: Bundle, more: Mapping[str, Sequence[SourceInstance] | SegMask]) -> None:
@@ -194,11 +226,16 @@ def _analyse_images(
     bundle: Bundle, session: Session, images: Images, read_seconds: float, progress: Progress | None
 ) -> Analysis:
     """Each image by itself, one after another."""
-    count = len(images.images)
+    parts = shares_of(progress, len(images.images))
+    analyses = [run_bundle(bundle, session, *pair) for pair in zip(images.images, parts, strict=True)]
+    merged = merge(analyses, images)
+    return replace(merged, seconds={"read": read_seconds, **merged.seconds})
+
+
+def shares_of(progress: Progress | None, count: int) -> list[Progress]:
+    """What each of ``count`` parts that are done one after another reports to."""
 
     def share_of(index: int) -> Progress:
         return lambda step, share: progress(step, (index + share) / count) if progress else None
 
-    analyses = [run_bundle(bundle, session, image, share_of(i)) for i, image in enumerate(images.images)]
-    merged = merge(analyses, images)
-    return replace(merged, seconds={"read": read_seconds, **merged.seconds})
+    return [share_of(index) for index in range(count)]

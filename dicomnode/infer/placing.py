@@ -185,9 +185,18 @@ class PlacedModel:
         return self._ready.identity
 
     @property
+    def ready(self) -> ReadyModel:
+        """The model at the place that was chosen last."""
+        return self._ready
+
+    @property
     def session(self) -> Session:
         """Of the place that was chosen last."""
         return self._ready.session
+
+    def did(self) -> None:
+        """The place has done a job that was not :meth:`analyse` d here."""
+        self._place.did(self._reference)
 
     @property
     def settled(self) -> bool:

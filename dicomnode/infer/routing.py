@@ -99,20 +99,30 @@ class Router:
         self._open[int(job["id"])] = Route(model, name, role, run, self._models.settled(given))
         return model
 
+    def destined(self, jobs: Sequence[Row]) -> list[str]:
+        """The version that :meth:`pick` would take for each of these jobs of one model, as things stand; no attempt."""
+        reference = str(jobs[0]["model"]) if jobs else ""
+        name, _, pinned = reference.partition("@")
+        canaries = [] if pinned else self._canaries(name)
+        if not canaries:
+            return [pinned or self.active(name) or ""] * len(jobs)
+        active = self.active(name) or ""
+        return [self._choose(name, self._runs.origin(job), canaries, active)[1] for job in jobs]
+
+    def _canaries(self, name: str) -> list[Canary]:
+        rows = self._life.in_state(ModelState.canary, name)
+        return [Canary(r["version"], float(r["percent"]), tuple(r["peers"])) for r in rows]
+
+    def _choose(self, name: str, origin: Origin, canaries: Sequence[Canary], active: str) -> tuple[Role, str]:
+        before = self._runs.before(origin.study_id, name)
+        return rollout.choose(name, origin.study_uid, origin.callers, canaries, active=active, before=before)
+
     def _on_trial(self, name: str, job_id: int, origin: Origin, instances: int, record: Record) -> Servable | None:
         """The canary that this study goes to; None for the active version, also when the canary cannot serve."""
-        rows = self._life.in_state(ModelState.canary, name)
-        if not rows:
+        canaries = self._canaries(name)
+        if not canaries:
             return None
-        canaries = [Canary(r["version"], float(r["percent"]), tuple(r["peers"])) for r in rows]
-        role, version = rollout.choose(
-            name,
-            origin.study_uid,
-            origin.callers,
-            canaries,
-            active=self.active(name) or "",
-            before=self._runs.before(origin.study_id, name),
-        )
+        role, version = self._choose(name, origin, canaries, self.active(name) or "")
         if role != "canary":
             return None
         try:
@@ -130,7 +140,15 @@ class Router:
             self.recheck(name)
             return None
 
-    def end(self, job_id: int, state: RunState, analysis: Analysis | None = None, *, seconds: float = 0.0) -> None:
+    def end(
+        self,
+        job_id: int,
+        state: RunState,
+        analysis: Analysis | None = None,
+        *,
+        seconds: float = 0.0,
+        batch_studies: int = 0,
+    ) -> None:
         """How the attempt that :meth:`pick` began has ended; without one it does nothing."""
         route = self._open.pop(job_id, None)
         if route is None:
@@ -144,6 +162,7 @@ class Router:
             outputs=outputs_of(analysis) if analysis else None,
             engine=analysis.engine.partition(" ")[0] if analysis else "",
             settled=route.settled,
+            batch_studies=batch_studies,
         )
         self.recheck(route.name)
 
@@ -155,6 +174,10 @@ class Router:
         """Jobs whose worker died while it held them."""
         for name in {name for name, _ in self._runs.lose(job_ids)}:
             self.recheck(name)
+
+    def parted(self, job_ids: Sequence[int]) -> None:
+        """Jobs whose worker died while they shared a batch: it is not known which of them is to blame."""
+        self._runs.part(job_ids)
 
     def stop(self) -> None:
         """The worker is told to stop."""

@@ -31,6 +31,7 @@ from dicomnode.infer.placing import PlacedModels, Servable
 from dicomnode.infer.routing import Router
 from dicomnode.infer.serving import ServingModels
 from dicomnode.infer.summary import summary_of
+from dicomnode.infer.together import Together
 from dicomnode.orders import LABELMAP_SR, Order, load, with_proposed
 from dicomnode.records import Analysis, EncodedObject, ModelIdentity, ResultIdentity, SourceInstance
 from dicomnode.settings import Settings
@@ -75,6 +76,9 @@ class Worker:
         self._on_lost = on_lost
         self._endings = Endings(self._jobs, self._router, self._events, owner, settings.inference.max_attempts)
         self.files = JobFiles(self._jobs, settings.node.data_dir)
+        self._together = Together(
+            self, db, self._router, self._endings, settings.inference, owner=owner, decoder=decoder
+        )
         self._reports = FailureReports(settings, db, self.files, self._known_model, report) if report else None
         self._log = logs.get()
 
@@ -120,11 +124,19 @@ class Worker:
             self._on_lost()
 
     def _work(self, job: Row) -> None:
-        attempt = self._open(job)
+        attempt = self.open(job)
         try:
-            self._conclude(attempt, self._analysed(attempt))
+            mates = self._together.mates(attempt)
+            if mates or self._together.suits(attempt):
+                self._together.run(attempt, mates, self._hearts[-1])
+            else:
+                self.conclude(attempt, self.analysed(attempt))
         finally:
-            self._close(attempt)
+            self.close(attempt)
+
+    def between(self, attempt: Attempt, step: str) -> None:
+        """A step of ``attempt`` has got on by a batch."""
+        self._let_pass(attempt.job, step, attempt.stood)
 
     def _let_pass(self, job: Row, step: str, stood: dict[str, float]) -> None:
         """Between two batches: jobs that are more urgent are done now, and this one goes on after them.
@@ -151,17 +163,18 @@ class Worker:
 
     def _expire(self, dead: tuple[str, ...]) -> None:
         expired = self._jobs.expire(self._settings.inference.max_attempts, dead)
-        if expired:
-            self._router.lost([int(job["id"]) for job in expired])
+        for shared, tell in ((True, self._router.parted), (False, self._router.lost)):
+            if some := [int(job["id"]) for job in expired if bool(job["batch_studies"]) is shared]:
+                tell(some)
         for job in expired:
             metrics.job("lost")
             self._log.warning("job taken back", job=job["id"], attempts=job["attempts"])
-            if job["attempts"] >= self._settings.inference.max_attempts:
+            if not job["batch_studies"] and job["attempts"] >= self._settings.inference.max_attempts:
                 self._events.add(
                     "error", "job-failed", f"job {job['id']}", f"it ended the worker {job['attempts']} times; parked"
                 )
 
-    def _open(self, job: Row) -> Attempt:
+    def open(self, job: Row) -> Attempt:
         """Its inputs as they are now, found intact, and the model that does it."""
         started = self._db.clock.ticks()
         sources = self.files.sources(job)
@@ -178,11 +191,11 @@ class Worker:
         try:
             self._ready(attempt)
         except BaseException:
-            self._close(attempt)
+            self.close(attempt)
             raise
         return attempt
 
-    def _close(self, attempt: Attempt) -> None:
+    def close(self, attempt: Attempt) -> None:
         if self._ahead:
             self._ahead.done(attempt.sources)
 
@@ -202,12 +215,10 @@ class Worker:
         )
         attempt.more = {**self.files.companions(job), **self.files.masks(job)}
 
-    def _analysed(self, attempt: Attempt) -> Analysis:
+    def analysed(self, attempt: Attempt) -> Analysis:
         """By the model that was picked, or where that fails by one that ``faults`` names."""
         further: dict[str, Any] = {"more": attempt.more} if attempt.more else {}
-
-        def between(step: str, _: float) -> None:
-            self._let_pass(attempt.job, step, attempt.stood)
+        between = attempt.reports_to(self.between)
 
         def analyse(on: Servable) -> Analysis:
             return on.analyse(attempt.sources, decoder=self._decoder, progress=between, ahead=attempt.ahead, **further)
@@ -220,12 +231,14 @@ class Worker:
             attempt.model, analysis = self._elsewhere(attempt.served_by, error, analyse)
             return analysis
 
-    def _conclude(self, attempt: Attempt, analysis: Analysis) -> None:
+    def conclude(self, attempt: Attempt, analysis: Analysis) -> None:
         """Encode and commit, and tell of it."""
         job, model, stood = attempt.job, attempt.served_by, attempt.stood
         seconds: dict[str, float] = {"wait": max(0.0, attempt.started - float(job["last_received_at"]))}
         analysis = with_prior(self._db, job, with_companions(self._db, job, analysis))
         seconds.update({step: spent - stood.get(step, 0.0) for step, spent in analysis.seconds.items()})
+        if attempt.company:
+            seconds["companions"] = attempt.waited
         begin = time.perf_counter()
         identity = self._identity(job, model, analysis)
         order = with_proposed(load(job["wishes"]), model.identity.critical)
@@ -240,9 +253,12 @@ class Worker:
             if stage in seconds:
                 metrics.observe(stage, seconds[stage])
         metrics.job("done")
+        if not attempt.company:
+            metrics.batch_studies(analysis.engine.partition(" ")[0], 1)
         self._on_results()
         self._tell_of_conditions(job, hits, unknown_keys(analysis, order.critical))
-        self._router.end(int(job["id"]), "done", analysis, seconds=sum(seconds[step] for step in analysis.seconds))
+        spent = sum(seconds[step] for step in analysis.seconds)
+        self._router.end(attempt.job_id, "done", analysis, seconds=spent, batch_studies=attempt.company)
         self._log.info(
             "job done",
             job=job["id"],
@@ -250,6 +266,7 @@ class Worker:
             version=model.identity.version,
             count=len(attempt.sources),
             read_ahead=attempt.read_ahead,
+            **({"batch_studies": attempt.company} if attempt.company else {}),
             result=[o.kind for o in objects],
             seconds=round(seconds["total"], 3),
         )

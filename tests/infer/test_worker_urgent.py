@@ -153,6 +153,43 @@ def test_a_job_whose_lease_is_lost_is_still_ended_when_it_hangs(monkeypatch: pyt
         assert asked.wait(10) and ended.wait(10)
 
 
+def test_one_lease_that_is_lost_of_several_leaves_the_others_alive() -> None:
+    asked: dict[int, int] = {}
+    enough = threading.Event()
+
+    class Rows:
+        def extend(self, job_id: int, *_: Any) -> None:
+            asked[job_id] = asked.get(job_id, 0) + 1
+            if asked.get(1, 0) >= 3 and asked.get(3, 0) >= 3:
+                enough.set()
+            if job_id == 2:
+                raise LeaseLost("extend lease", "it has ended")
+
+    with Heart(Rows(), 1, "w", 0.03, 60.0) as heart:
+        heart.keep([2, 3])
+        assert enough.wait(10)
+    assert asked[2] == 1
+
+
+def test_each_of_several_jobs_has_its_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    moment, beats, ended = [0.0], threading.Semaphore(0), threading.Event()
+
+    class Rows:
+        def extend(self, *_: Any) -> None:
+            beats.release()
+
+    monkeypatch.setattr(module.time, "monotonic", lambda: moment[0])
+    monkeypatch.setattr(module.os, "_exit", lambda code: ended.set())
+    with Heart(Rows(), 1, "w", 0.03, 10.0) as heart:
+        for _ in range(3):
+            moment[0] += 9.0
+            heart.turn()
+            assert beats.acquire(timeout=10)
+        assert not ended.is_set()
+        moment[0] += 11.0
+        assert ended.wait(10)
+
+
 def test_batch_jobs_wait_while_too_much_waits_for_the_cloud(
     db: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

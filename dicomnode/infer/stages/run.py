@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -22,7 +22,7 @@ from dicomnode.infer.stages.image_measures import measure_image, view_of
 from dicomnode.infer.stages.inputs import further_channels
 from dicomnode.infer.stages.manifest import Outputs, StagedManifest
 from dicomnode.infer.stages.measures import AreaSpec, measure_segment
-from dicomnode.infer.stages.network import Answers, Network, run_network
+from dicomnode.infer.stages.network import Answers, Arrays, Network, calls, gather, run_network
 from dicomnode.infer.stages.orient import Straighten, tilt_degrees
 from dicomnode.infer.stages.plugins import PipelineAnswer, WithoutNetwork, find_pipeline
 from dicomnode.infer.volume import Volume
@@ -69,23 +69,76 @@ def run_staged(
     """
     report = report or _silent
     began = time.perf_counter()
-    seconds: dict[str, float] = {}
     if manifest.pipeline is not None:
         found, engine = _by_pipeline(manifest, session, volume, report)
-        seconds["inference"] = time.perf_counter() - began
+        inferred = time.perf_counter()
     else:
         assert manifest.engine is not None
         frame, answers = prepare_and_run(manifest, manifest.engine, session, volume, report, more)
-        seconds["inference"] = time.perf_counter() - began
+        inferred = time.perf_counter()
         if inspect:
             inspect(answers)
         found, engine = _by_steps(manifest, volume, frame, answers, report), session.engine
+    analysis = _analysis(manifest, volume, found, report)
+    seconds = {"inference": inferred - began, "postprocess": time.perf_counter() - inferred}
+    return replace(analysis, engine=engine, precision=_precision(session), seconds=seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A volume whose network is still to be called, by whomever: its ``calls``, and what is needed to go on.
+
+    ``shape``: of the grid; ``seconds``: that it took so far.
+    """
+
+    manifest: StagedManifest
+    volume: Volume
+    frame: Frame
+    shape: tuple[int, ...]
+    calls: tuple[Arrays, ...]
+    seconds: float
+
+
+def begin_staged(
+    manifest: StagedManifest, volume: Volume, report: Report | None = None, more: Mapping[str, Volume] = NONE_MORE
+) -> Begun:
+    """The first half of :func:`run_staged`, for a manifest with a network: all inputs of its calls are in memory."""
+    report = report or _silent
+    began = time.perf_counter()
+    assert manifest.engine is not None
+    report("inference", 0.0)
+    frame = prepare(manifest, volume)
+    values, further = further_channels(manifest.more_inputs, more, frame)
+    given = tuple(calls(manifest.engine, [values, *further]))
+    return Begun(manifest, volume, _emptied(frame), values.shape, given, time.perf_counter() - began)
+
+
+def finish_staged(
+    begun: Begun, session: Session, results: Iterable[Arrays], report: Report | None = None, seconds: float = 0.0
+) -> Analysis:
+    """The second half: ``results`` are what ``session`` gave for the calls, in their order and in ``seconds``."""
+    report = report or _silent
+    began = time.perf_counter()
+    network = begun.manifest.engine
+    assert network is not None
+    answers = gather(network, begun.shape, results, _silent)
+    found = _by_steps(begun.manifest, begun.volume, begun.frame, answers, report)
+    analysis = _analysis(begun.manifest, begun.volume, found, report)
+    took = {"inference": begun.seconds + seconds, "postprocess": time.perf_counter() - began}
+    return replace(analysis, engine=session.engine, precision=_precision(session), seconds=took)
+
+
+def _precision(session: Session) -> str:
+    """An engine that does not compute in single precision says so."""
+    return str(getattr(session, "precision", "fp32"))
+
+
+def _analysis(manifest: StagedManifest, volume: Volume, found: _Found, report: Report) -> Analysis:
     segments, measurements, labels = _measured(manifest.outputs, volume, found)
     measurements += _of_image(manifest.outputs, volume, labels)
     findings = tuple(_finding(manifest.outputs, key, found.probabilities) for key in _keys(manifest.outputs.findings))
     maps = tuple(_map(manifest.outputs, key, found.maps, volume) for key in _keys(manifest.outputs.probability_maps))
     report("postprocess", 1.0)
-    seconds["postprocess"] = time.perf_counter() - began - seconds["inference"]
     return Analysis(
         labels=labels,
         source_uids=volume.source_uids,
@@ -94,9 +147,6 @@ def run_staged(
         measurements=measurements,
         notes=(*volume.notes, *found.notes),
         excluded_uids=volume.excluded_uids,
-        engine=engine,
-        precision=str(getattr(session, "precision", "fp32")),
-        seconds=seconds,
         findings=findings,
         probability_maps=maps,
     )
@@ -145,7 +195,12 @@ def prepare_and_run(
     frame = prepare(manifest, volume)
     values, further = further_channels(manifest.more_inputs, more, frame)
     answers = run_network(network, session, values, report, further)
-    return Frame(np.zeros((0, 0, 0), np.float32), frame.affine, undo=frame.undo, notes=frame.notes), answers
+    return _emptied(frame), answers
+
+
+def _emptied(frame: Frame) -> Frame:
+    """Its values let go of."""
+    return Frame(np.zeros((0, 0, 0), np.float32), frame.affine, undo=frame.undo, notes=frame.notes)
 
 
 def _by_steps(manifest: StagedManifest, volume: Volume, frame: Frame, answers: Answers, report: Report) -> _Found:
