@@ -10,18 +10,25 @@ import numpy as np
 import pytest
 
 from dicomnode import metrics
+from dicomnode.app_results import encoder
 from dicomnode.durable import ObjectStore
 from dicomnode.errors import EngineError, PeerAway
+from dicomnode.index import sharing
 from dicomnode.index.database import Database, Row
 from dicomnode.index.jobs import Jobs
 from dicomnode.index.life import Life
 from dicomnode.index.operation import Events, Models
 from dicomnode.index.runs import Runs
+from dicomnode.infer import together
 from dicomnode.infer.choice import EngineChoice, limits_of
+from dicomnode.infer.decode import InlineDecoder
 from dicomnode.infer.ort import OnnxRuntimeCpu
+from dicomnode.infer.places import Local
+from dicomnode.infer.placing import PlacedModels
 from dicomnode.infer.worker import Worker
 from tests.infer.life_case import worker_on
 from tests.infer.sharing_case import Trap, network, poisoned, queue, settings_of, triage
+from tests.infer.stages.bundle_case import measurement, segment
 
 
 @pytest.fixture(scope="module")
@@ -341,6 +348,36 @@ def test_a_stat_study_goes_first_after_the_batch_that_runs(box: Box) -> None:
     assert max(ended[n] for n in urgent) < min(ended[n] for n in ids), "before any of the four"
 
 
+def test_images_of_other_sizes_have_batches_of_their_own_and_a_stat_study_goes_between(tmp_path: Path) -> None:
+    """A network that sees images in their size: of six, two each are alike."""
+    triage(
+        tmp_path / "sized",
+        preprocess=[{"step": "scale_range", "low": 0, "high": 4095, "out_low": 0, "out_high": 1}],
+        engine={
+            "model": "model.onnx", "input": "x", "outputs": ["y"], "reach": {"kind": "slices", "axis": 0, "batch": 1},
+        },
+        outputs={"segments": [segment(1, "bright")], "measurements": [measurement("mean", kind="mean")]},
+        onnx=network(scores=False),
+    )  # fmt: skip
+    box = Box(tmp_path, tmp_path / "sized")
+    ended: list[int] = []
+    urgent: list[int] = []
+
+    def arrives(inputs: Mapping[str, np.ndarray]) -> None:
+        ended.append(box.db.value("SELECT count(*) FROM jobs WHERE state = 'done'"))
+        if not urgent:
+            urgent.append(queue(box.db, 9, priority="stat"))
+
+    worker, trap = box.worker(arrives)
+    ids = [queue(box.db, number) for number in (1, 6, 2, 7, 3, 8)]
+    assert worker.run_once()
+    assert trap.rows == [2, 1, 2, 2], "the second one is the urgent study's"
+    assert ended == [0, 0, 1, 1], "and it is done before the next batch begins"
+    assert_whole(box, [*ids, *urgent])
+    assert box.column("batch_studies", ids) == [6] * 6
+    box.db.close()
+
+
 def test_priorities_do_not_mix(box: Box) -> None:
     worker, trap = box.worker()
     low = [queue(box.db, number, priority="batch") for number in (1, 2)]
@@ -367,6 +404,45 @@ def test_a_canary_gets_batches_of_its_own(box: Box) -> None:
     for job_id, version in zip(ids, versions, strict=True):
         assert box.show(job_id)["batch_studies"] == versions.count(version)
         assert box.show(job_id)["summary"]["role"] == ("active" if version == "1.0.0" else "canary")
+
+
+def test_a_version_that_takes_over_meanwhile_gets_its_jobs_alone(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is decided anew for each when it is opened; what came to another session shares nothing with the first."""
+    worker, trap = box.worker()
+    ids = [queue(box.db, number) for number in (1, 2, 3)]
+    lease = sharing.lease_beside
+
+    def swapped(*arguments: Any) -> Any:
+        leased = lease(*arguments)
+        Models(box.db).activate("triage", "2.0.0")
+        return leased
+
+    monkeypatch.setattr(together.sharing, "lease_beside", swapped)
+    assert worker.run_once()
+    assert_whole(box, ids)
+    assert box.column("model_version", ids) == ["1.0.0", "2.0.0", "2.0.0"] and trap.rows == [1]
+    assert box.column("batch_studies", ids) == [0, 0, 0]
+
+
+def test_each_job_is_placed_by_itself_and_they_meet_at_the_place(box: Box, alone: dict[int, tuple[Any, ...]]) -> None:
+    worker, trap = box.worker()
+    idle: Any = type("Idle", (), {"sample": lambda self: 0.0})()
+    local = Local(worker._models, 0.0, idle)  # type: ignore[arg-type]
+    settings = settings_of(box.folder)
+    placed = Worker(
+        settings,
+        box.db,
+        PlacedModels(settings, box.db, [local]),
+        encoder(settings),
+        owner="worker",
+        decoder=InlineDecoder(),
+        on_results=lambda: None,
+    )
+    ids = [queue(box.db, number) for number in (1, 2, 3)]
+    assert placed.run_once() and trap.rows == [3]
+    assert_whole(box, ids)
+    assert [p["chosen"] for p in box.column("placement", ids)] == ["local"] * 3
+    assert [box.found(n) for n in ids] == [alone[number] for number in (1, 2, 3)]
 
 
 def test_a_network_that_mixes_its_batch_is_never_shared(box: Box, tmp_path: Path) -> None:
