@@ -2,7 +2,8 @@
 
 ``python -m benchmarks.line_ends cloud FOLDER``: a cloud behind the fault proxy of the tests, with a sink for
 remote-write; a line with the name of a fault on standard input sets it. ``... senders``: modalities; a line
-``PORT SECONDS RUN`` has them store at their pace and is answered with the milliseconds of each C-STORE, as JSON.
+``PORT SECONDS RUN`` has them store at their pace and is answered with the milliseconds of each C-STORE, as JSON
+by size.
 """
 
 from __future__ import annotations
@@ -27,20 +28,20 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
 from benchmarks.data import ct_image, uid
 
-SENDERS = 4
-PACE_SECONDS = 0.04
-"""25 images a second, as a scanner."""
+KINDS = ((256, 0.04),) * 3 + ((1024, 0.25),)
+"""Side of the images and seconds between two of them, of each association: three scanners with 25 a second, and one
+that sends images of 2 MB, which are acknowledged with their row, not from the journal."""
 
-SIDE = 256
 _NUMBERS = re.compile(rb"2\.25\.1(\d{10})\d{5}(\d{6})")
 
 
 class Image:
-    """A data set of 131 KB whose UIDs are changed in place."""
+    """A data set whose UIDs are changed in place."""
 
-    def __init__(self, sender: int) -> None:
-        ds = ct_image(sender, 0, SIDE)
-        noise = np.random.default_rng(sender).integers(0, 4096, SIDE * SIDE, "<u2")
+    def __init__(self, sender: int, side: int, pace: float) -> None:
+        self.pace = pace
+        ds = ct_image(sender, 0, side)
+        noise = np.random.default_rng(sender).integers(0, 4096, side * side, "<u2")
         ds.add_new("PixelData", "OW", noise.tobytes())
         del ds.file_meta
         stream = DicomIO(BytesIO())
@@ -78,7 +79,7 @@ def store(image: Image, port: int, seconds: float, run: int, found: list[float])
             if status != 0:
                 raise SystemExit(f"a C-STORE was answered with {status:#06x}")
             number += 1
-            due = max(due + PACE_SECONDS, time.perf_counter() - PACE_SECONDS)
+            due = max(due + image.pace, time.perf_counter() - image.pace)
 
 
 def _order(named: tuple[str, bytes], syntax: str) -> tuple[str, str, bytes]:
@@ -86,13 +87,16 @@ def _order(named: tuple[str, bytes], syntax: str) -> tuple[str, str, bytes]:
 
 
 def senders() -> None:
-    images = [Image(n) for n in range(SENDERS)]
+    images = [Image(n, *kind) for n, kind in enumerate(KINDS)]
     print("ready", flush=True)
     for line in sys.stdin:
         port, seconds, run = line.split()
-        found: list[float] = []
-        arguments: Sequence[Any] = (int(port), float(seconds), int(run), found)
-        threads = [threading.Thread(target=store, args=(image, *arguments)) for image in images]
+        found: dict[str, list[float]] = {"small": [], "large": []}
+        arguments: Sequence[Any] = (int(port), float(seconds), int(run))
+        threads = [
+            threading.Thread(target=store, args=(image, *arguments, found["small" if side < 512 else "large"]))
+            for image, (side, _) in zip(images, KINDS, strict=True)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -177,8 +177,8 @@ def test_no_fault_of_the_line_is_noticed_at_intake_or_loses_anything(
                 senders.ledger.wait_acknowledged(stored + 16)
                 lines.fault("pass")
                 if chance.random() < 0.5:
-                    node.wait(lambda: settled(node), 60, f"it is drained after {fault}")
-            node.wait(lambda: everything(node, senders), 90, "all is analysed and has left")
+                    node.wait(lambda: settled(node), 120, f"it is drained after {fault}")
+            node.wait(lambda: everything(node, senders), 120, "all is analysed and has left")
             node.wait(lambda: applied(node) == len(FAULTS), 30, "the last desired state is applied")
             node.wait(lambda: serving_at(node) == 2 + len(FAULTS), 30, "the last record is taken")
         assert senders.ledger.other == [] and senders.ledger.cuts == 0 and senders.faults == []

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import random
-import signal
 import ssl
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -23,10 +19,8 @@ from dicomnode.sync import http
 from dicomnode.sync.endpoints import PROBE_SECONDS
 from tests.certificates import Authority
 from tests.cloud.endpoint import endpoint
-from tests.peers import quiet_environment
 from tests.sync.fault_proxy import fault_proxy, name_service
 from tests.sync.index_case import FakeClock, add_job, add_results, make_settings, new_instance, sender_of
-from tests.sync.test_sidecar import until
 
 PLAN = CloudPlan("cloud", Sync().lanes, records=True)
 FAULTS = (
@@ -173,71 +167,6 @@ def test_a_half_open_primary_is_left_for_the_backup(tmp_path: Path, monkeypatch:
         db.close()
 
     asyncio.run(main())
-
-
-KILLS = int(os.environ.get("DICOMNODE_SIDECAR_KILLS", "4"))
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(120 + 60 * KILLS)
-def test_kill_9_of_the_sidecar_at_random_moments(tmp_path: Path) -> None:
-    """Its line is slow, so that kills hit requests; DICOMNODE_SIDECAR_KILLS is how many."""
-    chance = random.Random(KILLS)
-    data = tmp_path / "data"
-    db = Database(data)
-
-    def more() -> None:
-        for _ in range(3):
-            add_results(db, data, 2, cloud=PLAN)
-        critical_result(db, data)
-
-    async def main() -> None:
-        async with endpoint(tmp_path / "cloud") as (url, storage):
-            config = tmp_path / "node.toml"
-            config.write_text(
-                f'[node]\ndata_dir = "{data}"\nreserve_mb = 1\n[http]\nport = 0\n[cloud]\nstow_url = "{url}/studies"\n'
-                f'records_url = "{url}/v1"\n[sync]\nbandwidth_kb = 24\nnormal_seconds = 0.2\nnormal_items = 4\n'
-                "[delivery]\nbackoff_seconds = 0.1\n"
-            )
-
-            def start() -> subprocess.Popen[bytes]:
-                command = [sys.executable, "-m", "dicomnode", "run", "sidecar", "--config", str(config)]
-                null = subprocess.DEVNULL
-                return subprocess.Popen(command, stdout=null, stderr=null, env=quiet_environment())
-
-            def count() -> int:
-                return len(storage.arrivals(100_000))
-
-            for _ in range(KILLS):
-                more()
-                before = count()
-                process = start()
-                try:
-                    await until(lambda b=before, p=process: count() > b or p.poll() is not None, 60)
-                    assert process.poll() is None
-                    await asyncio.sleep(chance.uniform(0, 0.4))
-                finally:
-                    process.send_signal(signal.SIGKILL)
-                    process.wait()
-            more()  # so that it has begun before it is told to stop
-            process = start()
-            try:
-                left = "SELECT 1 AS one FROM sync_items WHERE state != 'stored'"
-                await until(lambda: process.poll() is not None or not db.row(left), 120)
-            finally:
-                process.terminate()
-                assert process.wait(20) == 0
-            described = "settings/DICOMNODE"
-            streams = expected(db, data)
-            assert list(streams.pop(described)) and db.row("SELECT 1 AS one FROM sync_items WHERE type = 'settings'")
-            with_settings = [a["name"] for a in storage.arrivals(100_000)]
-            assert [n for n in with_settings if n.startswith("settings/")] == ["settings/DICOMNODE/1"]
-            storage.rows("DELETE FROM arrivals WHERE name LIKE 'settings/%'")
-            db._connection().execute("DELETE FROM sync_items WHERE type = 'settings'")
-            assert_exactly_once_in_order(db, data, storage)
-
-    asyncio.run(main())
-    db.close()
 
 
 def test_a_week_without_the_cloud_and_then_all_of_it(tmp_path: Path) -> None:
