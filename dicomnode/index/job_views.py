@@ -14,7 +14,8 @@ class JobViews:
         self.db = db
 
     def listing(self, limit: int = 100, state: str | None = None) -> list[Row]:
-        where, parameters = ("WHERE j.state = ?", [state]) if state else ("", [])
+        """The newest first. They are chosen by number alone; else the inputs of every job would be counted."""
+        where, parameters = ("WHERE state = ?", [state]) if state else ("", [])
         rows = self.db.rows(
             "SELECT j.id, j.state, j.model, j.model_version, j.revision, j.priority, j.reason, j.attempts,"
             " j.last_error, j.created_time, j.finished_time, j.rules, j.critical, j.step, j.placement,"
@@ -22,7 +23,7 @@ class JobViews:
             " st.StudyInstanceUID, se.SeriesInstanceUID,"
             " (SELECT count(*) FROM job_inputs i WHERE i.job_id = j.id) AS instances"
             " FROM jobs j JOIN series se ON se.id = j.series_id JOIN studies st ON st.id = se.study_id"
-            f" {where} ORDER BY j.id DESC LIMIT ?",
+            f" WHERE j.id IN (SELECT id FROM jobs {where} ORDER BY id DESC LIMIT ?) ORDER BY j.id DESC",
             (*parameters, limit),
         )
         for row in rows:

@@ -176,8 +176,10 @@ class Outbox:
             db.execute(f"UPDATE {self.table} SET next_at = 0 WHERE id = ?", (item_id,))
 
     def listing(self, limit: int = 100, state: str | None = None) -> list[Row]:
-        where, parameters = ("WHERE d.state = ?", [state]) if state else ("", [])
-        return self.db.rows(f"{self._joined} {where} ORDER BY d.id DESC LIMIT ?", (*parameters, limit))
+        """The newest first; chosen by number alone, then read."""
+        where, parameters = ("WHERE state = ?", [state]) if state else ("", [])
+        chosen = f"SELECT id FROM {self.table} {where} ORDER BY id DESC LIMIT ?"
+        return self.db.rows(f"{self._joined} WHERE d.id IN ({chosen}) ORDER BY d.id DESC", (*parameters, limit))
 
     def counts(self) -> dict[str, int]:
         rows = self.db.rows(f"SELECT state, count(*) AS n FROM {self.table} GROUP BY state")

@@ -8,7 +8,9 @@ import pytest
 
 from dicomnode.index.cloud_outbox import CloudOutbox
 from dicomnode.index.database import Database
+from dicomnode.index.jobs import Jobs
 from dicomnode.index.operation import Figures
+from dicomnode.index.outbox import Outbox
 
 
 def plans(db: Database, monkeypatch: pytest.MonkeyPatch, look: Any) -> list[str]:
@@ -28,3 +30,16 @@ def test_figures_of_the_outboxes_are_read_from_indices_alone(db: Database, monke
     for table in ("sync_items", "deliveries"):
         found = plans(db, monkeypatch, lambda t=table: Figures(db).waiting(t))
         assert found == [f"SCAN {table} USING COVERING INDEX idx_{table}_figures"]
+
+
+@pytest.mark.parametrize("state", [None, "done"])
+def test_the_newest_are_chosen_by_number_before_they_are_read(
+    db: Database, monkeypatch: pytest.MonkeyPatch, state: str | None
+) -> None:
+    for look, name in (
+        (Jobs(db).listing, "j"),
+        (Outbox(db, "deliveries").listing, "d"),
+        (CloudOutbox(db).listing, "d"),
+    ):
+        found = plans(db, monkeypatch, lambda look=look: look(10, state))
+        assert any(f"SEARCH {name} USING INTEGER PRIMARY KEY" in line for line in found), found
