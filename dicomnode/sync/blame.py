@@ -33,7 +33,7 @@ MOST_REFUSED = 3
 """The same, where the answer was about address, token or rights: that does not pass for one item alone."""
 
 MOST_UNPROVEN = 5
-"""Items that are tried alone while nothing says that the endpoint is there."""
+"""Items that are tried alone while nothing says that the endpoint is there, or that its rights are in order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +116,15 @@ def weighed(verdicts: Mapping[str, Verdict], *, stored: bool, alike: Mapping[int
     return found
 
 
+def least_tried_first(things: Mapping[str, T], items: Sequence[Row]) -> dict[str, T]:
+    """``things`` of ``items``, every stream in its order; so that those at the front do not use up all tries. Pure."""
+    tried: dict[str, int] = {}
+    for item in items:
+        tried.setdefault(str(item["stream"]), int(item["attempts"]))
+    pairs = zip(things.items(), items, strict=True)
+    return dict(pair for pair, _ in sorted(pairs, key=lambda p: tried[str(p[1]["stream"])]))
+
+
 async def together(
     request: Callable[[Sequence[T]], Awaitable[Answer]],
     things: Mapping[str, T],
@@ -143,7 +152,8 @@ async def one_by_one(
     """A request for each; what fails holds back its stream only, and has no verdict where it was not asked for.
 
     It fails as a whole where nothing was stored, here or (``others_stored``) by others meanwhile.
-    ``there``: something says that the endpoint is there, so all are tried.
+    ``there``: something says that the endpoint is there, so all are tried, but for a refusal of rights: a token
+    that is wrong for one is wrong for all, and every try may count against it.
     """
     verdicts: dict[str, Verdict] = {}
     held: set[str] = set()
@@ -160,7 +170,9 @@ async def one_by_one(
         if not one.whole:
             continue
         bad.append(one)
-        if not (there or stored) and (one.wait is not None or len(bad) >= MOST_UNPROVEN):
+        if stored or (there and not one.mendable):
+            continue
+        if len(bad) >= MOST_UNPROVEN or (one.wait is not None and not there):
             break
     whole = bad[-1] if bad and not stored else Answer({})
     return _with_blame(Answer(verdicts, whole.whole, whole.wait, whole.mendable), others_stored, alike)

@@ -26,7 +26,7 @@ from dicomnode.index.operation import Events
 from dicomnode.metrics_cloud import RECORDS_TOTAL
 from dicomnode.settings import Settings
 from dicomnode.sync.aside import ChildEnded
-from dicomnode.sync.blame import MOST_REFUSED, MOST_TRIES, Blame, Class, one_by_one, together
+from dicomnode.sync.blame import MOST_REFUSED, MOST_TRIES, Blame, Class, least_tried_first, one_by_one, together
 from dicomnode.sync.endpoints import Endpoints
 from dicomnode.sync.reply import Fate, Verdict
 from dicomnode.sync.send_records import send_records
@@ -241,6 +241,7 @@ class CloudSender:
         if not alone:
             return await together(request, things, streams, others_stored=others, alike=alike)
         there = self._blame.there(key, self.endpoints.answers)
+        things = least_tried_first(things, items)
         return await one_by_one(request, things, streams, there=there, others_stored=others, alike=alike)
 
     def _limits(self, lane: Lane) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from aiohttp import web
 
 from dicomnode.cloud_settings import CloudPlan, Sync
 from dicomnode.index.database import Database
+from dicomnode.sync.blame import MOST_UNPROVEN
 from dicomnode.sync.sender import CloudSender
 from tests.sync.cloud_fake import FakeCloud, served
 from tests.sync.index_case import FakeClock, add_results, as_they_are, make_settings, sender_of, states
@@ -172,16 +173,37 @@ def test_a_401_of_all_is_the_endpoints_and_parks_nothing(
     more(db, tmp_path, 3)
 
     async def body(sender: CloudSender, fake: FakeCloud) -> None:
+        more(db, tmp_path, 9)
         for _ in range(20):
+            before = len(fake.requests)
             await later(sender, clock)
-        assert states(db) == ["pending"] * 3
+            assert len(fake.requests) - before <= MOST_UNPROVEN, "a token that is wrong is not tried with everything"
+        assert states(db) == ["pending"] * 12
         [event] = db.rows("SELECT * FROM events WHERE severity = 'error'")
         assert event["subject"] == "cloud primary" and f"HTTP {status}" in event["text"]
         fake.script.clear()
         await later(sender, clock)
 
     drive(db, tmp_path, lambda *_: web.Response(status=status), body)
-    assert states(db) == ["stored"] * 3
+    assert states(db) == ["stored"] * 12
+
+
+def test_as_many_403_at_the_front_as_are_tried_do_not_hide_what_is_behind(
+    db: Database, tmp_path: Path, clock: FakeClock
+) -> None:
+    bad = more(db, tmp_path, MOST_UNPROVEN + 2)
+    more(db, tmp_path, 1)
+
+    async def body(sender: CloudSender, fake: FakeCloud) -> None:
+        for _ in range(6):
+            await later(sender, clock)
+        assert len(fake.stored) == 1
+        for _ in range(4):
+            more(db, tmp_path, 1)
+            await later(sender, clock)
+
+    drive(db, tmp_path, answering(bad, 403), body)
+    assert states(db) == ["rejected"] * len(bad) + ["stored"] * 5
 
 
 @pytest.mark.parametrize("status", [400, 413, 415, 422])

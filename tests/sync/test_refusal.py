@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dicomnode.sync.blame import one_by_one, together, weighed
+from dicomnode.sync.blame import MOST_UNPROVEN, one_by_one, together, weighed
 from dicomnode.sync.refusal import Fault, Step, decide, fault_of
 from dicomnode.sync.reply import WITH_SEQUENCES, Fate, Verdict, judge
 from dicomnode.sync.stow import Answer, answer_of
@@ -99,7 +99,7 @@ def test_without_a_stored_item_at_most_one_is_parked_for_each_status(outcomes: l
         assert max(parked.values(), default=0) <= 1
 
 
-@given(st.lists(st.sampled_from([200, 400, 413, 403, 500]), min_size=2, max_size=12), st.booleans())
+@given(st.lists(st.sampled_from([200, 400, 413, 403, 500]), min_size=2, max_size=MOST_UNPROVEN), st.booleans())
 def test_of_a_batch_of_which_nothing_is_stored_at_most_one_is_parked_for_each_status(
     statuses: list[int], together_first: bool
 ) -> None:
