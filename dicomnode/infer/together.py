@@ -20,23 +20,18 @@ from dicomnode.index.operation import Events
 from dicomnode.infer.attempt import Attempt
 from dicomnode.infer.batching import Arrays
 from dicomnode.infer.choice import engine_name
-from dicomnode.infer.company import Queued, company, most_studies, sociable
 from dicomnode.infer.decode import Decoder
 from dicomnode.infer.endings import Endings
 from dicomnode.infer.faults import Fault, fault_of
-from dicomnode.infer.golden import ReadyModel
 from dicomnode.infer.heart import Heart
 from dicomnode.infer.joint import run_together
-from dicomnode.infer.placing import PlacedModel, Servable
+from dicomnode.infer.mates import Mates, sharing_model
+from dicomnode.infer.placing import PlacedModel
 from dicomnode.infer.routing import Router
 from dicomnode.records import Analysis
-from dicomnode.settings import Inference
 
 MOST_BYTES = 512 << 20
 """Images and prepared rows that wait for the network; when there are more, it is called for those that are there."""
-
-REST_SECONDS = 600.0
-"""A model whose shared batch failed although each of its series was done alone shares none for so long."""
 
 
 class Hands(Protocol):
@@ -62,7 +57,7 @@ class Together:
         db: Database,
         router: Router,
         endings: Endings,
-        inference: Inference,
+        mates: Mates,
         *,
         owner: str,
         decoder: Decoder,
@@ -72,47 +67,10 @@ class Together:
         self._router = router
         self._endings = endings
         self._events = Events(db)
-        self._inference = inference
+        self._mates = mates
         self._owner = owner
         self._decoder = decoder
-        self._rests: dict[tuple[str, str], float] = {}
-        """Until when a model, by digest and engine, shares no batch."""
         self._log = logs.get()
-
-    def mates(self, attempt: Attempt) -> list[Row]:
-        """Jobs that were queued and are leased now to share batches with ``attempt``; none is waited for."""
-        ready, studies = self._sharing(attempt)
-        if ready is None:
-            return []
-        rows = ready.most_rows
-        first = _queued({**attempt.job, "instances": len(attempt.sources)}, ready.identity.version, leased=True)
-        if not sociable(first, rows):
-            return []
-        try:
-            waiting = sharing.waiting_beside(self._db, attempt.job, 4 * studies)
-            versions = self._router.destined(waiting)
-            queue = [_queued(job, version) for job, version in zip(waiting, versions, strict=True)]
-            chosen = company(first, queue, studies=studies, rows=rows)
-            if not chosen:
-                return []
-            seconds = self._inference.lease_seconds
-            return sharing.lease_beside(self._db, attempt.job_id, chosen, self._owner, seconds)
-        except NodeError as error:  # a locked index: alone, then
-            self._log.warning("could not look for jobs to share a batch with", error=str(error))
-            return []
-
-    def suits(self, attempt: Attempt) -> bool:
-        """Whether the images of its series alone are worth a batch of their own."""
-        ready, _ = self._sharing(attempt)
-        return ready is not None and 1 < len(attempt.sources) <= ready.most_rows and int(attempt.job["attempts"]) == 1
-
-    def _sharing(self, attempt: Attempt) -> tuple[ReadyModel | None, int]:
-        """The model, if it shares its batches now, and between how many series at most."""
-        ready = _ready(attempt.served_by)
-        if ready is None or time.monotonic() < self._rests.get(_key(ready), 0.0):
-            return None, 1
-        studies = most_studies(self._inference.batch_studies, engine_name(ready), ready.most_rows)
-        return (ready, studies) if studies > 1 else (None, 1)
 
     def run(self, first: Attempt, mates: Sequence[Row], heart: Heart) -> None:
         """Do them all; how each ends is settled when this returns, or the device is lost.
@@ -141,7 +99,7 @@ class Together:
             if attempt is None:
                 attempt = self._hands.open(job)
                 opened.callback(self._hands.close, attempt)
-            model = _ready(attempt.served_by)
+            model = sharing_model(attempt.served_by)
             if model is not None:  # else it is done alone: the place that was best for it is another one
                 attempt.begun = model.begin(
                     attempt.sources,
@@ -178,9 +136,9 @@ class Together:
                 self._hands.conclude(attempt, self._analysis(attempt, answers.pop(attempt.job_id, None), len(shared)))
                 well += 1
             attempt.begun = None
-        model = _ready(ready[0].served_by)
+        model = sharing_model(ready[0].served_by)
         if model is not None and well == len(ready) and not all(a.shared for a in shared):
-            self._rests[_key(model)] = time.monotonic() + REST_SECONDS
+            self._mates.rest(model)
 
     def _analysis(self, attempt: Attempt, answers: tuple[list[Arrays], float] | None, count: int) -> Analysis:
         """Of the shared batch's answers; else, and where they are of no use, alone."""
@@ -210,7 +168,7 @@ class Together:
         Raises PeerAway.
         """
         first = shared[0]
-        model = _ready(first.served_by)
+        model = sharing_model(first.served_by)
         assert model is not None
         begun = [a.begun for a in shared if a.begun is not None]
         stood_before = sum(first.stood.values())
@@ -274,25 +232,3 @@ class Together:
         self._log.error("device lost under a shared batch", count=len(job_ids), cause=error.cause)
         self._events.add("error", "device-lost", f"jobs {names}", f"{error.cause}; {text}; the worker is restarted")
         self._endings.lost = True
-
-
-def _ready(model: Servable) -> ReadyModel | None:
-    """The model as it is now, where its batches may be shared."""
-    ready = model.ready if isinstance(model, PlacedModel) else model
-    return ready if isinstance(ready, ReadyModel) and ready.shares else None
-
-
-def _key(model: ReadyModel) -> tuple[str, str]:
-    return model.identity.digest, engine_name(model)
-
-
-def _queued(job: Row, version: str, *, leased: bool = False) -> Queued:
-    return Queued(
-        job_id=int(job["id"]),
-        priority=int(job["priority"]),
-        model=str(job["model"]),
-        version=version,
-        instances=int(job["instances"]),
-        attempts=int(job["attempts"]) - leased,
-        parted=int(job["batch_studies"]) > 0,
-    )

@@ -27,6 +27,7 @@ from dicomnode.infer.failure_reports import FailureReports, ReportFailure
 from dicomnode.infer.faults import Fault, Remedy, fault_of, leave_engine, remedy
 from dicomnode.infer.heart import EXIT_HUNG, Heart
 from dicomnode.infer.job_files import JobFiles, intact
+from dicomnode.infer.mates import Mates
 from dicomnode.infer.placing import PlacedModels, Servable
 from dicomnode.infer.routing import Router
 from dicomnode.infer.serving import ServingModels
@@ -76,9 +77,8 @@ class Worker:
         self._on_lost = on_lost
         self._endings = Endings(self._jobs, self._router, self._events, owner, settings.inference.max_attempts)
         self.files = JobFiles(self._jobs, settings.node.data_dir)
-        self._together = Together(
-            self, db, self._router, self._endings, settings.inference, owner=owner, decoder=decoder
-        )
+        self._mates = Mates(db, self._router, settings.inference, owner)
+        self._together = Together(self, db, self._router, self._endings, self._mates, owner=owner, decoder=decoder)
         self._reports = FailureReports(settings, db, self.files, self._known_model, report) if report else None
         self._log = logs.get()
 
@@ -126,8 +126,8 @@ class Worker:
     def _work(self, job: Row) -> None:
         attempt = self.open(job)
         try:
-            mates = self._together.mates(attempt)
-            if mates or self._together.suits(attempt):
+            mates = self._mates.of(attempt)
+            if mates or self._mates.suits(attempt):
                 self._together.run(attempt, mates, self._hearts[-1])
             else:
                 self.conclude(attempt, self.analysed(attempt))

@@ -20,6 +20,7 @@ from onnx import helper
 from dicomnode import logs
 from dicomnode.errors import EngineError
 from dicomnode.identity import derived_uid
+from dicomnode.index import sharing
 from dicomnode.index.database import Database
 from dicomnode.index.jobs import Request
 from dicomnode.infer import together
@@ -208,7 +209,7 @@ PHASES = ("leased", "third prepared", "batch", "third encoded", "third committed
 
 def die_in(phase: str, worker: Worker) -> None:
     if phase == "leased":
-        together.sharing.lease_beside = _killing(together.sharing.lease_beside)
+        sharing.lease_beside = _killing(sharing.lease_beside)
     elif phase == "third prepared":
         together.Together._begun = _killing(together.Together._begun, 3)  # type: ignore[method-assign]
     elif phase == "batch":

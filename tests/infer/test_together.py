@@ -19,7 +19,6 @@ from dicomnode.index.jobs import Jobs
 from dicomnode.index.life import Life
 from dicomnode.index.operation import Events, Models
 from dicomnode.index.runs import Runs
-from dicomnode.infer import together
 from dicomnode.infer.choice import EngineChoice, limits_of
 from dicomnode.infer.decode import InlineDecoder
 from dicomnode.infer.ort import OnnxRuntimeCpu
@@ -417,7 +416,7 @@ def test_a_version_that_takes_over_meanwhile_gets_its_jobs_alone(box: Box, monke
         Models(box.db).activate("triage", "2.0.0")
         return leased
 
-    monkeypatch.setattr(together.sharing, "lease_beside", swapped)
+    monkeypatch.setattr(sharing, "lease_beside", swapped)
     assert worker.run_once()
     assert_whole(box, ids)
     assert box.column("model_version", ids) == ["1.0.0", "2.0.0", "2.0.0"] and trap.rows == [1]
