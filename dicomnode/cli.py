@@ -97,6 +97,7 @@ def run(
 @app.command("check-config")
 def check_config(config: Config = None, as_json: Json = False) -> None:
     """Read the configuration, check every key and say what it means; exit 78 when it is wrong."""
+    from dicomnode.cloud_check import cloud_findings
     from dicomnode.config_summary import summary
     from dicomnode.endpoint_settings import endpoint_findings
     from dicomnode.findings import Level
@@ -109,6 +110,7 @@ def check_config(config: Config = None, as_json: Json = False) -> None:
         *tls_findings(settings),
         *endpoint_findings(inference.endpoints, used=bool(inference.places)),
         *rule_findings(settings),
+        *cloud_findings(settings),
     ]
     wrong = [f for f in findings if f.level is Level.fault]
 
@@ -159,6 +161,8 @@ def status(config: Config = None, as_json: Json = False) -> None:
         ):
             text = ", ".join(f"{n} {name}" for name, n in counts.items() if n) or "none"
             console.print(f"{title}: {text}")
+        if data["sync_items"].get("rejected"):
+            console.print("  why they are parked: dicomnode sync list --state rejected")
         for reference, model in data["models"]["serving"].items():
             console.print(f"model {reference}: {model['version']} on {model['engine']}")
         for name, build in data["models"]["building"].items():

@@ -38,6 +38,7 @@ def cloud(
 
     def started(url: str) -> None:
         data = {"page": f"{url}/", "stow_url": f"{url}/studies", "records_url": f"{url}/v1"}
+        data["remote_write_url"] = f"{url}/api/v1/write"
         if models is not None:
             data["metadata_url"] = f"{url}/models/metadata"
         output(data, as_json, lambda d: typer.echo("\n".join(f"{k}: {v}" for k, v in d.items())))

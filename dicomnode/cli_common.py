@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +23,10 @@ Config = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Limit = Annotated[int, typer.Option("--limit", min=1, help="Most rows to print.")]
-console = Console(highlight=False, markup=False, soft_wrap=True)
+PIPED_WIDTH = 160
+"""Columns where there is no terminal: a pipe or a log needs no narrow table, and a path must stay whole."""
+
+console = Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else PIPED_WIDTH)
 
 
 def settings_of(config: Path | None) -> Settings:
@@ -61,6 +65,14 @@ def output(data: Any, as_json: bool, show: Callable[[Any], None]) -> None:
         show(data)
 
 
+_MOMENT = re.compile(r"(\d{4}-\d\d-\d\d)T(\d\d:\d\d:\d\d)(?:\.\d+)?\+00:00")
+
+
+def _cell(value: Any) -> str:
+    """Times to the second, in UTC as everywhere; ``--json`` has them whole."""
+    return "" if value is None else _MOMENT.sub(r"\1 \2", str(value))
+
+
 def table(rows: list[dict[str, Any]], columns: dict[str, str], empty: str) -> None:
     if not rows:
         console.print(empty)
@@ -69,5 +81,5 @@ def table(rows: list[dict[str, Any]], columns: dict[str, str], empty: str) -> No
     for title in columns.values():
         table.add_column(title, overflow="fold")
     for row in rows:
-        table.add_row(*("" if row.get(key) is None else str(row.get(key)) for key in columns))
+        table.add_row(*(_cell(row.get(key)) for key in columns))
     console.print(table)

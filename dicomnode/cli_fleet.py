@@ -26,7 +26,7 @@ def fleet_lines(data: Mapping[str, Any]) -> Iterator[str]:
     if newest := fleet["newest"]:
         serving = fleet["serving"]["generation"] if fleet["serving"] else "none"
         line = f"desired state: generation {newest['generation']} {newest['status']}, serving {serving}"
-        yield f"{line} {newest['reason']}".rstrip()
+        yield f"{line}: {newest['reason']}" if newest["reason"] else line
     tasks = data["scheduled"]
     if tasks:
         failed = {name: task["error"] for name, task in tasks.items() if task.get("error")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from dicomnode.cloud_check import told
 from dicomnode.findings import Finding, Level
 from dicomnode.settings import RuleStep, Settings
 
@@ -35,8 +36,9 @@ def summary(settings: Settings, findings: Iterable[Finding]) -> Iterator[str]:
             yield f"  step {step.name}: {step.model}{_needs(step)}"
     if not settings.rules:
         yield "rules: none: what arrives is stored and indexed, nothing is analysed"
+    yield from told(settings)
     for finding in findings:
-        if finding.level is not Level.note:
+        if finding.level not in (Level.note, Level.ok):
             yield f"{finding.level.value} {finding.check}: {finding.text}. {finding.hint}".rstrip(". ")
 
 

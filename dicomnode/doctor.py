@@ -13,7 +13,6 @@ import http.client
 import os
 import platform
 import socket
-import ssl
 import stat
 import statistics
 import sys
@@ -23,13 +22,12 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from dicomnode import durable
-from dicomnode.errors import BundleError, NodeError, OperatorError
+from dicomnode.doctor_cloud import examine_cloud
+from dicomnode.errors import BundleError, NodeError
 from dicomnode.findings import Finding, Level
-from dicomnode.offline import HELD, may_ask
-from dicomnode.settings import EngineName, Peer, Repository, Settings
+from dicomnode.settings import EngineName, Peer, Settings
 from dicomnode.tls import Transport
 from dicomnode.tls_check import tls_findings
 
@@ -61,7 +59,7 @@ def examine(settings: Settings) -> list[Finding]:
         ("models", _models),
         ("rules", _rules),
         ("peers", _peers),
-        ("cloud", _cloud),
+        ("cloud", examine_cloud),
     )
     found: list[Finding] = []
     for name, check in checks:
@@ -418,90 +416,3 @@ def _echo(settings: Settings, peer: Peer) -> Finding:
     seconds = time.perf_counter() - begin
     where = f"{peer.host}:{peer.port}"
     return Finding(Level.ok, "peers", f"{peer.name} ({peer.ae_title} at {where}) answered C-ECHO in {seconds:.2f} s")
-
-
-def _cloud(settings: Settings) -> Iterable[Finding]:
-    cloud = settings.cloud
-    for key, path, secret in (("cloud.token_file", cloud.token_file, True), ("cloud.ca_file", cloud.ca_file, False)):
-        if path is not None:
-            yield _file(key, path, secret=secret)
-    reach = _reach if may_ask(settings.sync.offline_mode) else _not_asked
-    for endpoint in cloud.endpoints:
-        yield reach("cloud", endpoint.stow_url, endpoint.ca_file)
-        if endpoint.token_file is not None and endpoint.token_file != cloud.token_file:
-            yield _file(f"cloud.backups {endpoint.name}: token_file", endpoint.token_file, secret=True)
-    if cloud.endpoints:
-        yield from _pseudonym_key(settings)
-    else:
-        yield Finding(Level.note, "cloud", "not configured: nothing leaves the building")
-    urls = [pull.url for pull in cloud.models if pull.url]
-    if cloud.repository.metadata_url:
-        yield _root_file(cloud.repository)
-        urls += [u for u in (cloud.repository.metadata_url, cloud.repository.archives_url) if not u.startswith("s3:")]
-    for host in dict.fromkeys(urlsplit(url)._replace(path="", query="", fragment="") for url in urls):
-        yield reach("model pull", host.geturl(), cloud.ca_file)
-
-
-def _pseudonym_key(settings: Settings) -> Iterable[Finding]:
-    """Nothing to say before the first result has left: the key is made then."""
-    from dicomnode.pseudonym_key import key_path, read_key
-
-    if settings.cloud.pseudonym_key_file is None and not key_path(settings).exists():
-        return
-    try:
-        read_key(settings)
-    except OperatorError as error:
-        yield Finding(Level.fault, "cloud", f"{error.operation}: {error.cause}", error.hint)
-    else:
-        yield Finding(Level.ok, "cloud", f"the key of the pseudonyms is {key_path(settings)}: keep a copy")
-
-
-def _root_file(repository: Repository) -> Finding:
-    from dicomnode.sync.trust import read_root
-
-    assert repository.root_file is not None  # the settings see to it
-    try:
-        read_root(repository.root_file)
-    except OperatorError as error:
-        return Finding(Level.fault, "models", f"{error.operation}: {error.cause}", error.hint)
-    return Finding(Level.ok, "models", "cloud.repository.root_file holds a signed root")
-
-
-def _file(key: str, path: Path, *, secret: bool) -> Finding:
-    try:
-        mode = stat.S_IMODE(path.stat().st_mode)
-        empty = not path.read_bytes().strip()
-    except OSError as error:
-        return Finding(Level.fault, "cloud", f"{key}: {path}: {error.strerror}", "Check the path and its permissions")
-    if empty:
-        return Finding(Level.fault, "cloud", f"{key}: {path} is empty", "Write the content into it")
-    if secret and mode & 0o077:
-        hint = f"chmod 600 {path}, or use LoadCredential as in systemd/"
-        return Finding(Level.warn, "cloud", f"{key}: others on this box may read {path} (mode {mode:o})", hint)
-    return Finding(Level.ok, "cloud", f"{key}: {path} is readable")
-
-
-def _not_asked(name: str, url: str, ca_file: Path | None) -> Finding:
-    """In place of :func:`_reach` while nothing may be asked of the cloud."""
-    del ca_file
-    return Finding(Level.note, name, f"{urlsplit(url).hostname}: {HELD}")
-
-
-def _reach(name: str, url: str, ca_file: Path | None) -> Finding:
-    """A TCP connection, and a TLS handshake for https; nothing is sent."""
-    parts = urlsplit(url)
-    host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
-    where = f"{host}:{port}"
-    hint = "Results wait on this box and lose nothing. Check the outbound firewall, DNS and proxy"
-    try:
-        with socket.create_connection((host, port), timeout=CONNECT_SECONDS) as sock:
-            if parts.scheme == "https":
-                context = ssl.create_default_context(cafile=str(ca_file) if ca_file else None)
-                with context.wrap_socket(sock, server_hostname=host) as tls:
-                    return Finding(Level.ok, name, f"{where} answers, {tls.version()}")
-    except ssl.SSLCertVerificationError as error:
-        hint = "Is a proxy in between? Put its authority into cloud.ca_file"
-        return Finding(Level.warn, name, f"{where}: its certificate is not trusted: {error.verify_message}", hint)
-    except OSError as error:
-        return Finding(Level.warn, name, f"{where} cannot be reached: {error.strerror or type(error).__name__}", hint)
-    return Finding(Level.ok, name, f"{where} accepts connections")

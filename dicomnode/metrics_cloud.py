@@ -33,6 +33,13 @@ CLOUD_ENDPOINT_SECONDS = Gauge(
 RECORDS_TOTAL = Counter(
     "dicomnode_sync_records", "Records sent to the cloud, by outcome", ["outcome"], registry=REGISTRY
 )
+DEPARTED = Counter(
+    "dicomnode_departures",
+    "Objects and records made ready for the cloud, at each attempt: with the patient's identity removed or kept, or "
+    "withheld because it could not be removed",
+    ["what", "identity"],
+    registry=REGISTRY,
+)
 RECORDS_TAKEN = Counter(
     "dicomnode_records_taken",
     "Records that came from the cloud, by what became of them (own, applied, kept, merged, review, refused, ...)",

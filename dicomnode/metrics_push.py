@@ -25,6 +25,12 @@ SPOOL_SECONDS = Gauge(
     "dicomnode_remote_write_oldest_seconds", "Age of the oldest samples that wait for remote-write", registry=REGISTRY
 )
 
+SPOOL_SAMPLES = Gauge("dicomnode_remote_write_spooled_samples", "Samples that wait for remote-write", registry=REGISTRY)
+HEARTBEAT = Gauge(
+    "dicomnode_cloud_heartbeat_timestamp_seconds",
+    "Last heartbeat that the cloud took, Unix time; 0 before the first",
+    registry=REGISTRY,
+)
 CLOCK_SKEW = Gauge(
     "dicomnode_clock_skew_seconds", "Time that this node's clock is ahead of the cloud's, seconds", registry=REGISTRY
 )

@@ -35,6 +35,7 @@ from dicomnode.peer_settings import (
     checked_ae_title,
 )
 from dicomnode.rule_settings import Priority, Range, Rule, RuleStep
+from dicomnode.settings_words import plain
 
 __all__ = [
     "Cloud",
@@ -391,7 +392,7 @@ def _explain(error: ValidationError, path: Path | None) -> str:
     for item in error.errors(include_url=False):
         key = ".".join(str(part) for part in item["loc"]) or "configuration"
         value = item.get("input")  # what was judged: the environment may have replaced the file's value
-        message = item["msg"].removeprefix("Value error, ")
+        message = plain(item)
         if item["type"] == "extra_forbidden":
             message = f"unknown key; {_near(item['loc'])}"
             value = None

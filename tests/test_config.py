@@ -156,6 +156,28 @@ def test_metrics_that_are_used_exist(name: str) -> None:
     assert used - metric_names() == set()
 
 
+SIDECAR = re.compile(
+    r"dicomnode_(cloud|sync|queue_sync|queue_oldest_sync|remote_write|desired|record|records|clock|departures|warning"
+    r"|scheduled|model_pull|model_pulls|model_repository|model_waiting|tls)_"
+)
+"""Figures of what the sidecar does for the node: each of them is worth a panel, or it would not be measured."""
+
+
+def test_every_figure_of_the_sidecar_has_a_panel() -> None:
+    every = {name for name in metric_names() if SIDECAR.match(name)}
+    assert len(every) > 25 and "dicomnode_cloud_heartbeat_timestamp_seconds" in every
+    assert every - used_metrics((CONFIG / "grafana-dashboard.json").read_text(encoding="utf-8")) == set()
+
+
+def test_every_alert_is_tried_by_promtool() -> None:
+    """An alert that no test raises may never fire, or always."""
+    rules, tests = (
+        (CONFIG / name).read_text(encoding="utf-8") for name in ("prometheus-alerts.yml", "prometheus-alerts-test.yml")
+    )
+    every, tried = set(re.findall(r"alert: (\w+)", rules)), set(re.findall(r"alertname: (\w+)", tests))
+    assert every - tried == set() and tried - every == set()
+
+
 def test_dashboard_is_whole() -> None:
     dashboard = json.loads((CONFIG / "grafana-dashboard.json").read_text(encoding="utf-8"))
     ids = [p["id"] for p in dashboard["panels"]]

@@ -27,7 +27,7 @@ COMPOSITION = frozenset(
             "cli_records",
             "cli_sync",
         ),
-        *("__main__", "sidecar", "sidecar_fleet", "doctor", "demo"),
+        *("__main__", "sidecar", "sidecar_fleet", "doctor", "doctor_cloud", "demo"),
         *("cli_models", "model_desk"),
         *("conformance", "conformance_sections", "conformance_services", "conformance_statuses"),
     ]

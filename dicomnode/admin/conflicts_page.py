@@ -23,7 +23,7 @@ def conflicts_table(conflicts: Sequence[Mapping[str, Any]], w: Words, *, pill: P
             w(f"side_{c['decided_as']}") if c["decided_as"] else "",
             c["decided_by"] or "",
             w(c["why"]),
-            str(c["created_time"])[:19].replace("T", " "),
+            element("time", str(c["created_time"])[:19].replace("T", " "), datetime=str(c["created_time"])),
             element("code", f"dicomnode conflicts show {int(c['id'])}") if c["state"] == "open" else None,
         ]
         for c in conflicts

@@ -11,25 +11,29 @@ Words = Callable[[str], str]
 Pill = Callable[[str, Words], Markup]
 
 
-def fleet_lines(report: Mapping[str, Any], w: Words, *, pill: Pill) -> Markup | None:
-    """``report``: that of ``status``. None where the node is no part of a fleet."""
+def fleet_lines(report: Mapping[str, Any], w: Words, *, pill: Pill, say: Words = str) -> Markup | None:
+    """``report``: that of ``status``; ``say``: a sentence of the node in the reader's language.
+
+    None where the node is no part of a fleet.
+    """
     lines = [
         line
-        for line in (_remote_write(report["remote_write"], w, pill), *_fleet(report["fleet"], w, pill))
+        for line in (_remote_write(report["remote_write"], w, pill, say), *_fleet(report["fleet"], w, pill, say))
         if line is not None
     ]
     return join(*lines) if lines else None
 
 
-def _remote_write(push: Mapping[str, Any], w: Words, pill: Pill) -> Markup | None:
+def _remote_write(push: Mapping[str, Any], w: Words, pill: Pill, say: Words) -> Markup | None:
     if push["state"] == "off":
         return None
-    waits = f" {w('waiting')}: {push['waiting']}, {int(push['bytes']) >> 10} KiB" if push["waiting"] else ""
-    error = element("span", push["error"], class_="error") if push["error"] else None
+    size, minutes = max(1, int(push["bytes"]) >> 10), float(push["oldest_seconds"]) / 60
+    waits = " " + w("spooled").format(push["waiting"], size, f"{minutes:.0f}") if push["waiting"] else ""
+    error = element("span", say(push["error"]), class_="error") if push["error"] else None
     return element("p", w("metrics_push"), " ", pill(push["state"], w), waits, " " if error else None, error)
 
 
-def _fleet(fleet: Mapping[str, Any], w: Words, pill: Pill) -> list[Markup]:
+def _fleet(fleet: Mapping[str, Any], w: Words, pill: Pill, say: Words) -> list[Markup]:
     lines = []
     if fleet["beat_time"]:
         skew = fleet["clock_skew_seconds"]
@@ -39,7 +43,11 @@ def _fleet(fleet: Mapping[str, Any], w: Words, pill: Pill) -> list[Markup]:
     if newest := fleet["newest"]:
         serving = fleet["serving"]
         serves = f" · {w('desired_serving')} {serving['generation']}" if serving else ""
-        error = element("span", newest["reason"], class_="error") if newest["reason"] else None
+        error = element("span", say(newest["reason"]), class_="error") if newest["reason"] else None
         text = f"{w('desired_state')} {newest['generation']} "
-        lines.append(element("p", text, pill(newest["status"], w), serves, " " if error else None, error))
+        told = None if newest["reported"] else f" · {w('not_reported')}"
+        lines.append(element("p", text, pill(newest["status"], w), serves, told, " " if error else None, error))
+    if fleet["beat_time"] or fleet["newest"]:
+        accepted = ", ".join(fleet["accept"]) or w("accept_nothing")
+        lines.append(element("p", w("accept"), " ", accepted))
     return lines

@@ -42,7 +42,7 @@ def versions_table(
         share = [f"{row['percent']:g} %"] if row["percent"] else []
         bad = sum(n for state, n in f.runs.items() if state in ("error", "lost", "refused"))
         moved = max((d.psi for d in f.drift.values()), default=None)
-        since = str(row["since_time"] or "")[:19].replace("T", " ")
+        since = str(row["since_time"] or "")
         rows.append(
             [
                 row["name"],
@@ -54,7 +54,7 @@ def versions_table(
                     _waits(row, w),
                 ),
                 ", ".join([*share, *row["peers"]]),
-                since,
+                element("time", since[:19].replace("T", " "), datetime=since) if since else None,
                 str(f.runs.get("done", 0)),
                 element("span", str(bad), class_="error") if bad else "0",
                 f"{f.seconds['0.5']:.2f} s" if "0.5" in f.seconds else "",
@@ -96,7 +96,7 @@ def history_table(history: Sequence[Mapping[str, Any]], w: Words, *, pill: Pill,
     """The newest changes: who, when, why."""
     rows: list[list[Child]] = [
         [
-            str(h["time"])[:19].replace("T", " "),
+            element("time", str(h["time"])[:19].replace("T", " "), datetime=str(h["time"])),
             f"{h['name']} {h['version']}",
             pill(h["to_state"], w),
             h["who"],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,49 +11,20 @@ from dicomnode.admin.fleet_page import fleet_lines
 from dicomnode.admin.markup import Child, Markup, document, element, join
 from dicomnode.admin.model_figures import VersionFigures
 from dicomnode.admin.models_page import comparisons_table, history_table, versions_table
+from dicomnode.admin.phrases import phrase
 from dicomnode.admin.placement_cell import placement_cell
 from dicomnode.admin.ready import Check
+from dicomnode.admin.tones import tone_of
 from dicomnode.admin.words import Language, word
+from dicomnode.conflicts import KIND_OF
 from dicomnode.index.jobs import PRIORITIES
 from dicomnode.logs import uid_hash
 from dicomnode.settings import Settings
 
 REFRESH_SECONDS = 10
-_GOOD = {
-    "review_decided",
-    "done",
-    "stored",
-    "committed",
-    "reported",
-    "answered",
-    "ready",
-    "ok",
-    "info",
-    "activated",
-    "placed",
-    "active",
-    "default",
-    "superseded",
-    "skipped",
-    "valid",
-    "online",
-    "well",
-}
-_BAD = {"failed", "rejected", "error", "silent_state", "problem", "expired", "offline"}
-_WARN = {
-    "review_open",
-    "canary",
-    "refused",
-    "away",
-    "unknown",
-    "not-run",
-    "warning",
-    "starting",
-    "stopping",
-    "retried",
-    "expiring",
-    "degraded",
-}
+_TAGS: Mapping[str, str] = {"en": "en", "zh": "zh-CN"}
+_RECORD_ITEMS = frozenset(KIND_OF)
+_OF_NOBODY = frozenset({"settings", "preferences", "limits"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +58,12 @@ def render(view: View) -> str:
 
     ready = all(check.ok for check in view.checks.values())
     other = "en" if view.language == "zh" else "zh"
+    again = element("meta", http_equiv="refresh", content=str(view.refresh_seconds))
     head = element(
         "head",
         element("meta", charset="utf-8"),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("meta", http_equiv="refresh", content=str(view.refresh_seconds)),
+        element("noscript", again) if view.changes_allowed else again,
         element("title", f"{view.settings.node.ae_title} · {w('title')}"),
         element("link", rel="stylesheet", href="/static/style.css"),
         element("link", rel="icon", href="/static/icon.svg", type="image/svg+xml"),
@@ -101,37 +73,39 @@ def render(view: View) -> str:
         "header",
         element("h1", view.settings.node.ae_title, element("small", w("title"))),
         element("span", w("ready" if ready else "not_ready"), class_=f"pill {'good' if ready else 'bad'} large"),
-        element("nav", element("a", w("language"), href=f"/?lang={other}", hreflang=other)),
+        element("nav", element("a", w("language"), href=f"/?lang={other}", hreflang=other, lang=_TAGS[other])),
     )
-    main = element(
-        "main",
-        _numbers(view, w),
-        _checks(view, w),
-        _jobs(view, w),
-        _deliveries(view, w),
-        _commitments(view, w),
-        _notifications(view, w),
-        _sync(view, w),
-        _conflicts(view, w),
-        _fleet(view, w),
-        _peers(view, w),
-        _tls(view, w),
-        _models(view, w),
-        _model_versions(view, w),
-        _processes(view, w),
-        _schedule(view, w),
-        _events(view, w),
-    )
+    sections = {
+        "checks": _checks(view, w),
+        "jobs": _jobs(view, w),
+        "deliveries": _deliveries(view, w),
+        "commitment": _commitments(view, w),
+        "notifications": _notifications(view, w),
+        "sync": _sync(view, w),
+        "conflicts": _conflicts(view, w),
+        "fleet": _fleet(view, w),
+        "peers": _peers(view, w),
+        "tls": _tls(view, w),
+        "models": _models(view, w),
+        "model_versions": _model_versions(view, w),
+        "processes": _processes(view, w),
+        "schedule": _schedule(view, w),
+        "events": _events(view, w),
+    }
+    links = (element("a", w(key), href=f"#{key}") for key, section in sections.items() if section is not None)
+    contents = element("nav", *links, class_="contents", aria_label=w("contents"))
+    main = element("main", _numbers(view, w), contents, *sections.values(), id="main")
     footer = element(
         "footer",
-        element("p", w("disclaimer")),
+        element("p", w("disclaimer"), " ", w("utc")),
         element("p", w("no_changes")) if not view.changes_allowed else None,
         element(
             "p", f"dicomnode {view.report['node']['version']} · {w('updated')} ", _time(view.report["node"]["time"])
         ),
     )
-    body = element("body", header, main, footer)
-    return document(element("html", head, body, lang="zh-CN" if view.language == "zh" else "en"))
+    skip = element("a", w("skip"), href="#main", class_="skip")
+    body = element("body", skip, header, main, footer, data_refresh=str(view.refresh_seconds))
+    return document(element("html", head, body, lang=_TAGS[view.language]))
 
 
 Words = Callable[[str], str]
@@ -186,12 +160,12 @@ def _checks(view: View, w: Words) -> Markup:
             "li",
             _pill("ok" if check.ok else "problem", w),
             element("b", w(name)),
-            element("span", check.detail),
-            element("em", check.hint) if check.hint and not check.ok else None,
+            element("span", phrase(check.detail, view.language)),
+            element("em", phrase(check.hint, view.language)) if check.hint and not check.ok else None,
         )
         for name, check in view.checks.items()
     )
-    return _section(w("checks"), element("ul", *items, class_="checks"))
+    return _section("checks", w, element("ul", *items, class_="checks"))
 
 
 def _jobs(view: View, w: Words) -> Markup:
@@ -208,19 +182,19 @@ def _jobs(view: View, w: Words) -> Markup:
             if job["critical"]
             else _pill(job["state"], w),
             placement_cell(job["engine"], job["placement"], w),
-            job["reason"] or "",
-            _error(job["last_error"]),
+            element("span", phrase(job["reason"], view.language), class_="reason") if job["reason"] else None,
+            _error(job["last_error"], view),
             _time(job["created_time"]),
             _retry(view, w, "jobs", job, ("failed", "refused")),
         ]
         for job in view.jobs
     ]
     heads = ["id", "study", "model", "revision", "instances", "priority", "state", "ran_on", "reason", "error"]
-    return _section(w("jobs"), _table([*heads, "created", ""], rows, w))
+    return _section("jobs", w, _table([*heads, "created", ""], rows, w))
 
 
 def _deliveries(view: View, w: Words) -> Markup:
-    return _section(w("deliveries"), _outbox(view, w, "deliveries", view.deliveries))
+    return _section("deliveries", w, _outbox(view, w, "deliveries", view.deliveries))
 
 
 def _commitments(view: View, w: Words) -> Markup | None:
@@ -236,43 +210,44 @@ def _commitments(view: View, w: Words) -> Markup | None:
             "" if row["failed"] is None else str(row["failed"]),
             _pill(row["state"], w),
             str(row["attempts"]),
-            _error(row["last_error"]),
+            _error(row["last_error"], view),
             _time(row["created_time"]),
             _retry(view, w, "commitments", row, retried[row["role"]]),
         ]
         for row in view.commitments
     ]
     heads = ["id", "asked", "instances", "not_committed", "state", "attempts", "error", "created"]
-    return _section(w("commitment"), _table([*heads, ""], rows, w))
+    return _section("commitment", w, _table([*heads, ""], rows, w))
 
 
 def _notifications(view: View, w: Words) -> Markup | None:
     """Only where a rule asks for them."""
     if not view.notifications:
         return None
-    return _section(w("notifications"), _outbox(view, w, "notifications", view.notifications))
+    return _section("notifications", w, _outbox(view, w, "notifications", view.notifications))
 
 
 def _sync(view: View, w: Words) -> Markup:
     if not view.settings.cloud.stow_url and not view.sync:
-        return _section(w("sync"), element("p", w("sync_off"), class_="empty"))
-    return _section(w("sync"), join(*_cloud(view.report["cloud"], w), _outbox(view, w, "sync", view.sync)))
+        return _section("sync", w, element("p", w("sync_off"), class_="empty"))
+    return _section("sync", w, join(*_cloud(view, w), _outbox(view, w, "sync", view.sync)))
 
 
 def _fleet(view: View, w: Words) -> Markup | None:
-    lines = fleet_lines(view.report, w, pill=_pill)
-    return None if lines is None else _section(w("fleet"), lines)
+    lines = fleet_lines(view.report, w, pill=_pill, say=lambda text: phrase(text, view.language))
+    return None if lines is None else _section("fleet", w, lines)
 
 
-def _cloud(cloud: Mapping[str, Any], w: Words) -> list[Markup]:
+def _cloud(view: View, w: Words) -> list[Markup]:
     """State of the line, its endpoints, and what waits in each class."""
+    cloud = view.report["cloud"]
     endpoints = [
         [
             e["name"],
             _pill("well" if e["well"] else "away" if e["error"] else "untried", w),
             w("yes" if e["in_use"] else "no"),
             "" if e["latency_seconds"] is None else f"{e['latency_seconds'] * 1000:.0f} ms",
-            _error(e["error"]),
+            _error(e["error"], view),
         ]
         for e in cloud["endpoints"]
     ]
@@ -286,7 +261,8 @@ def _cloud(cloud: Mapping[str, Any], w: Words) -> list[Markup]:
         for one in cloud["waiting"]
         if one["count"]
     ]
-    parts = [element("p", _pill(cloud["state"], w), f" {w('offline_mode')}: {cloud['mode']}")]
+    mode = w(f"mode_{cloud['mode']}")
+    parts = [element("p", _pill(cloud["state"], w), f" {w('offline_mode')}: {mode}")]
     if endpoints:
         parts.append(_table(["name", "state", "in_use", "latency", "error"], endpoints, w))
     if waiting:
@@ -298,7 +274,14 @@ def _conflicts(view: View, w: Words) -> Markup | None:
     """Only where there are any."""
     if not view.conflicts:
         return None
-    return _section(w("conflicts"), conflicts_table(view.conflicts, w, pill=_pill, table=_table))
+    return _section("conflicts", w, conflicts_table(view.conflicts, w, pill=_pill, table=_table))
+
+
+def _identity(item: Mapping[str, Any], w: Words) -> str | None:
+    """Whether a patient's identity leaves; nothing where an item is of no patient."""
+    if item["kind"] in _OF_NOBODY:
+        return None
+    return w("kept" if item["identified"] else "removed")
 
 
 def _outbox(view: View, w: Words, collection: str, items: Sequence[Mapping[str, Any]]) -> Markup:
@@ -306,17 +289,19 @@ def _outbox(view: View, w: Words, collection: str, items: Sequence[Mapping[str, 
         [
             str(item["id"]),
             item["destination"],
-            item["kind"],
+            w(f"record_{item['kind']}") if item["kind"] in _RECORD_ITEMS else item["kind"],
             element("code", uid_hash(item["StudyInstanceUID"])) if item["StudyInstanceUID"] else None,
             _pill(item["state"], w),
             str(item["attempts"]),
-            _error(item["last_error"]),
+            _error(item["last_error"], view),
+            *([_identity(item, w)] if "identified" in item else []),
             _time(item["created_time"]),
             _retry(view, w, collection, item, ("rejected", "pending", "committing")),
         ]
         for item in items
     ]
-    heads = ["id", "destination", "kind", "study", "state", "attempts", "error", "created"]
+    identity = ["identity"] if items and "identified" in items[0] else []
+    heads = ["id", "destination", "kind", "study", "state", "attempts", "error", *identity, "created"]
     return _table([*heads, ""], rows, w)
 
 
@@ -336,14 +321,14 @@ def _peers(view: View, w: Words) -> Markup:
         ]
         for peer in view.settings.peers
     ]
-    return _section(w("peers"), _table(["name", "ae_title", "address", "services", "commitment", "waiting"], rows, w))
+    return _section("peers", w, _table(["name", "ae_title", "address", "services", "commitment", "waiting"], rows, w))
 
 
 def _tls(view: View, w: Words) -> Markup:
     tls = view.report["tls"]
     own, peers = tls["certificate"], tls["peers"]
     if tls["port"] is None and own is None and not peers:
-        return _section(w("tls"), element("p", w("tls_off"), class_="empty"))
+        return _section("tls", w, element("p", w("tls_off"), class_="empty"))
     port = w("tls_sending_only") if tls["port"] is None else w("tls_port").format(tls["port"])
     certificates = [(element("b", w("this_node")), own["subject"], own)] if own else []
     certificates += [(element("span", peer["peer"]), "", peer) for peer in peers]
@@ -352,7 +337,7 @@ def _tls(view: View, w: Words) -> Markup:
         for name, subject, one in certificates
     ]
     table = _table(["name", "subject_name", "state", "valid_until", "days_left"], rows, w)
-    return _section(w("tls"), join(element("p", port), element("p", _error(tls["fault"])), table))
+    return _section("tls", w, join(element("p", port), element("p", _error(tls["fault"])), table))
 
 
 def _models(view: View, w: Words) -> Markup:
@@ -371,23 +356,22 @@ def _models(view: View, w: Words) -> Markup:
     table = _table(["model", "active", "serving", "wanted", "error"], rows, w)
     trust = _repository(models["repository"], w)
     if not models["pulls"]:
-        return _section(w("models"), join(table, trust))
+        return _section("models", w, join(table, trust))
     pulls = [
         [p["name"], p["version"], _pill(p["state"], w), str(p["attempts"]), _error(p["last_error"])]
         for p in models["pulls"]
     ]
     heads = ["model", "version", "state", "attempts", "error"]
-    return _section(w("models"), join(table, trust, element("h3", w("pulls")), _table(heads, pulls, w)))
+    return _section("models", w, join(table, trust, element("h3", w("pulls")), _table(heads, pulls, w)))
 
 
 def _repository(trust: Mapping[str, Any], w: Words) -> Markup | None:
     """One line: how the signed repository stands, until when, and why not."""
     if not trust:
         return None
-    ends = f" {w('valid_until')} {_time(trust['expires_time'])} " if trust.get("expires_time") else " "
-    return element(
-        "p", element("b", w("model_repository")), " ", _pill(trust["state"], w), ends, _error(trust["reason"] or None)
-    )
+    ends = join(" ", w("valid_until"), " ", _time(trust["expires_time"])) if trust.get("expires_time") else None
+    name = element("b", w("model_repository"))
+    return element("p", name, " ", _pill(trust["state"], w), ends, " ", _error(trust["reason"] or None))
 
 
 def _model_versions(view: View, w: Words) -> Markup:
@@ -406,7 +390,7 @@ def _model_versions(view: View, w: Words) -> Markup:
         parts += [element("h3", w("comparisons")), table]
     if view.model_history:
         parts += [element("h3", w("history")), history_table(view.model_history, w, pill=_pill, table=_table)]
-    return _section(w("model_versions"), join(*parts))
+    return _section("model_versions", w, join(*parts))
 
 
 def _processes(view: View, w: Words) -> Markup:
@@ -420,7 +404,7 @@ def _processes(view: View, w: Words) -> Markup:
         ]
         for process in view.report["processes"]
     ]
-    return _section(w("processes"), _table(["name", "state", "pid", "silent", "started"], rows, w))
+    return _section("processes", w, _table(["name", "state", "pid", "silent", "started"], rows, w))
 
 
 def _schedule(view: View, w: Words) -> Markup:
@@ -434,41 +418,55 @@ def _schedule(view: View, w: Words) -> Markup:
         ]
         for name, task in sorted(view.report["scheduled"].items())
     ]
-    return _section(w("schedule"), _table(["name", "last_run", "duration", "runs", "error"], rows, w))
+    return _section("schedule", w, _table(["name", "last_run", "duration", "runs", "error"], rows, w))
 
 
 def _events(view: View, w: Words) -> Markup:
     rows = [
         [_time(e["time"]), _pill(e["severity"], w), e["kind"], e["subject"], e["text"]] for e in view.report["events"]
     ]
-    return _section(w("events"), _table(["time", "severity", "kind", "subject", "text"], rows, w))
+    return _section("events", w, _table(["time", "severity", "kind", "subject", "text"], rows, w))
 
 
-def _section(title: str, content: Markup) -> Markup:
-    return element("section", element("h2", title), content)
+def _section(key: str, w: Words, content: Markup) -> Markup:
+    """``key``: of its title, and its anchor."""
+    return element("section", element("h2", w(key)), content, id=key, aria_label=w(key))
 
 
 def _table(keys: Sequence[str], rows: Sequence[Iterable[Child]], w: Words) -> Markup:
     if not rows:
         return element("p", w("nothing"), class_="empty")
-    head = element("thead", element("tr", *(element("th", w(key), scope="col") for key in keys)))
-    body = element("tbody", *(element("tr", *(element("td", cell) for cell in row)) for row in rows))
-    return element("div", element("table", head, body), class_="scroll")
+    titles = [w(key) if key else "" for key in keys]
+    head = element("thead", element("tr", *(element("th", title, scope="col") for title in titles)))
+    body = element("tbody", *(element("tr", *_cells(row, titles)) for row in rows))
+    # A box that scrolls must be reachable by the keyboard (WCAG 2.1.1).
+    return element("div", element("table", head, body), class_="scroll", tabindex="0")
+
+
+def _cells(row: Iterable[Child], titles: Sequence[str]) -> Iterator[Markup]:
+    """With the column's title, which narrow screens show in front of each value."""
+    for cell, title in zip(row, titles, strict=True):
+        yield element("td", cell, data_label=title or None)
 
 
 def _pill(state: str, w: Words) -> Markup:
-    tone = "good" if state in _GOOD else "bad" if state in _BAD else "warn" if state in _WARN else "plain"
-    return element("span", w(state), class_=f"pill {tone}")
+    return element("span", w(state), class_=f"pill {tone_of(state)}")
 
 
 def _retry(view: View, w: Words, collection: str, row: Mapping[str, Any], states: tuple[str, ...]) -> Markup | None:
     if not view.changes_allowed or row["state"] not in states:
         return None
-    return element("button", w("retry"), type="button", data_retry=f"/api/v1/{collection}/{int(row['id'])}/retry")
+    number = int(row["id"])
+    path, spoken = f"/api/v1/{collection}/{number}/retry", f"{w('retry')} {w(collection)} {number}"
+    return element("button", w("retry"), type="button", data_retry=path, aria_label=spoken)
 
 
-def _error(text: str | None) -> Markup | None:
-    return element("span", text, class_="error") if text else None
+def _error(text: str | None, view: View | None = None) -> Markup | None:
+    """``view``: in whose language it is told, where its sentence is known."""
+    if not text:
+        return None
+    told = phrase(text, view.language) if view else text
+    return element("span", told, class_="error long" if len(told) > 24 else "error")
 
 
 def _time(moment: str | None) -> Markup | None:

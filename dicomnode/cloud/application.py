@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from aiohttp import web
 
 from dicomnode import __version__, logs, strict_json
-from dicomnode.cloud import page, shapes, stow
+from dicomnode.cloud import content, page, series, shapes, stow
 from dicomnode.cloud.callers import ADMINISTRATOR, Caller, Callers
 from dicomnode.cloud.models import ModelFiles
 from dicomnode.cloud.storage import Storage
@@ -27,7 +27,9 @@ CALLER = web.RequestKey("caller", Caller)
 T = TypeVar("T")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 _HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; style-src 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "Content-Security-Policy": (
+        "default-src 'none'; style-src 'self'; img-src 'self'; base-uri 'none'; frame-ancestors 'none'"
+    ),
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
@@ -44,8 +46,9 @@ class Forbidden(OperatorError):
 class Cloud:
     """Handlers over one storage. ``callers``: whom the tokens stand for; none: loopback callers only."""
 
-    def __init__(self, storage: Storage, callers: Callers) -> None:
+    def __init__(self, storage: Storage, callers: Callers, models: Path | None = None) -> None:
         self.storage = storage
+        self.models = models
         self.callers = callers
 
     async def blocking(self, function: Callable[..., T], *arguments: Any) -> T:
@@ -62,7 +65,8 @@ class Cloud:
         if known is not None:
             return 0
         local = is_loopback(request.remote or "") and is_loopback(_host(request.headers.get("Host", "")))
-        if request.path == "/health" or (local and request.path in {"/", "/style.css"} and request.method == "GET"):
+        shown = request.path in {"/", "/style.css"} or request.path.startswith("/objects/")
+        if request.path == "/health" or (local and shown and request.method == "GET"):
             return 0
         if self.callers:
             return 401
@@ -103,8 +107,40 @@ class Cloud:
         return web.json_response({"status": "ok", "version": __version__})
 
     async def page(self, _: web.Request) -> web.Response:
-        text = await self.blocking(page.render, self.storage)
+        text = await self.blocking(page.render, self.storage, self.models)
         return web.Response(text=text, content_type="text/html")
+
+    async def object_page(self, request: web.Request) -> web.Response:
+        uid, site = request.match_info["uid"], self.site(request)
+        text = await self.blocking(page.object_page, uid, site, await self._content(uid, site))
+        return web.Response(text=text, content_type="text/html")
+
+    async def picture(self, request: web.Request) -> web.Response:
+        found = await self.blocking(content.picture, await self._content(request.match_info["uid"], self.site(request)))
+        if found is None:
+            raise web.HTTPNotFound
+        return web.Response(body=found, content_type="image/png")
+
+    async def _content(self, uid: str, site: str) -> bytes:
+        path = await self.blocking(self.storage.object_file, uid, site)
+        if path is None or path.stat().st_size > content.MAX_FILE_BYTES:
+            raise web.HTTPNotFound
+        return await self.blocking(path.read_bytes)
+
+    async def remote_write(self, request: web.Request) -> web.Response:
+        """Prometheus remote-write 1.0: a node's figures; 204, or 400 for what is none and must not come again."""
+        body = await request.read()
+
+        def take() -> None:
+            try:
+                found = series.read_write_request(body)
+            except ValueError as error:
+                hint = "Send remote-write 1.0: a snappy block with a WriteRequest"
+                raise OperatorError("read samples", str(error) or "unreadable", hint) from None
+            self.storage.add_series(series.by_node(found, request[CALLER].node), self.site(request))
+
+        await self.blocking(take)
+        return web.Response(status=204)
 
     async def style(self, _: web.Request) -> web.Response:
         return web.Response(text=page.STYLE, content_type="text/css")
@@ -232,8 +268,8 @@ def make_app(
     nodes: Mapping[str, Caller] | None = None,
 ) -> web.Application:
     """``token``: the administrator's, ``nodes``: those of nodes; ``models``: folder of a signed repository to serve."""
-    cloud = Cloud(storage, Callers.of(token, nodes))
-    app = web.Application(client_max_size=MAX_JSON_BYTES, middlewares=[_errors, _guard(cloud)])
+    cloud = Cloud(storage, Callers.of(token, nodes), models)
+    app = web.Application(client_max_size=series.MAX_BODY_BYTES, middlewares=[_errors, _guard(cloud)])
     add = app.router
     add.add_get("/", cloud.administrator(cloud.page))
     add.add_get("/style.css", cloud.style)
@@ -241,6 +277,9 @@ def make_app(
     add.add_post("/studies", cloud.stow)
     add.add_post(r"/studies/{study:[0-9.]{1,64}}", cloud.stow)
     add.add_get(r"/v1/objects/{uid:[0-9.]{1,64}}", cloud.object)
+    add.add_get(r"/objects/{uid:[0-9.]{1,64}}", cloud.administrator(cloud.object_page))
+    add.add_get(r"/objects/{uid:[0-9.]{1,64}}/picture", cloud.administrator(cloud.picture))
+    add.add_post("/api/v1/write", cloud.remote_write)
     add.add_post("/v1/records", cloud.post_records)
     add.add_get("/v1/records", cloud.get_records)
     add.add_get("/v1/records/{type}/{id}", cloud.get_record)
@@ -265,6 +304,8 @@ def make_app(
 
 async def _json(request: web.Request) -> Any:
     body = await request.read()
+    if len(body) > MAX_JSON_BYTES:
+        raise web.HTTPRequestEntityTooLarge(MAX_JSON_BYTES, len(body))
     try:
         return strict_json.read(body)
     except ValueError as error:

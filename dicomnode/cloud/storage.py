@@ -6,7 +6,7 @@ import json
 import os
 import threading
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,6 +17,7 @@ import apsw
 
 from dicomnode import durable
 from dicomnode.cloud.schema import prepare
+from dicomnode.cloud.series import MAX_SERIES, Series, shown
 from dicomnode.errors import DiskFull
 
 Row = dict[str, Any]
@@ -341,6 +342,43 @@ class Storage:
             db.execute(f"UPDATE nodes SET report = ?, report_time = ? WHERE {_NODE}", told)
             return bool(db.changes())
 
+    # Metrics
+
+    def add_series(self, named: Iterable[tuple[str, Series]], site: str = "") -> int:
+        """Keep the newest value of each series of a node, at most MAX_SERIES of them; how many samples came."""
+        count, moment = 0, now()
+        with self._transaction() as db:
+            held: dict[str, int] = {}
+            for node, one in named:
+                if node not in held:
+                    where = "SELECT count(*) AS n FROM series WHERE site = ? AND node = ?"
+                    held[node] = int(self._rows(where, (site, node))[0]["n"])
+                db.execute(
+                    "UPDATE series SET samples = samples + ?4, received_time = ?7,"
+                    " value = CASE WHEN ?6 >= sample_ms THEN ?5 ELSE value END, sample_ms = max(sample_ms, ?6)"
+                    " WHERE site = ?1 AND node = ?2 AND labels = ?3",
+                    (site, node, shown(one.labels), one.samples, one.value, one.time, moment),
+                )
+                if not db.changes() and held[node] < MAX_SERIES:
+                    held[node] += 1
+                    db.execute(
+                        "INSERT INTO series (site, node, labels, samples, value, sample_ms, received_time)"
+                        " VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
+                        (site, node, shown(one.labels), one.samples, one.value, one.time, moment),
+                    )
+                count += one.samples
+        return count
+
+    def series(self, site: str, node: str) -> list[Row]:
+        return self.rows("SELECT * FROM series WHERE site = ? AND node = ? ORDER BY labels", (site, node))
+
+    def series_nodes(self) -> list[Row]:
+        """For each node how many series and samples came, and when the last ones did."""
+        return self.rows(
+            "SELECT site, node, count(*) AS series, sum(samples) AS samples, max(received_time) AS received_time"
+            " FROM series GROUP BY site, node ORDER BY site, node"
+        )
+
     def counts(self) -> dict[str, int]:
         queries = {
             "objects": "SELECT count(*) AS n FROM objects",
@@ -348,6 +386,7 @@ class Storage:
             "studies": "SELECT count(DISTINCT StudyInstanceUID) AS n FROM objects",
             "records": "SELECT count(*) AS n FROM records",
             "conflicts": "SELECT count(*) AS n FROM conflicts WHERE state = 'open'",
+            "samples": "SELECT coalesce(sum(samples), 0) AS n FROM series",
             "repeated": "SELECT coalesce(sum(puts - 1), 0) AS n FROM objects",
         }
         return {name: int(self.rows(sql)[0]["n"]) for name, sql in queries.items()}

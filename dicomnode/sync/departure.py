@@ -11,10 +11,12 @@ from typing import Any
 from dicomnode.burned_in import Shows
 from dicomnode.cloud_settings import pictures_of
 from dicomnode.deidentify import PATIENT_TYPES, Departure, deidentify_record
+from dicomnode.errors import MalformedDataSet
 from dicomnode.index.database import Database, Row
 from dicomnode.index.desired import ServingRules
 from dicomnode.index.mapping import PseudonymRows
 from dicomnode.index.record_reviews import is_pseudonym
+from dicomnode.metrics_cloud import DEPARTED
 from dicomnode.pseudonym_key import ensure_key
 from dicomnode.pseudonyms import Pseudonyms
 from dicomnode.settings import Settings
@@ -60,10 +62,16 @@ class Departures:
 
     def object(self, item: Row, path: Path) -> tuple[str, bytes | None]:
         if self._identified(item):
+            DEPARTED.labels("object", "kept").inc()
             return str(item["SOPInstanceUID"]), None
         self.ready()
         plain = item["shows"] == Shows.primary and Shows.primary in pictures_of(self._settings.cloud)
-        left = self._leave(path, self._key, plain)
+        try:
+            left = self._leave(path, self._key, plain)
+        except MalformedDataSet:
+            DEPARTED.labels("object", "withheld").inc()
+            raise
+        DEPARTED.labels("object", "removed").inc()
         self._note(left.mapping)
         return left.sop_instance_uid, left.content
 

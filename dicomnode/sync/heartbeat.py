@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from typing import Any
 
 from dicomnode import logs
@@ -12,7 +13,7 @@ from dicomnode.cloud_settings import node_name
 from dicomnode.errors import PeerRefused
 from dicomnode.index.database import Database
 from dicomnode.index.operation import Events
-from dicomnode.metrics_push import CLOCK_SKEW
+from dicomnode.metrics_push import CLOCK_SKEW, HEARTBEAT
 from dicomnode.settings import Settings
 from dicomnode.sync.endpoints import Endpoints
 from dicomnode.sync.fleet_calls import call
@@ -54,6 +55,7 @@ class Heartbeat:
         generation = reply.body.get("generation") if isinstance(reply.body, dict) else None
         self.desired = generation if isinstance(generation, int) else 0
         self._beat_time = now
+        HEARTBEAT.set(datetime.fromisoformat(now).timestamp())
         return True
 
     async def _judge(self, skew: float) -> None:

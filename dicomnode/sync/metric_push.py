@@ -24,7 +24,7 @@ from dicomnode.cloud_settings import node_name
 from dicomnode.errors import OperatorError, PeerError, StorageError
 from dicomnode.index.database import Database
 from dicomnode.index.operation import Events
-from dicomnode.metrics_push import SPOOL_BYTES, SPOOL_SECONDS, count
+from dicomnode.metrics_push import SPOOL_BYTES, SPOOL_SAMPLES, SPOOL_SECONDS, count
 from dicomnode.offline import may_ask
 from dicomnode.settings import Cloud, Settings
 from dicomnode.sync.bandwidth import Bucket
@@ -230,6 +230,7 @@ class MetricPush:
     def _show(self) -> None:
         entries = self._spool.entries()
         SPOOL_BYTES.set(sum(e.size for e in entries))
+        SPOOL_SAMPLES.set(sum(e.samples for e in entries))
         SPOOL_SECONDS.set(self._spool.age_seconds(entries[0]) if entries else 0.0)
 
     def report(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import apsw
 import pytest
 from aiohttp import ClientSession
 
+from dicomnode.cloud import schema
 from dicomnode.cloud.callers import Caller, read_nodes
 from dicomnode.cloud.run import run_cloud
 from dicomnode.cloud.storage import Storage
@@ -204,7 +205,9 @@ def test_tokens_come_from_a_folder_for_each_site(tmp_path: Path) -> None:
         run_cloud(tmp_path / "cloud", "127.0.0.1", 0, token_file=tmp_path / "admin", nodes_dir=tmp_path)
 
 
-def test_data_of_an_earlier_version_stays_and_belongs_to_no_site(tmp_path: Path) -> None:
+def test_data_of_an_earlier_version_stays_and_belongs_to_no_site(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     connection = apsw.Connection(str(tmp_path / "cloud.sqlite"))
     connection.execute(
         "CREATE TABLE records (type TEXT NOT NULL, id TEXT NOT NULL, version INTEGER NOT NULL, node TEXT NOT NULL,"
@@ -217,6 +220,10 @@ def test_data_of_an_earlier_version_stays_and_belongs_to_no_site(tmp_path: Path)
         "INSERT INTO records VALUES ('ai-result', 'r1', 3, 'OLD', NULL, '{\"a\": 1}', 't', 't', 5, 'k')"
     )
     connection.close()
+    with monkeypatch.context() as broken:  # the process ends in the middle of it
+        broken.setattr(schema, "_INDEXES", ("CREATE INDEX no_such ON nothing(x)",))
+        with pytest.raises(apsw.SQLError):
+            Storage(tmp_path, reserve_mb=1)
     for _ in range(2):  # and opening it again changes nothing
         storage = Storage(tmp_path, reserve_mb=1)
         assert [(r["site"], r["id"], r["version"]) for r in storage.feed(0, None, 9)] == [("", "r1", 3)]

@@ -12,7 +12,7 @@ from pydicom import dcmread
 
 from dicomnode.deidentify import deidentify
 from dicomnode.encode import Correction, encode_results
-from dicomnode.index.corrections import corrected_study, read_corrections
+from dicomnode.index.corrections import CORRECTED_STUDIES, corrected_study, read_corrections
 from dicomnode.index.database import Database
 from dicomnode.index.mapping import PseudonymRows
 from dicomnode.index.operation import Models
@@ -81,6 +81,15 @@ def test_what_the_node_tells_of_a_study_is_no_correction(tmp_path: Path) -> None
         assert list(read_corrections(node.db).studies.values()) == [{"AccessionNumber": "A77"}]
 
     run(tmp_path, body)
+
+
+def test_what_there_is_to_correct_is_found_without_looking_at_every_study(tmp_path: Path) -> None:
+    db = Database(tmp_path)
+    try:
+        plan = db.rows(f"EXPLAIN QUERY PLAN {CORRECTED_STUDIES}", (9,))
+        assert "idx_records_corrected" in plan[0]["detail"] and plan[0]["detail"].startswith("SCAN r USING"), plan
+    finally:
+        db.close()
 
 
 def test_settings_of_the_node_are_told_and_not_set(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from dicomnode.cloud_settings import CloudPlan, Sync
 from dicomnode.errors import OperatorError
 from dicomnode.index.database import Database
 from dicomnode.index.mapping import PseudonymRows
+from dicomnode.metrics_cloud import REGISTRY
 from dicomnode.pseudonyms import Pseudonyms
 from dicomnode.sync.departure import Departures
 from dicomnode.sync.endpoints import Endpoints
@@ -100,10 +101,18 @@ def test_a_picture_that_may_show_the_patient_is_parked(db: Database, tmp_path: P
         parts.append(("SR", buffer.getvalue()))
     add_objects(db, tmp_path / "data", parts)
 
+    def departures() -> dict[str, float]:
+        name, objects = "dicomnode_departures_total", {"what": "object"}
+        every = ("removed", "kept", "withheld")
+        return {i: REGISTRY.get_sample_value(name, {**objects, "identity": i}) or 0.0 for i in every}
+
     async def main() -> None:
         async with cloud(tmp_path) as (settings, storage):
+            before = departures()
             await sender_of(settings, db).flush()
             assert states(db) == ["rejected", "stored", "rejected"] and len(storage.rows("SELECT * FROM objects")) == 1
+            now = departures()
+            assert {i: now[i] - before[i] for i in now} == {"removed": 1, "kept": 0, "withheld": 2}
             told = [r["text"] for r in db.rows("SELECT text FROM events WHERE kind = 'sync-rejected'")]
             assert len(told) == 2 and all("BurnedInAnnotation" in t for t in told)
 
