@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dicomnode.admin.kept import kept
 from dicomnode.cloud_settings import LANES
 from dicomnode.index.cloud_outbox import CloudOutbox
 from dicomnode.index.database import Database, Row
@@ -30,7 +31,7 @@ def cloud_report(db: Database, settings: Settings, processes: Sequence[Row]) -> 
 
 def lanes(db: Database) -> list[Row]:
     """Of each class: how many items wait, their bytes, and the age of the oldest in seconds."""
-    found = {int(r["priority"]): r for r in CloudOutbox(db).lanes()}
+    found = {int(r["priority"]): r for r in kept(db, "lanes", CloudOutbox(db).lanes)}
     empty = {"count": 0, "bytes": 0, "oldest_seconds": 0.0}
     return [
         {"class": name, **{k: round(found.get(number, empty)[k] or 0, 1) for k in empty}}

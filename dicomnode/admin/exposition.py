@@ -14,6 +14,7 @@ from dicomnode import __version__, durable, metrics, metrics_push
 from dicomnode.admin import metrics_page
 from dicomnode.admin.cloud_state import lanes
 from dicomnode.admin.fleet_state import desired_families
+from dicomnode.admin.kept import kept
 from dicomnode.admin.model_figures import VersionFigures, version_figures
 from dicomnode.admin.model_figures import families as model_families
 from dicomnode.admin.status import MEBIBYTE, library_versions, serving_models, waiting_versions
@@ -75,17 +76,17 @@ def read_facts(db: Database, settings: Settings) -> Facts:
     figures, models, reviews = Figures(db), Models(db), Reviews(db, settings.cloud_plan)
     return Facts(
         processes=Processes(db).listing(),
-        jobs=Jobs(db).counts(),
+        jobs=kept(db, "jobs", Jobs(db).counts),
         oldest_job_seconds=figures.oldest_job_seconds(),
-        deliveries=figures.waiting("deliveries"),
-        sync=Outbox(db, "sync_items").counts(),
-        sync_rows=figures.waiting("sync_items"),
+        deliveries=kept(db, "deliveries by destination", lambda: figures.waiting("deliveries")),
+        sync=kept(db, "sync_items", Outbox(db, "sync_items").counts),
+        sync_rows=kept(db, "sync_items by destination", lambda: figures.waiting("sync_items")),
         lanes=lanes(db),
         spool_bytes=settings.sync.spool_bytes,
         notifications=figures.waiting("notifications"),
         commitments=Commitments(db).waiting(),
         procedure_steps=Steps(db).counts(),
-        stored=Catalogue(db).counts(),
+        stored=kept(db, "stored", Catalogue(db).counts),
         open_associations=figures.open_associations(),
         active=models.active(),
         pulls=models.pulls(),
@@ -95,7 +96,7 @@ def read_facts(db: Database, settings: Settings) -> Facts:
         free_bytes=durable.free_bytes(settings.node.data_dir),
         reserve_bytes=settings.node.reserve_mb * MEBIBYTE,
         certificate_ends_at=_certificate_ends_at(settings),
-        versions=version_figures(db, settings.rollout),
+        versions=kept(db, "versions", lambda: version_figures(db, settings.rollout)),
         reviews=reviews.counts(),
         oldest_review_seconds=reviews.oldest_seconds(),
         conflicts=reviews.decided(),

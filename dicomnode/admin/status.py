@@ -15,6 +15,7 @@ from typing import Any, Literal
 from dicomnode import __version__, durable
 from dicomnode.admin.cloud_state import cloud_report
 from dicomnode.admin.fleet_state import fleet_report, remote_write_report
+from dicomnode.admin.kept import kept
 from dicomnode.admin.tls_state import tls_report
 from dicomnode.clock import iso
 from dicomnode.index.catalogue import Catalogue
@@ -51,12 +52,12 @@ def status_report(db: Database, settings: Settings) -> dict[str, Any]:
             "time": iso(db.clock.wall()),
         },
         "processes": [_process(row) for row in processes],
-        "instances": {k: n for k, n in Catalogue(db).counts().items() if k != "patients"},
+        "instances": {k: n for k, n in kept(db, "stored", Catalogue(db).counts).items() if k != "patients"},
         "associations_open": figures.open_associations(),
-        "jobs": Jobs(db).counts(),
+        "jobs": kept(db, "jobs", Jobs(db).counts),
         "oldest_job_seconds": round(figures.oldest_job_seconds(), 1),
-        "deliveries": Outbox(db, "deliveries").counts(),
-        "sync_items": Outbox(db, "sync_items").counts(),
+        "deliveries": kept(db, "deliveries", Outbox(db, "deliveries").counts),
+        "sync_items": kept(db, "sync_items", Outbox(db, "sync_items").counts),
         "reviews": Reviews(db, settings.cloud_plan).counts(),
         "cloud": cloud_report(db, settings, processes),
         "remote_write": remote_write_report(settings, processes),
@@ -65,7 +66,7 @@ def status_report(db: Database, settings: Settings) -> dict[str, Any]:
         "notifications": Notices(db).counts(),
         "alerts": Alerts(db).counts(),
         "procedure_steps": Steps(db).counts(),
-        "destinations": [*_destinations(figures, "deliveries"), *_destinations(figures, "sync_items")],
+        "destinations": [*_destinations(db, "deliveries"), *_destinations(db, "sync_items")],
         "models": {
             "active": models.active(),
             "wanted": sorted(wanted_models(serving_settings(settings, db))),
@@ -98,10 +99,9 @@ def _process(row: Row) -> dict[str, Any]:
     return {k: row[k] for k in kept} | {"silent_seconds": round(row["silent_seconds"], 1)}
 
 
-def _destinations(figures: Figures, table: Literal["deliveries", "sync_items"]) -> list[Row]:
-    return [
-        {"outbox": table, **row, "oldest_seconds": round(row["oldest_seconds"], 1)} for row in figures.waiting(table)
-    ]
+def _destinations(db: Database, table: Literal["deliveries", "sync_items"]) -> list[Row]:
+    rows = kept(db, f"{table} by destination", lambda: Figures(db).waiting(table))
+    return [{"outbox": table, **row, "oldest_seconds": round(row["oldest_seconds"], 1)} for row in rows]
 
 
 def disk(settings: Settings) -> dict[str, Any]:
