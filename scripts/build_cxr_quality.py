@@ -1,4 +1,4 @@
-"""Build models/cxr-quality/1.0.0: ONNX graph, golden cases, manifest. Same source, same bytes.
+"""Build models/cxr-quality/1.1.0: ONNX graph, golden cases, manifest. Same source, same bytes.
 
 Needs the developer package ``onnx``. Usage: ``python scripts/build_cxr_quality.py [FOLDER]``.
 The model card is written by hand and only digested here.
@@ -24,7 +24,7 @@ from dicomnode.identity import derived_uid  # noqa: E402
 from dicomnode.infer.projections import CONVENTION, projection_affine  # noqa: E402
 from scripts.build_ct_lung import code, npy, segment  # noqa: E402
 
-NAME, VERSION = "cxr-quality", "1.0.0"
+NAME, VERSION = "cxr-quality", "1.1.0"
 FOLDER = ROOT / "models" / NAME / VERSION
 GRID, NEAR, FAR = 256, 5, 129
 PATIENT, AIR = 0.25, 0.3
@@ -145,6 +145,17 @@ def image_measurements() -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def image_findings() -> list[dict[str, Any]]:
+    return [
+        {
+            "key": f"{side}_to_front",
+            "compute": {"kind": "rotation", "forward": side, "right": RIGHT, "left": LEFT},
+            "name": own(f"CXRROT{side.upper()}", f"Patient turned, {side} side to the front"),
+        }
+        for side in ("right", "left")
+    ]
+
+
 def manifest_base() -> dict[str, Any]:
     """Everything but golden cases and digests."""
     return {
@@ -198,6 +209,7 @@ def manifest_base() -> dict[str, Any]:
                 segment(LEFT, "left_lung", "Left lung field", code("44029006", "SCT", "Left lung"), [172, 138, 115]),
             ],
             "image_measurements": image_measurements(),
+            "image_findings": image_findings(),
         },
     }
 
@@ -236,11 +248,16 @@ def build(folder: Path) -> None:
                 "white": float(WHITE),
                 "facts": facts,
                 "measurements": {},
+                "answers": {},
             }
         )
     session = OnnxRuntimeCpu().load(contents["model.onnx"], threads=1)
     draft = {**manifest, "files": {n: "0" * 64 for n in [*contents, *(c["labels"] for c in manifest["golden"])]}}
-    parsed = StagedManifest.model_validate(draft)
+    unchecked = {
+        **draft,
+        "golden": [{**c, "answers": {f["key"]: "" for f in image_findings()}} for c in draft["golden"]],
+    }
+    parsed = StagedManifest.model_validate(unchecked)
     for case, entry in zip(parsed.golden, manifest["golden"], strict=True):
         analysis = run_staged(parsed, session, case_volume(case, contents.__getitem__))
         assert analysis.labels is not None
@@ -248,6 +265,7 @@ def build(folder: Path) -> None:
         entry["measurements"] = {
             key: float(f"{value:.9g}") for key, value in sorted(measured(parsed, analysis).items())
         }
+        entry["answers"] = {f.key: f.value.value for f in analysis.findings if f.value is not None}
     session.close()
     manifest["files"] = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(contents.items())}
     StagedManifest.model_validate(manifest)

@@ -20,7 +20,7 @@ from tests.encode.source_case import dx, with_pixels
 from tests.infer.infer_case import CONTRACT as CT_CONTRACT
 from tests.infer.infer_case import DATA, ROOT
 
-BUNDLE = ROOT / "models" / "cxr-quality" / "1.0.0"
+BUNDLE = ROOT / "models" / "cxr-quality" / "1.1.0"
 CLASSES = ("1.2.840.10008.5.1.4.1.1.1", "1.2.840.10008.5.1.4.1.1.1.1", "1.2.840.10008.5.1.4.1.1.1.1.1")
 
 

@@ -51,7 +51,7 @@ def test_the_build_script_makes_the_very_bytes(tmp_path: Path) -> None:
     pytest.importorskip("onnx")
     from scripts.build_cxr_quality import build
 
-    folder = tmp_path / "cxr-quality" / "1.0.0"
+    folder = tmp_path / "cxr-quality" / "1.1.0"
     folder.mkdir(parents=True)
     build(folder)
     names = sorted(p.relative_to(BUNDLE) for p in BUNDLE.rglob("*") if p.is_file())
@@ -62,7 +62,7 @@ def test_the_build_script_makes_the_very_bytes(tmp_path: Path) -> None:
 
 def test_verify_passes_and_fails_for_another_number(tmp_path: Path) -> None:
     assert golden_report(load_bundle(BUNDLE), OnnxRuntimeCpu()).passed
-    copy = tmp_path / "cxr-quality" / "1.0.0"
+    copy = tmp_path / "cxr-quality" / "1.1.0"
     shutil.copytree(BUNDLE, copy)
     path = copy / "manifest.json"
     manifest = json.loads(path.read_text())

@@ -32,7 +32,7 @@ from benchmarks import graphs
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(1800)]
 LIMITS = Limits(max_batch=8)
 LEARNED = ROOT / "models" / "ct-lung-unet" / "1.0.0"
-QUALITY = ROOT / "models" / "cxr-quality" / "1.0.0"
+QUALITY = ROOT / "models" / "cxr-quality" / "1.1.0"
 BUNDLES = ["ct-lung", "ct-lung-unet", "cxr-quality", graphs.UNET3D, graphs.DENSENET]
 
 

@@ -6,6 +6,7 @@ Works on a grid of square cells, ``GRID`` of them along the lung fields' longer 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,8 @@ def tilt_and_offset(
 ) -> tuple[float, float] | None:
     """Tilt in degrees, positive where the head leans to the patient's left; and how far the bright strip between
     the lung fields (spine and mediastinum) lies from the middle of the chest, in percent of its width, positive
-    to the patient's left; None where nothing can be said.
+    to the patient's left; None where nothing can be said. That the patient was turned does not follow from it:
+    heart and spine move to opposite sides then (see ``chest_rotation``).
 
     The tilt is that of the line (Theil-Sen) through the strip's middle in each row, found ROUNDS times, each time
     in the image turned upright by the former. The chest is the convex hull of both lung fields: it stays where a
@@ -35,6 +37,26 @@ def tilt_and_offset(
     ``labels``, ``values``: (rows, columns) upright, ``mm`` between them; ``columns``: of the field. None where
     not both lung fields are there, or where one is cut: its lateral border is the field's in half of the rows.
     """
+    found = upright(labels, values, mm, columns, right, left)
+    if found is None:
+        return None
+    strip = _strip(found.chest, found.grey)
+    return None if strip is None else (found.tilt, _offset(*strip, hull(found.chest > 0)))
+
+
+@dataclass(frozen=True, slots=True)
+class Upright:
+    """Labels (1 right, 2 left) and grey values on square cells, turned by ``tilt`` degrees so that the strip stands."""
+
+    tilt: float
+    chest: npt.NDArray[np.uint8]
+    grey: Array
+
+
+def upright(
+    labels: npt.NDArray[np.uint8], values: Array, mm: tuple[float, float], columns: slice, right: int, left: int
+) -> Upright | None:
+    """Arguments, and when there is none, as of :func:`tilt_and_offset`."""
     both = [labels == right, labels == left]
     shared = np.flatnonzero(both[0].any(axis=1) & both[1].any(axis=1))
     if not shared.size:
@@ -46,16 +68,15 @@ def tilt_and_offset(
         return None
     chest, grey = _on_grid(labels, values, mm, (right, left))
     tilt = 0.0
-    upright, bright = chest, grey
+    turned, bright = chest, grey
     for _ in range(ROUNDS):
-        strip = _strip(upright, bright)
+        strip = _strip(turned, bright)
         if strip is None:
             return None
         tilt = float(np.clip(tilt - math.degrees(math.atan(_slope(*strip))), -MOST_TILT, MOST_TILT))
-        upright = ndimage.rotate(chest, tilt, order=0, reshape=False)
+        turned = ndimage.rotate(chest, tilt, order=0, reshape=False)
         bright = ndimage.rotate(grey, tilt, order=1, reshape=False, mode="nearest")
-    strip = _strip(upright, bright)
-    return None if strip is None else (tilt, _offset(*strip, _hull(upright > 0)))
+    return Upright(tilt, turned, bright)
 
 
 def _on_grid(labels: Array, values: Array, mm: tuple[float, float], numbers: tuple[int, int]) -> tuple[Array, Array]:
@@ -65,7 +86,7 @@ def _on_grid(labels: Array, values: Array, mm: tuple[float, float], numbers: tup
     box = slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
     size = max((b.stop - b.start) * step for b, step in zip(box, mm, strict=True)) / GRID
     at = [_cells(b.stop - b.start, size / step) for b, step in zip(box, mm, strict=True)]
-    blur = [max(1, round(size / step)) for step in mm]
+    blur = [max(1, round(size / step)) | 1 for step in mm]  # odd: else it moves the picture by half a pixel
     grey = ndimage.uniform_filter(values[box].astype(np.float32), blur, mode="nearest")
     pad = GRID // 4
     return np.pad(own[box][np.ix_(*at)], pad), np.pad(grey[np.ix_(*at)], pad, mode="edge")
@@ -100,7 +121,7 @@ def _slope(rows: Array, columns: Array) -> float:
     return float(np.median((columns[second] - columns[first]) / (rows[second] - rows[first])))
 
 
-def _hull(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+def hull(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
     """The convex hull of a mask."""
     equations = ConvexHull(np.argwhere(mask)).equations
     inside = (equations[:, :2] @ np.indices(mask.shape).reshape(2, -1) + equations[:, 2:] <= 1e-9).all(axis=0)

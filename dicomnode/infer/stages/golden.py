@@ -69,6 +69,12 @@ def run_case(manifest: StagedManifest, read: Read, session: Session, case: Golde
     if expected is not None or manifest.outputs.image_measurements:
         problems += measurement_problems(case, measured(manifest, analysis))
     problems += finding_problems(case, {f.key: f.probability or 0.0 for f in analysis.findings})
+    answers = {f.key: f.value.value for f in analysis.findings if f.value is not None}
+    problems += [
+        f"{key} is answered by {answers.get(key)}, expected {code}"
+        for key, code in case.answers.items()
+        if answers.get(key) != code
+    ]
     for found in analysis.probability_maps:
         reference = wanted[case.probability_maps[found.key]]
         if reference.shape != found.values.shape:

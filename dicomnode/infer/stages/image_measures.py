@@ -17,6 +17,7 @@ from pydantic import Field
 
 from dicomnode.infer.contract import Strict
 from dicomnode.infer.stages.chest_position import tilt_and_offset
+from dicomnode.infer.stages.chest_rotation import Rotation, rotation
 from dicomnode.infer.stages.frame import Frame
 from dicomnode.infer.stages.lung_fields import UPRIGHT
 from dicomnode.infer.stages.picture_field import Box, allowed, field_box
@@ -97,8 +98,8 @@ class MarginSpec(Strict):
 
 class OffsetSpec(Strict):
     """How far the bright strip between the lung fields, spine and mediastinum, lies from the middle of the chest,
-    in percent of the chest's width, positive to the patient's left (``chest_position``). It moves sideways when
-    the patient is turned.
+    in percent of the chest's width, positive to the patient's left (``chest_position``). It says nothing of the
+    side to which the patient was turned: see RotationSpec.
     """
 
     kind: Literal["midline_offset_percent"]
@@ -121,6 +122,15 @@ ImageSpec = Annotated[
     | OffsetSpec | TiltSpec,
     Field(discriminator="kind"),
 ]  # fmt: skip
+
+
+class RotationSpec(Strict):
+    """Whether the side ``forward`` of the patient is turned to the front (``chest_rotation``)."""
+
+    kind: Literal["rotation"]
+    forward: Literal["left", "right"]
+    right: int = Field(ge=1, le=255)
+    left: int = Field(ge=1, le=255)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +182,17 @@ def measure_image(specs: Sequence[ImageSpec], view: ImageView) -> list[float | N
             if pair not in positions:
                 positions[pair] = tilt_and_offset(view.labels, view.values, view.mm, view.field[1], *pair)
     return [_measured(spec, view, positions) for spec in specs]
+
+
+def rotations(specs: Sequence[RotationSpec], view: ImageView) -> list[Rotation]:
+    """An answer for each; not determined where the image shows no lung fields."""
+    found: dict[tuple[int, int], Rotation] = {}
+    for spec in specs:
+        pair = (spec.right, spec.left)
+        if pair not in found:
+            labels = np.zeros(view.values.shape, np.uint8) if view.labels is None else view.labels
+            found[pair] = rotation(labels, view.values, view.mm, view.field[1], *pair)
+    return [found[spec.right, spec.left] for spec in specs]
 
 
 def _measured(

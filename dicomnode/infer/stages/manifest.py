@@ -17,7 +17,7 @@ from dicomnode.infer.manifest import CodeEntry, CriticalEntry, FileName, Identit
 from dicomnode.infer.stages.classify import ActivationName, Calibration
 from dicomnode.infer.stages.decide import Activation, Argmax, Decision, FillHoles, KeepLargest, MaskFrom, Threshold
 from dicomnode.infer.stages.extent import CropForeground, CropToBody, Pad
-from dicomnode.infer.stages.image_measures import ImageSpec
+from dicomnode.infer.stages.image_measures import ImageSpec, RotationSpec
 from dicomnode.infer.stages.inputs import MoreInput
 from dicomnode.infer.stages.intensity import ClipValues, MeanStd, MinMax, Percentiles, ScaleRange, Window, ZScore
 from dicomnode.infer.stages.lung_fields import LungFields
@@ -107,6 +107,20 @@ class FindingEntry(Strict):
     text: str = Field(default="", max_length=256)
 
 
+class ImageFindingEntry(Strict):
+    """One answer about each single image, computed from it and its segments; the report tells the reason.
+
+    The codes are those of CID 240 (Present-Absent) unless others are named.
+    """
+
+    key: Key
+    compute: RotationSpec
+    name: CodeEntry
+    present: CodeEntry = CodeEntry(value="52101004", scheme="SCT", meaning="Present")
+    absent: CodeEntry = CodeEntry(value="2667000", scheme="SCT", meaning="Absent")
+    undetermined: CodeEntry = CodeEntry(value="373068000", scheme="SCT", meaning="Undetermined")
+
+
 class ProbabilityMapEntry(Strict):
     """One probability map: ``channel`` of the dense ``output``, after its activation, on the source grid."""
 
@@ -123,6 +137,7 @@ class Outputs(Strict):
     segments: tuple[SegmentEntry, ...] = ()
     measurements: tuple[MeasurementEntry, ...] = ()
     image_measurements: tuple[ImageMeasurementEntry, ...] = ()
+    image_findings: tuple[ImageFindingEntry, ...] = ()
     findings: tuple[FindingEntry, ...] = ()
     probability_maps: tuple[ProbabilityMapEntry, ...] = ()
     critical: dict[str, CriticalEntry] = Field(default_factory=dict)
@@ -139,13 +154,14 @@ class Outputs(Strict):
             [s.key for s in self.segments],
             [s.label for s in self.segments],
             [*(m.key for m in self.measurements), *(m.key for m in self.image_measurements)],
-            [f.key for f in self.findings],
+            [*(f.key for f in self.findings), *(f.key for f in self.image_findings)],
             [p.key for p in self.probability_maps],
         ):
             if len(set(names)) != len(names):
                 raise ValueError("keys and labels must differ from each other")
         measured = [*(m.key for m in self.measurements), *(m.key for m in self.image_measurements)]
-        check_proposals(self.critical, measured, [f.key for f in self.findings])
+        answers = [*(f.key for f in self.findings), *(f.key for f in self.image_findings)]
+        check_proposals(self.critical, measured, answers)
         return self
 
 
@@ -163,7 +179,8 @@ class GoldenCase(Strict):
     segments. ``affine``: (slice, row, column, 1) to LPS mm. ``more``: the further inputs by
     name. ``measurements``: by ``segment key.measurement key``, of an image by the key alone. ``white`` and
     ``facts``: of a single image, its grey values run from 0 to ``white``. ``findings``: probability by key;
-    within ``probability_tolerance`` and in the same ranking. ``probability_maps``: .npy, float16 or
+    within ``probability_tolerance`` and in the same ranking. ``answers``: code value of each of ``image_findings``
+    by key. ``probability_maps``: .npy, float16 or
     float32, by key; the share of voxels that differ by more than 0.01 is at most
     ``max_disagreement``. ``statistics``: mean and standard deviation of each channel of a dense
     output as the network gave it, within ``relative_tolerance`` of the spread.
@@ -178,6 +195,7 @@ class GoldenCase(Strict):
     labels: FileName | None = None
     measurements: dict[str, float] = Field(default_factory=dict)
     findings: dict[str, Share] = Field(default_factory=dict)
+    answers: dict[str, str] = Field(default_factory=dict)
     probability_maps: dict[str, FileName] = Field(default_factory=dict)
     statistics: dict[str, tuple[tuple[float, float], ...]] = Field(default_factory=dict)
     max_disagreement: float = Field(default=1e-3, ge=0, le=1e-2)
@@ -362,7 +380,10 @@ def _golden_problems(m: StagedManifest) -> list[str]:
         problems.append("engine.inputs: one for the first series and one for each channel of more_inputs")
     findings = {f.key for f in m.outputs.findings}
     maps = {p.key for p in m.outputs.probability_maps}
+    answers = {f.key for f in m.outputs.image_findings}
     for case in m.golden:
+        if case.answers.keys() != answers:
+            problems.append(f"golden {case.name}: answers must have a code for each of {sorted(answers)}")
         problems += [f"{f} is used but not listed under files" for f in case.files if f not in m.files]
         if case.more.keys() != {i.name for i in m.more_inputs}:
             problems.append(f"golden {case.name}: more must have an input for each of more_inputs")
@@ -381,8 +402,10 @@ def _volume_problems(m: StagedManifest) -> list[str]:
         for entry in m.outputs.measurements
         if entry.compute.kind == "area_mm2"
     ]
-    if m.outputs.image_measurements:
-        problems.append("outputs.image_measurements: they are of single images; input.kind must be projection")
+    if m.outputs.image_measurements or m.outputs.image_findings:
+        problems.append(
+            "outputs.image_measurements, image_findings: they are of single images; input.kind must be projection"
+        )
     for step in {s.step for s in (*m.preprocess, *m.postprocess)} & {"crop_to_field", "lung_fields"}:
         problems.append(f"{step}: it is for single images; input.kind must be projection")
     if any(case.white is not None or case.facts for case in m.golden):
@@ -413,11 +436,11 @@ def _projection_problems(m: StagedManifest) -> list[str]:
         if entry.compute.kind in ("area_mm2", "diameter_in_plane_mm", "feret_mm") and not m.input.needs_spacing:
             problems.append(f"outputs.measurements: {entry.key}: mm need input.needs_spacing")
     segments = {s.number for s in m.outputs.segments}
-    for image in m.outputs.image_measurements:
+    for image in (*m.outputs.image_measurements, *m.outputs.image_findings):
         spec = image.compute.model_dump()
         named = {*spec.get("segments", ()), *(spec[side] for side in ("right", "left") if side in spec)}
         if named - segments or (image.compute.kind == "margin_percent" and not segments):
-            problems.append(f"outputs.image_measurements: {image.key}: it is of a segment that there is not")
+            problems.append(f"outputs: {image.key}: it is of a segment that there is not")
     if any(case.white is None for case in m.golden):
         problems.append("golden: a single image needs white, the upper end of its grey values")
     return problems

@@ -18,7 +18,7 @@ from dicomnode.infer.measure import VolumeSpec
 from dicomnode.infer.stages.classify import probability
 from dicomnode.infer.stages.decide import Argmax, MaskFrom, Threshold
 from dicomnode.infer.stages.frame import Frame, Undo, frame_of, restore
-from dicomnode.infer.stages.image_measures import measure_image, view_of
+from dicomnode.infer.stages.image_measures import ImageView, measure_image, rotations, view_of
 from dicomnode.infer.stages.inputs import further_channels
 from dicomnode.infer.stages.manifest import Outputs, StagedManifest
 from dicomnode.infer.stages.measures import AreaSpec, measure_segment
@@ -135,8 +135,11 @@ def _precision(session: Session) -> str:
 
 def _analysis(manifest: StagedManifest, volume: Volume, found: _Found, report: Report) -> Analysis:
     segments, measurements, labels = _measured(manifest.outputs, volume, found)
-    measurements += _of_image(manifest.outputs, volume, labels)
     findings = tuple(_finding(manifest.outputs, key, found.probabilities) for key in _keys(manifest.outputs.findings))
+    if volume.projection is not None and (manifest.outputs.image_measurements or manifest.outputs.image_findings):
+        view = view_of(volume, labels)
+        measurements += _of_image(manifest.outputs, view)
+        findings += _answers(manifest.outputs, view)
     maps = tuple(_map(manifest.outputs, key, found.maps, volume) for key in _keys(manifest.outputs.probability_maps))
     report("postprocess", 1.0)
     return Analysis(
@@ -313,11 +316,9 @@ def _measured(
     return tuple(s.definition() for s in outputs.segments), tuple(measurements), labels
 
 
-def _of_image(outputs: Outputs, volume: Volume, labels: npt.NDArray[np.uint8] | None) -> tuple[Measurement, ...]:
+def _of_image(outputs: Outputs, view: ImageView) -> tuple[Measurement, ...]:
     """Measurements of a single image as a whole; those that it does not have what it takes for are not made."""
-    if not outputs.image_measurements or volume.projection is None:
-        return ()
-    values = measure_image([entry.compute for entry in outputs.image_measurements], view_of(volume, labels))
+    values = measure_image([entry.compute for entry in outputs.image_measurements], view)
     return tuple(
         Measurement(
             key=entry.key,
@@ -329,6 +330,19 @@ def _of_image(outputs: Outputs, volume: Volume, labels: npt.NDArray[np.uint8] | 
         for entry, value in zip(outputs.image_measurements, values, strict=True)
         if value is not None
     )
+
+
+def _answers(outputs: Outputs, view: ImageView) -> tuple[Finding, ...]:
+    """Answers about a single image, with their reasons."""
+    found = rotations([entry.compute for entry in outputs.image_findings], view)
+    answers = []
+    for entry, turned in zip(outputs.image_findings, found, strict=True):
+        if turned.forward is None:
+            value = entry.undetermined
+        else:
+            value = entry.present if turned.forward == entry.compute.forward else entry.absent
+        answers.append(Finding(entry.key, entry.name.code(), value.code(), None, None, turned.reason))
+    return tuple(answers)
 
 
 def _finding(outputs: Outputs, key: str, probabilities: Mapping[str, float]) -> Finding:
