@@ -436,7 +436,8 @@ def _projection_problems(m: StagedManifest) -> list[str]:
         if entry.compute.kind in ("area_mm2", "diameter_in_plane_mm", "feret_mm") and not m.input.needs_spacing:
             problems.append(f"outputs.measurements: {entry.key}: mm need input.needs_spacing")
     segments = {s.number for s in m.outputs.segments}
-    for image in (*m.outputs.image_measurements, *m.outputs.image_findings):
+    of_images: list[ImageMeasurementEntry | ImageFindingEntry] = [*m.outputs.image_measurements]
+    for image in (*of_images, *m.outputs.image_findings):
         spec = image.compute.model_dump()
         named = {*spec.get("segments", ()), *(spec[side] for side in ("right", "left") if side in spec)}
         if named - segments or (image.compute.kind == "margin_percent" and not segments):
