@@ -175,6 +175,9 @@ def status(config: Config = None, as_json: Json = False) -> None:
         for pull in data["models"]["pulls"]:
             if pull["last_error"]:
                 console.print(f"model {pull['name']} {pull['version']} is {pull['state']}: {pull['last_error']}")
+        if (models := data["models"]["disk"])["versions"]:
+            coming = f", {models['coming_mb']} MiB on their way" if models["coming_mb"] else ""
+            console.print(f"pulled models: {models['versions']} versions, {models['mb']} MiB on the disk{coming}")
         console.print(f"cloud: {_cloud_line(data['cloud'])}")
         for line in fleet_lines(data):
             console.print(line)

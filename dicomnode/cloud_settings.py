@@ -61,6 +61,9 @@ class Cloud(Section):
     stall_seconds: float = Field(10.0, gt=0, le=20, description="a request without progress this long has failed")
     max_bundle_mb: int = Field(1024, ge=1, description="largest model archive, MiB")
     models: tuple[ModelPull, ...] = Field((), description="bundles to pull, verify and activate")
+    keep_retired: int = Field(
+        1, ge=0, le=100, description="pulled versions of a model kept beside those that are needed"
+    )
     repository: Repository = Field(Repository(), description="signed repository of bundles (TUF)")
     backups: tuple[CloudEndpoint, ...] = Field((), description="taken while the primary is not well")
 

@@ -241,6 +241,29 @@ def remove_tree(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
+def set_aside(folder: Path, into: Path) -> Path:
+    """Move a folder out of the way in one step, durably, so that what is deleted then is never seen in part.
+
+    The path that it has now. Raises StorageError when the disk refuses; then it is where it was.
+    """
+    make_directory(into)
+    aside = into / uuid.uuid4().hex
+    rename_into_place(folder, aside)
+    sync_directory(folder.parent)
+    sync_directory(into)
+    return aside
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of the files in a folder; what goes meanwhile counts nothing."""
+    total = 0
+    for base, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += Path(base, name).lstat().st_size
+    return total
+
+
 def sha256(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 

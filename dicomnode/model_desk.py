@@ -15,6 +15,7 @@ from dicomnode.errors import BundleError, OperatorError
 from dicomnode.index.database import Database, Row
 from dicomnode.index.desired import ServingRules
 from dicomnode.index.life import Change, Life
+from dicomnode.index.model_space import aside_of, fetched_again
 from dicomnode.index.model_states import ModelState
 from dicomnode.index.operation import Events, Models
 from dicomnode.index.runs import Runs
@@ -98,9 +99,18 @@ class ModelDesk:
                 "make a canary", f"[[peers]] has no '{unknown[0]}'", "Use the name or AE title of a peer"
             )
         if action != "retire":
-            self._check(resolve(self.folders(), f"{name}@{version}", {}).path, serves=action != "stage")
+            self._check(self._path(name, version), serves=action != "stage")
         if action != "activate":
             self._keep_service(action, name, version, who)
+        with self._db.transaction():
+            if action != "retire":
+                self._path(name, version)  # it may have been removed since; now it is not any more
+            self._move(action, name, version, percent, peers, who, why)
+        return self._told(name, version, _WORDS[action], who)
+
+    def _move(
+        self, action: Action, name: str, version: str, percent: float, peers: Sequence[str], who: str, why: str
+    ) -> None:
         match action:
             case "stage":
                 self._life.stage(name, version, who=who, why=why)
@@ -113,7 +123,6 @@ class ModelDesk:
                 self._life.activate(name, version, who=who, why=why)
             case "retire":
                 self._life.retire(name, version, who=who, why=why)
-        return self._told(name, version, _WORDS[action], who)
 
     def activate_all(
         self, versions: Mapping[str, str], *, who: str, why: str, also: Callable[[], None] = lambda: None
@@ -125,10 +134,11 @@ class ModelDesk:
         active = self._pointer.active()
         changes = {n: v for n, v in versions.items() if active.get(n) != v}
         for name, version in changes.items():
-            self._check(resolve(self.folders(), f"{name}@{version}", {}).path)
+            self._check(self._path(name, version))
         with self._db.transaction():
             also()
             for name, version in changes.items():
+                self._path(name, version)
                 self._pin_default(name, version, who)
                 self._life.activate(name, version, who=who, why=why)
         for name, version in changes.items():
@@ -150,8 +160,10 @@ class ModelDesk:
                 f"no earlier version of '{name}' was active, but for those that were rolled back",
                 f"Choose one: 'dicomnode models list', then 'dicomnode models activate {name}@VERSION'",
             )
-        self._check(resolve(self.folders(), f"{name}@{target}", {}).path)
-        self._life.roll_back(name, active, target, Change(who, why))
+        self._check(self._path(name, target))
+        with self._db.transaction():
+            self._path(name, target)
+            self._life.roll_back(name, active, target, Change(who, why))
         self._told(name, target, "serves again", who)
         return {"name": name, "version": target, "rolled_back": active}
 
@@ -172,13 +184,28 @@ class ModelDesk:
         folder = self._settings.node.data_dir / "models" / name / version
         if not any(f.path == folder for f in self.folders()):
             raise OperatorError(operation, "it is not among the pulled ones", "What came with the node stays")
-        durable.remove_tree(folder)
+        with self._db.transaction():
+            self._pointer.gone(name, version)
+            self._life.removed(name, version, who="operator", why="deleted by hand")
+            aside = durable.set_aside(folder, aside_of(self._settings.node.data_dir))
+        durable.remove_tree(aside)
 
     def history(self, name: str | None = None, limit: int = 100) -> list[Row]:
         return self._life.history(name, limit)
 
     def comparisons(self, name: str | None = None, version: str | None = None, limit: int = 100) -> list[Row]:
         return Runs(self._db).comparisons(name, version, limit)
+
+    def _path(self, name: str, version: str) -> Path:
+        """Where a version is. Raises OperatorError for one that was removed, BundleError for one that is not here."""
+        try:
+            return resolve(self.folders(), f"{name}@{version}", {}).path
+        except BundleError:
+            removed = self._life.removed_time(name, version)
+            if removed is None:
+                raise
+            cause = f"its folder was removed on {removed} to free space"
+            raise OperatorError(f"use {name}@{version}", cause, fetched_again(name, version)) from None
 
     def _check(self, path: Path, *, serves: bool = True) -> None:
         """Whether the bundle may serve, where it is going to, and that it works. Raises BundleError or EngineError."""

@@ -27,6 +27,7 @@ from dicomnode.sync.departure import Departures
 from dicomnode.sync.endpoints import PROBE_SECONDS, Endpoints
 from dicomnode.sync.node_record import describe_node
 from dicomnode.sync.promote import Promoter
+from dicomnode.sync.prune import Pruner
 from dicomnode.sync.pull import ModelPuller
 from dicomnode.sync.pull_records import RecordPuller
 from dicomnode.sync.repository import ModelRepository
@@ -36,6 +37,7 @@ from dicomnode.sync.sender import CloudSender
 NAME = "sidecar"
 ALERT_SECONDS = 2.0
 PULL_SECONDS = 30.0
+SPACE_SECONDS = 600.0
 REMEMBER_SECONDS = 60.0
 SHUTDOWN_SECONDS = 2.0
 
@@ -162,7 +164,9 @@ async def _models_in(
     """Follow the repository, fetch what is wanted, and take it up as its policy says."""
     repository = ModelRepository(settings, db)
     puller = ModelPuller(settings, db, verify, repository.offered)
+    pruner = Pruner(settings, db)
     await asyncio.to_thread(puller.start)
+    await asyncio.to_thread(pruner.start)
 
     async def follow() -> None:
         if await repository.run_once():
@@ -176,4 +180,5 @@ async def _models_in(
     if settings.cloud.repository.metadata_url:
         schedule.every("model-repository", settings.cloud.repository.refresh_seconds, follow)
     schedule.every("model-pull", PULL_SECONDS, pull)
+    schedule.every("model-space", SPACE_SECONDS, pruner.run_once)
     schedule.every("model-policy", PULL_SECONDS, Promoter(settings, db, desk, repository.vouched).run_once)

@@ -79,12 +79,25 @@ def status_report(db: Database, settings: Settings) -> dict[str, Any]:
                 db, settings.cloud.repository.metadata_url, "" if may_ask(settings.sync.offline_mode) else HELD
             ),
             "waiting": waiting_versions(db),
+            "disk": models_disk(settings),
         },
         "disk": disk(settings),
         "tls": tls_report(settings, processes),
         "scheduled": scheduled(processes),
         "rejections": figures.rejections(RECENT_EVENTS),
         "events": Events(db).listing(RECENT_EVENTS),
+    }
+
+
+def models_disk(settings: Settings) -> dict[str, Any]:
+    """What pulled models take on the volume of ``data_dir``; ``coming_mb``: what was fetched and is not in place."""
+    data_dir = settings.node.data_dir
+    versions = [v for v in (data_dir / "models").glob("*/*") if v.is_dir()]
+    return {
+        "versions": len(versions),
+        "mb": sum(durable.size_of(v) for v in versions) // MEBIBYTE,
+        "coming_mb": durable.size_of(data_dir / "staging") // MEBIBYTE,
+        "keep_retired": settings.cloud.keep_retired,
     }
 
 

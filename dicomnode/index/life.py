@@ -18,8 +18,8 @@ from dicomnode.errors import IllegalTransition, OperatorError
 from dicomnode.index.database import Database, Row
 from dicomnode.index.model_states import ModelEvent, ModelState, next_model_state
 
-APPROVE = "approve"
-"""Event of the history that changes no state."""
+APPROVE, REMOVE = "approve", "remove"
+"""Events of the history that change no state."""
 
 TEXT_MOST = 200
 """Characters kept of ``who`` and ``why``."""
@@ -176,6 +176,19 @@ class Life:
         with self.db.transaction():
             self._known(name, version, Change(who, why))
             return self._move(name, version, ModelEvent.retire, Change(who, why))
+
+    def removed(self, name: str, version: str, *, who: str, why: str, automatic: bool = False) -> None:
+        """Its folder leaves the disk; call it in the transaction of that."""
+        row = self._row(name, version)
+        if row is not None:
+            state = ModelState(row["state"])
+            self._record(name, version, REMOVE, state, state, Change(who, why, automatic))
+
+    def removed_time(self, name: str, version: str) -> str | None:
+        """When the folder of a version was removed last; None where it never was."""
+        query = "SELECT max(time) FROM model_history WHERE name = ? AND version = ? AND event = ?"
+        found = self.db.value(query, (name, version, REMOVE))
+        return None if found is None else str(found)
 
     def activate(self, name: str, version: str, *, who: str, why: str = "") -> None:
         """Make it the one that serves; what served before is retired and kept for :meth:`roll_back`."""

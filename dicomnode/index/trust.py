@@ -21,13 +21,18 @@ REASON_MOST = 300
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """An archive that the repository vouches for; ``target`` is where it lies there, ``length`` in bytes."""
+    """An archive that the repository vouches for; ``target`` is where it lies there, ``length`` in bytes.
+
+    ``role``: the delegated role that signs it, empty for the repository's own; ``until``: when that role ends.
+    """
 
     name: str
     version: str
     target: str
     sha256: str
     length: int
+    role: str = ""
+    until: str = ""
 
     @property
     def order(self) -> tuple[int, ...]:
@@ -43,11 +48,19 @@ def release(version: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Trusted:
-    """Verified metadata: ``expires`` is the earliest end of its four roles."""
+    """Verified metadata: ``expires`` is the earliest end of its four roles.
+
+    ``faults``: delegated roles that are not followed, and why; they take nothing from the others.
+    """
 
     versions: Mapping[str, int]
     expires: datetime
     offers: Sequence[Offer]
+    faults: Sequence[str] = ()
+
+    @property
+    def reason(self) -> str:
+        return "; ".join(self.faults)[:REASON_MOST]
 
 
 class Trust:
@@ -74,14 +87,14 @@ class Trust:
         if row is None or (not stale and self._ended(row["expires_time"])):
             return []
         found: list[Offer] = row["offers"]
-        return found
+        return [o for o in found if stale or not o.until or not self._ended(o.until)]
 
     def good(self, trusted: Trusted) -> None:
         now = iso(self.db.clock.wall())
         self._put(
             {
                 "state": "current",
-                "reason": "",
+                "reason": trusted.reason,
                 "checked_time": now,
                 "good_time": now,
                 "expires_time": iso(trusted.expires),
@@ -124,5 +137,5 @@ def trust_rows(db: Database, repository: str, held: str = "") -> dict[str, Any]:
     return {
         **row,
         "reason": held or row["reason"],
-        "offers": [{"name": o.name, "version": o.version} for o in row["offers"]],
+        "offers": [{"name": o.name, "version": o.version, "role": o.role} for o in row["offers"]],
     }

@@ -92,6 +92,9 @@ class ModelRepository:
         if known is None or known["state"] != "current":
             found = f"{len(trusted.offers)} archives, valid until {iso(trusted.expires)}"
             Events(self._db).add("info", "model-repository", "models", f"the repository is trusted: {found}")
+        if trusted.reason and (known is None or known["reason"] != trusted.reason):
+            text = f"{trusted.reason}. Ask who runs the repository; what its other roles sign is followed"
+            Events(self._db).add("warning", "model-repository-role", "models", text)
         return "current", "", ""
 
     def offered(self, *, stale: bool = False) -> list[Wanted]:
@@ -109,10 +112,10 @@ class ModelRepository:
 
     def vouched(self, name: str, version: str, sha256: str) -> str:
         """Why a version must not go on by itself; empty while the repository lists exactly that archive."""
-        row = self._trust.row()
-        if row is None or not self._trust.offers():
+        row, offers = self._trust.row(), self._trust.offers()
+        if row is None or not offers:
             why = row["reason"] if row else "it has not been looked at yet"
             return f"the repository vouches for nothing now ({why})"
-        if not any((o.name, o.version, o.sha256) == (name, version, sha256) for o in row["offers"]):
+        if not any((o.name, o.version, o.sha256) == (name, version, sha256) for o in offers):
             return "the repository does not list it any more"
         return ""

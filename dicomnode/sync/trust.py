@@ -13,6 +13,7 @@ import asyncio
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -26,6 +27,7 @@ from tuf.ngclient.fetcher import FetcherInterface
 from dicomnode import durable
 from dicomnode.errors import NodeError, OperatorError, PeerAway, PeerError
 from dicomnode.index.trust import Offer, Trusted
+from dicomnode.sync.delegations import follow
 from dicomnode.sync.source import Again, Source
 
 MOST_TARGETS_BYTES = 4 << 20
@@ -125,10 +127,11 @@ def refresh(root: bytes, metadata_url: str, cache: Path, work: Path, fetcher: Fe
                 root_max_length=MOST_ROOT_BYTES,
                 targets_max_length=MOST_TARGETS_BYTES,
             )
-            Updater(str(work), metadata_url, fetcher=fetcher, config=config, bootstrap=root).refresh()
+            updater = Updater(str(work), metadata_url, fetcher=fetcher, config=config, bootstrap=root)
+            updater.refresh()
+            return _trusted(work, updater)
         finally:
             _keep(work, cache)
-        return _trusted(work)
     except tuf_errors.ExpiredMetadataError as error:
         raise Expired("refresh models", _short(error), "Have the repository signed anew") from error
     except tuf_errors.DownloadLengthMismatchError as error:
@@ -163,10 +166,11 @@ def _files(folder: Path) -> list[Path]:
         key=lambda p: int(p.name.partition(".")[0]),
     )
     order = ("timestamp.json", "snapshot.json", "targets.json")
-    return [*roots, *(folder / name for name in order if (folder / name).is_file())]
+    delegated = sorted(p for p in folder.glob("*.json") if p.name not in (*order, "root.json"))
+    return [*roots, *(folder / name for name in order if (folder / name).is_file()), *delegated]
 
 
-def _trusted(work: Path) -> Trusted:
+def _trusted(work: Path, updater: Updater) -> Trusted:
     """What the refresh has verified, from where it put it."""
     root = Metadata[Root].from_file(str(work / "root.json"))
     timestamp = Metadata[Timestamp].from_file(str(work / "timestamp.json"))
@@ -176,17 +180,23 @@ def _trusted(work: Path) -> Trusted:
         "root": root.signed, "timestamp": timestamp.signed, "snapshot": snapshot.signed, "targets": targets.signed
     }  # fmt: skip
     consistent = bool(root.signed.consistent_snapshot)
+    own = targets.signed.targets
+    delegated, faults = follow(updater, targets.signed, work, own.keys(), TARGET)
+    offers = offers_of(own.values(), consistent=consistent)
+    for one in delegated:
+        offers += [replace(o, role=one.role, until=one.until) for o in offers_of([one.target], consistent=consistent)]
     return Trusted(
         versions={name: int(signed.version) for name, signed in roles.items()},
         expires=min(signed.expires for signed in roles.values()),
-        offers=offers_of(targets.signed.targets.values(), consistent=consistent),
+        offers=sorted(offers, key=_order),
+        faults=[_one_line(fault) for fault in faults],
     )
 
 
 def offers_of(targets: Any, *, consistent: bool) -> list[Offer]:
     """Targets that are model archives, ``NAME/VERSION.tar.gz`` or ``.zip`` with a SHA-256; others are passed over.
 
-    Pure. Delegated roles are not followed: who signs ``targets`` answers for every model.
+    Pure. Those of delegated roles come from :mod:`dicomnode.sync.delegations`.
     """
     found = []
     for target in targets:
@@ -197,7 +207,11 @@ def offers_of(targets: Any, *, consistent: bool) -> list[Offer]:
         folder, _, file = path.rpartition("/")
         where = f"{folder}/{digest}.{file}" if consistent else path
         found.append(Offer(match["name"], match["version"], where, digest, int(target.length)))
-    return sorted(found, key=lambda o: (o.name, o.order, o.target))
+    return sorted(found, key=_order)
+
+
+def _order(offer: Offer) -> tuple[str, tuple[int, ...], str]:
+    return offer.name, offer.order, offer.target
 
 
 def _digest(target: TargetFile) -> str | None:
@@ -207,5 +221,8 @@ def _digest(target: TargetFile) -> str | None:
 
 def _short(error: BaseException) -> str:
     """A library's message about metadata, on one line and bounded: parts of it come from the other side."""
-    text = " ".join(str(error).split())
-    return "".join(c for c in text if c.isprintable())[:200] or type(error).__name__
+    return _one_line(str(error)) or type(error).__name__
+
+
+def _one_line(text: str) -> str:
+    return "".join(c for c in " ".join(text.split()) if c.isprintable())[:200]

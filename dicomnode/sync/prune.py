@@ -1,0 +1,86 @@
+"""Pulled versions that nobody needs any more leave the disk: atomically, told, and never one that could serve.
+
+A folder is renamed out of ``models`` in the transaction that finds that nothing names it, so that who activates
+it at the same moment finds it whole, or finds it gone; then it is deleted. A process that is killed in between
+leaves a folder in ``staging/removed``, where nothing looks for bundles, and the next start deletes it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+
+from dicomnode import durable, logs
+from dicomnode.index.database import Database
+from dicomnode.index.desired import DesiredStates, ServingRules
+from dicomnode.index.life import Life
+from dicomnode.index.model_space import Version, aside_of, fetched_again, named_by_jobs, removable
+from dicomnode.index.operation import Events, Models
+from dicomnode.settings import Settings
+from dicomnode.sync.pull import SYNC
+
+MEBIBYTE = 1 << 20
+HERE = ("placed", "activated")
+
+
+class Pruner:
+    def __init__(self, settings: Settings, db: Database) -> None:
+        self._settings, self._db = settings, db
+        self._models, self._life = Models(db), Life(db)
+        self._rules = ServingRules(settings, db, tell=False)
+        self._data_dir = settings.node.data_dir
+        self._log = logs.get()
+
+    def start(self) -> None:
+        """Finish what a former life was killed in."""
+        aside = aside_of(self._data_dir)
+        for left in aside.iterdir() if aside.is_dir() else ():
+            durable.remove_tree(left)
+
+    async def run_once(self) -> int:
+        """How many versions were removed."""
+        return await asyncio.to_thread(self._look)
+
+    def _look(self) -> int:
+        return sum(self._remove(version) for version in self._idle())
+
+    def _idle(self) -> list[Version]:
+        pulled = {(str(p["name"]), str(p["version"])) for p in self._models.pulls() if p["state"] in HERE}
+        keep = self._settings.cloud.keep_retired
+        now = self._db.clock.ticks()
+        return removable(self._life.versions(), pulled, self._named(), keep=keep, now=now)
+
+    def _named(self) -> set[Version]:
+        """By jobs, and by people: in rules, in [[cloud.models]], in what the cloud desires."""
+        found = named_by_jobs(self._db) | set(self._models.active().items())
+        rules = [*self._settings.rules, *self._rules()]
+        found |= set(_pins(reference for rule in rules for reference in rule.every_model))
+        found |= {(entry.name, entry.version) for entry in self._settings.cloud.models if entry.version}
+        desired = DesiredStates(self._db).serving()
+        wanted = desired["state"].get("models") if desired else None
+        return found | {(str(n), str(v)) for n, v in (wanted or {}).items()}
+
+    def _remove(self, which: Version) -> bool:
+        name, version = which
+        folder = self._data_dir / "models" / name / version
+        size = durable.size_of(folder)
+        why = f"retired and named by nobody (cloud.keep_retired = {self._settings.cloud.keep_retired})"
+        with self._db.transaction():
+            if which not in self._idle():
+                return False
+            self._models.gone(name, version)
+            self._life.removed(name, version, who=SYNC, why=why, automatic=True)
+            aside = durable.set_aside(folder, aside_of(self._data_dir)) if folder.is_dir() else None
+        if aside is not None:
+            durable.remove_tree(aside)
+        text = f"its folder was removed, {size / MEBIBYTE:.1f} MiB: {why}. To have it back: {fetched_again(*which)}"
+        Events(self._db).add("info", "model-removed", f"{name}@{version}", text)
+        self._log.info("model removed", model=name, version=version, bytes=size)
+        return True
+
+
+def _pins(references: Iterable[str]) -> Iterable[Version]:
+    for reference in references:
+        name, _, version = reference.partition("@")
+        if version:
+            yield name, version
