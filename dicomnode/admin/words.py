@@ -218,7 +218,6 @@ WORDS: Mapping[str, tuple[str, str]] = {
     "load": ("load", "负载"),
     "cost": ("cost", "成本"),
     "placed": ("placed, not active", "已就位，未激活"),
-    "removed": ("removed from the disk", "已从磁盘删除"),
     "model_versions": ("Model versions", "模型版本"),
     "comparisons": ("Comparisons", "版本对比"),
     "history": ("History", "变更记录"),

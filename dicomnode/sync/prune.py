@@ -52,13 +52,20 @@ class Pruner:
 
     def _named(self) -> set[Version]:
         """By jobs, and by people: in rules, in [[cloud.models]], in what the cloud desires."""
-        found = named_by_jobs(self._db) | set(self._models.active().items())
+        active = self._models.active()
+        found = named_by_jobs(self._db) | set(active.items()) | {way for n in active if (way := self._way_back(n))}
         rules = [*self._settings.rules, *self._rules()]
         found |= set(_pins(reference for rule in rules for reference in rule.every_model))
         found |= {(entry.name, entry.version) for entry in self._settings.cloud.models if entry.version}
         desired = DesiredStates(self._db).serving()
         wanted = desired["state"].get("models") if desired else None
         return found | {(str(n), str(v)) for n, v in (wanted or {}).items()}
+
+    def _way_back(self, name: str) -> Version | None:
+        """What a roll-back would return to, where the version before the active one is not on the disk any more."""
+        places = (self._data_dir / "models" / name, self._settings.inference.models_dir / name)
+        served = self._life.served_before(name)
+        return next(((name, v) for v in served if any((place / v).is_dir() for place in places)), None)
 
     def _remove(self, which: Version) -> bool:
         name, version = which

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -125,6 +126,17 @@ def test_what_somebody_names_stays(case: Case) -> None:
         case.db.execute("UPDATE model_runs SET state = 'done'")
     assert case.prune(settings) == 2
     assert case.here == [v for v in versions if v not in ("3.0.0", "4.0.0")]
+
+
+def test_the_way_back_stays_where_the_version_before_was_deleted_by_hand(case: Case) -> None:
+    case.settings = make_settings(
+        case.data_dir, cloud={"keep_retired": 0}, inference={"models_dir": case.data_dir / "x"}
+    )
+    case.served("1.0.0", "2.0.0", "3.0.0", "4.0.0")
+    shutil.rmtree(case.data_dir / "models" / NAME / "3.0.0")
+    case.prune()
+    assert case.here == ["2.0.0", "4.0.0"]
+    assert case.desk().roll_back(NAME, who="cli")["version"] == "2.0.0"
 
 
 def test_what_was_not_pulled_is_never_touched(case: Case) -> None:
