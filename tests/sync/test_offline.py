@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from dicomnode import sidecar
-from dicomnode.doctor import _cloud
+from dicomnode import doctor_cloud, sidecar
 from dicomnode.errors import NodeError
 from dicomnode.index.database import Database
 from dicomnode.index.operation import Events, Processes
@@ -151,11 +150,12 @@ def test_what_is_asked(
 
 
 @pytest.mark.parametrize("mode", ["auto", "always"])
-def test_doctor_does_not_ask_either(mode: str, tmp_path: Path) -> None:
+def test_doctor_does_not_ask_either(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor_cloud, "ANSWER_SECONDS", 0.1)
     (tmp_path / "root.json").write_bytes(TufRepository().trusted_root)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         settings = configured(tmp_path, f"http://127.0.0.1:{listener.getsockname()[1]}", mode, "auto")
-        texts = [f.text for f in _cloud(settings)]
+        texts = [f.text for f in doctor_cloud.examine_cloud(settings)]
         listener.setblocking(False)
         callers = 0
         with contextlib.suppress(BlockingIOError):
