@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from itertools import chain, islice
 from time import perf_counter
 from typing import Any
 
@@ -16,8 +18,8 @@ from dicomnode.infer.lanes import in_lanes
 
 CPU_PROVIDER = "CPUExecutionProvider"
 LANES = 2
-"""Batches of one stream at a time. What a batch does in one thread (a small layer, the copy at its
-end, the wait for the slowest thread of a layer) then has the other batch beside it."""
+"""Batches of one stream at a time, each in its own share of the threads: no batch waits for the slowest
+thread of each layer, and what is not computed in several threads has the other batch beside it."""
 
 
 class OnnxRuntimeCpu:
@@ -49,28 +51,42 @@ class OnnxRuntimeCpu:
             raise EngineError(
                 "load model", "LIB_MISSING", "onnxruntime is not installed", "Install dicomnode[cpu]"
             ) from cause
-        options = library.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        # A thread without work would turn in circles for a while, on a core that another batch, the
-        # decoder or the receiver has work for.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        try:
-            session = library.InferenceSession(onnx, options, providers=[CPU_PROVIDER])
-        except Exception as cause:
-            raise EngineError("load model", "BUILD_FAILED", _first_line(cause)) from cause
-        if session.get_providers() != [CPU_PROVIDER]:
-            raise EngineError("load model", "PROVIDER_MISSING", f"runs on {session.get_providers()}")
-        lanes = LANES if (threads or os.cpu_count() or 1) > 1 else 1
-        return _OrtSession(session, f"{self.name} {library.__version__}", lanes)
+        count = threads or os.cpu_count() or 1
+        lanes = LANES if count > 1 else 1
+        return _OrtSession(
+            _opened(library, onnx, threads),
+            f"{self.name} {library.__version__}",
+            lanes,
+            lambda: _opened(library, onnx, max(1, count // lanes)),
+        )
+
+
+def _opened(library: Any, onnx: bytes, threads: int) -> Any:
+    options = library.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # A thread without work would turn in circles for a while, on a core that another batch, the
+    # decoder or the receiver has work for.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        session = library.InferenceSession(onnx, options, providers=[CPU_PROVIDER])
+    except Exception as cause:
+        raise EngineError("load model", "BUILD_FAILED", _first_line(cause)) from cause
+    if session.get_providers() != [CPU_PROVIDER]:
+        raise EngineError("load model", "PROVIDER_MISSING", f"runs on {session.get_providers()}")
+    return session
 
 
 class _OrtSession:
-    def __init__(self, session: Any, engine: str, lanes: int) -> None:
+    """``another`` opens the same model with its share of the threads, for the batches of a stream."""
+
+    def __init__(self, session: Any, engine: str, lanes: int, another: Callable[[], Any]) -> None:
         self._session = session
         self._engine = engine
         self._lanes = lanes
+        self._another = another
+        self._of_lanes: Any = None
         self._outputs = [output.name for output in session.get_outputs()]
 
     @property
@@ -78,11 +94,14 @@ class _OrtSession:
         return self._engine
 
     def run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
-        if self._session is None:
+        return self._run(self._session, inputs)
+
+    def _run(self, session: Any, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        if session is None:
             raise EngineError("run model", "BUILD_FAILED", "the session is closed")
         begin = perf_counter()
         try:
-            values = self._session.run(self._outputs, dict(inputs))
+            values = session.run(self._outputs, dict(inputs))
         except Exception as cause:
             code = "OOM" if "alloc" in str(cause).lower() else "BUILD_FAILED"
             raise EngineError("run model", code, _first_line(cause)) from cause
@@ -90,13 +109,17 @@ class _OrtSession:
         return {name: np.asarray(value) for name, value in zip(self._outputs, values, strict=True)}
 
     def stream(self, batches: Iterable[Mapping[str, Array]]) -> Iterator[Mapping[str, Array]]:
-        """See :func:`dicomnode.infer.batching.stream`. onnxruntime's ``run`` may be called by several threads."""
-        if self._lanes == 1:
-            return map(self.run, batches)
-        return in_lanes(self.run, batches, self._lanes)
+        """See :func:`dicomnode.infer.batching.stream`; a single batch has all threads to itself."""
+        source = iter(batches)
+        head = list(islice(source, 2 if self._lanes > 1 else 0))
+        if len(head) < 2:
+            return map(self.run, chain(head, source))
+        if self._of_lanes is None and self._session is not None:
+            self._of_lanes = self._another()
+        return in_lanes(partial(self._run, self._of_lanes), chain(head, source), self._lanes)
 
     def close(self) -> None:
-        self._session = None
+        self._session = self._of_lanes = None
 
 
 def _library() -> Any:

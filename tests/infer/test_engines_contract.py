@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from dicomnode.errors import EngineError
+from dicomnode.infer import ort
 from dicomnode.infer.batching import stream
 from dicomnode.infer.engine import Engine, Limits, Ok, Session
 from dicomnode.infer.isolated import inline
@@ -151,3 +152,26 @@ def test_a_more_urgent_job_between_two_batches_uses_the_same_session(session: Se
             found = list(stream(session, ({"hu": b} for b in inner)))
             for batch, out in zip(inner, found, strict=True):
                 np.testing.assert_array_equal(out["air"], reference(batch))
+
+
+def test_batches_of_a_stream_share_the_threads_and_a_single_one_has_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[int] = []
+    open_session = ort._opened
+
+    def opening(library: Any, onnx: bytes, threads: int) -> Any:
+        opened.append(threads)
+        return open_session(library, onnx, threads)
+
+    monkeypatch.setattr(ort, "_opened", opening)
+    session = OnnxRuntimeCpu().load(ONNX, threads=4)
+    batches = [{"hu": hu(n, 2, 1, 16, 16)} for n in range(3)]
+    session.run(batches[0])
+    assert len(list(stream(session, batches[:1]))) == 1 and not list(stream(session, []))
+    assert opened == [4]
+    for _ in range(2):
+        for batch, found in zip(batches, stream(session, iter(batches)), strict=True):
+            np.testing.assert_array_equal(found["air"], reference(batch["hu"]))
+    assert [n for n in opened if n != 1] == [4, 2], "the second one once; the reference has one thread"
+    session.close()
+    with pytest.raises(EngineError, match="closed"):
+        list(stream(session, batches))
