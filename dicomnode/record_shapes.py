@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from datetime import date
 from typing import Any
 
 Check = Callable[[Any], bool]
@@ -20,8 +21,19 @@ MOST_TEXT = 1024
 DASHBOARD, WARNINGS = "dashboard", "warnings"
 
 
-def _text(most: int = 64) -> Check:
+def _text(most: int) -> Check:
     return lambda v: isinstance(v, str) and len(v) <= most and (v.isprintable() or not v)
+
+
+def _value(most: int) -> Check:
+    """One value of DICOM (PS3.5 6.2): a backslash would make two of it."""
+    return lambda v: _text(most)(v) and "\\" not in v
+
+
+def _name(v: Any) -> bool:
+    """PN: up to three representations of up to five components."""
+    groups = v.split("=") if _value(324)(v) else []
+    return 1 <= len(groups) <= 3 and all(len(g) <= 64 and g.count("^") <= 4 for g in groups)
 
 
 def _one_of(*values: str) -> Check:
@@ -36,22 +48,31 @@ def _number(least: float, most: float) -> Check:
     return lambda v: isinstance(v, int | float) and not isinstance(v, bool) and least <= v <= most
 
 
-_DATE = _match(r"(\d{8})?")
+def _date(v: Any) -> bool:
+    """DA, or empty; a day that there is: what is encoded with another one is no DICOM."""
+    if not _match(r"([0-9]{8})?")(v):
+        return False
+    try:
+        return v == "" or bool(date(int(v[:4]), int(v[4:6]), int(v[6:])))
+    except ValueError:
+        return False
+
+
 FIELDS: Mapping[str, Mapping[str, tuple[Check, str]]] = {
     "patient": {
-        "PatientID": (_text(), "at most 64 characters"),
-        "IssuerOfPatientID": (_text(), "at most 64 characters"),
-        "PatientName": (_text(324), "a person name, FAMILY^GIVEN"),
-        "PatientBirthDate": (_DATE, "YYYYMMDD"),
+        "PatientID": (_value(64), "at most 64 characters without a backslash"),
+        "IssuerOfPatientID": (_value(64), "at most 64 characters without a backslash"),
+        "PatientName": (_name, "a person name, FAMILY^GIVEN"),
+        "PatientBirthDate": (_date, "YYYYMMDD"),
         "PatientSex": (_one_of("M", "F", "O", ""), "M, F, O or empty"),
     },
     "study": {
-        "StudyDescription": (_text(), "at most 64 characters"),
-        "AccessionNumber": (_text(16), "at most 16 characters"),
-        "StudyDate": (_DATE, "YYYYMMDD"),
-        "StudyTime": (_match(r"(\d{2}(\d{2}(\d{2}(\.\d{1,6})?)?)?)?"), "HHMMSS"),
-        "StudyID": (_text(16), "at most 16 characters"),
-        "ReferringPhysicianName": (_text(324), "a person name, FAMILY^GIVEN"),
+        "StudyDescription": (_value(64), "at most 64 characters without a backslash"),
+        "AccessionNumber": (_value(16), "at most 16 characters without a backslash"),
+        "StudyDate": (_date, "YYYYMMDD"),
+        "StudyTime": (_match(r"(([01][0-9]|2[0-3])([0-5][0-9]([0-5][0-9](\.[0-9]{1,6})?)?)?)?"), "HHMMSS"),
+        "StudyID": (_value(16), "at most 16 characters without a backslash"),
+        "ReferringPhysicianName": (_name, "a person name, FAMILY^GIVEN"),
     },
     "result-review": {
         "status": (_one_of(*REVIEW_STATES, ""), f"one of {', '.join(REVIEW_STATES)}"),
@@ -75,15 +96,18 @@ _OPEN = frozenset({"study", "ai-result", "settings"})
 """The node tells more in these than people may change; what comes along is kept."""
 
 
-def fault(kind: str, name: str, data: Mapping[str, Any]) -> str:
-    """What is wrong with a record of people, by field and never by value; empty when nothing is."""
+def fault(kind: str, name: str, data: Mapping[str, Any], known: Mapping[str, Any] | None = None) -> str:
+    """What is wrong with a record of people, by field and never by value; empty when nothing is.
+
+    ``known``: what it says here already. A value that stays is not held against it: modalities send much.
+    """
     if kind in _NAMES and name != _NAMES[kind]:
         return f"the only record of type {kind} is {_NAMES[kind]}"
     fields = FIELDS.get(kind, {})
     for key, value in data.items():
         if key in fields:
             check, right = fields[key]
-            if value is not None and not check(value):
+            if value is not None and not check(value) and (not known or known.get(key) != value):
                 return f"{key} is not {right}"
         elif kind not in _OPEN:
             return f"a field is unknown; known: {', '.join(fields)}"

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from dicomnode.clock import iso
+from dicomnode.conflicts import moment
 from dicomnode.index.database import Database
 from dicomnode.index.keys import PATIENT_KEYS
 from dicomnode.record_shapes import FIELDS, fault
@@ -100,12 +102,14 @@ def corrected_study(db: Database, sop_instance_uid: str) -> Corrected | None:
     if found is None or not values:
         return None
     number, issuer = str(found["PatientID"]), str(found["IssuerOfPatientID"] or "")
-    moment = db.value(
-        "SELECT max(r.changed_time) FROM records r WHERE (r.type = 'study' AND r.record_id = ?1) OR (r.type = 'patient'"
+    rows = db.rows(
+        "SELECT r.changed_time FROM records r WHERE (r.type = 'study' AND r.record_id = ?1) OR (r.type = 'patient'"
         " AND r.record_id IN (SELECT pseudonym FROM pseudonyms WHERE kind = 'patient' AND original = ?2))",
         (found["StudyInstanceUID"], f"{number}^{issuer}" if issuer else number),
     )
-    return Corrected(values, str(moment))
+    # What came from outside may be no time at all; then it is that at which it is applied.
+    times = [when for row in rows if (when := moment(str(row["changed_time"]))) is not None]
+    return Corrected(values, iso(max(times, default=db.clock.wall())))
 
 
 def _disputed(db: Database) -> Mapping[tuple[str, str], frozenset[str]]:

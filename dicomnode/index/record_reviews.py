@@ -68,7 +68,7 @@ class Reviews:
             kind, name = row["type"], row["record_id"]
             serves = self.record(kind, name)["data"]
             chosen = {"edge": json.loads(row["edge_data"]), "cloud": serves, "merged": dict(data or {})}[take]
-            wrong = fault(kind, name, chosen)
+            wrong = fault(kind, name, chosen, json.loads(row["edge_data"]))
             if wrong:
                 raise OperatorError("decide conflict", wrong, "Give the whole value as JSON")
             version = put_record(
@@ -135,9 +135,10 @@ class Reviews:
             if kind == "patient" and not is_pseudonym(db, name):
                 hint = "Name the patient by the pseudonym that 'dicomnode records set patient PATIENTID ...' tells"
                 raise OperatorError(operation, "no patient is known by this pseudonym", hint)
-            data = {**(json.loads(held) if held is not None else begin or {}), **changes}
+            known = json.loads(held) if held is not None else begin or {}
+            data = {**known, **changes}
             data = {k: v for k, v in data.items() if k not in changes or not empty(v)}
-            wrong = fault(kind, name, data)
+            wrong = fault(kind, name, data, known)
             if wrong:
                 raise OperatorError(operation, wrong, "Give another value")
             origin = origin_of(db, kind, name)

@@ -177,7 +177,7 @@ class Records:
             if self._stale(came, held, name):
                 return self._done(came, name, Taken.stale)
             theirs = json.loads(came["data"])
-            if why := fault(kind, name, theirs):
+            if why := fault(kind, name, theirs, json.loads(held["data"]) if held else None):
                 return self._done(came, name, Taken.refused, why)
             return self._done(came, name, self._decide(came, name, held, theirs, settled))
 

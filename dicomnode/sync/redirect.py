@@ -93,6 +93,11 @@ def _here(host: str | None) -> bool:
         return False
 
 
+def _bare(host: str | None) -> str:
+    """Without dots at its end: aiohttp looks up ``name.`` for ``name..``, which has to count as the same name."""
+    return (host or "").rstrip(".")
+
+
 class Guarded(AbstractResolver):
     """Names to addresses for one chain of redirects: those of the source are noted, those of others are checked.
 
@@ -102,7 +107,7 @@ class Guarded(AbstractResolver):
 
     def __init__(self, source: str, inner: AbstractResolver | None = None) -> None:
         self._inner = inner or ThreadedResolver()
-        self._source = urlsplit(source).hostname or ""
+        self._source = _bare(urlsplit(source).hostname)
         self._checked = ""
         self.astray: Astray | None = None
         """Why the last name was not connected to; what raises for it is an error of the connection."""
@@ -113,14 +118,14 @@ class Guarded(AbstractResolver):
 
     def leads_to(self, url: str) -> None:
         """From now on the name of this address is checked, unless it is the source's."""
-        host = urlsplit(url).hostname or ""
+        host = _bare(urlsplit(url).hostname)
         self._checked = "" if host == self._source else host
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
         found = await self._inner.resolve(host, port, family)
-        kinds = {kind_of(one["host"]) for one in found}
+        kinds, host = {kind_of(one["host"]) for one in found}, _bare(host)
         if host == self._source:
             self.kinds = self.kinds | kinds
         elif host == self._checked:

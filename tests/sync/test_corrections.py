@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 from pydicom import dcmread
 
+from dicomnode.conflicts import moment
 from dicomnode.deidentify import deidentify
 from dicomnode.encode import Correction, encode_results
+from dicomnode.errors import OperatorError
 from dicomnode.index.corrections import CORRECTED_STUDIES, corrected_study, read_corrections
 from dicomnode.index.database import Database
 from dicomnode.index.mapping import PseudonymRows
@@ -67,6 +69,77 @@ def test_a_correction_counts_once_it_is_decided(tmp_path: Path) -> None:
         assert node.db.rows("SELECT PatientName FROM patients")[0]["PatientName"] == CANARY, "rows stay as received"
 
     run(tmp_path, body, patients_identity="kept")
+
+
+def test_a_time_that_is_none_stops_no_result(tmp_path: Path) -> None:
+    """``changed_time`` is anybody's text: what it says must not decide whether a study is analysed."""
+
+    async def body(cloud: Cloud, node: Node) -> None:
+        add_results(node.db, node.settings.node.data_dir, cloud=node.settings.cloud_plan)
+        await node.exchange()
+        own_patient(node, **NAME)
+        [row] = node.db.rows("SELECT SOPInstanceUID FROM instances LIMIT 1")
+        for told in ("yesterday", "2026-11-29T10:00:00", ""):
+            with node.db.transaction():
+                node.db.execute("UPDATE records SET changed_time = ? WHERE type = 'patient'", (told,))
+            found = corrected_study(node.db, row["SOPInstanceUID"])
+            assert found is not None and moment(found.changed_time) == node.clock.wall().replace(
+                microsecond=node.clock.wall().microsecond // 1000 * 1000
+            )
+
+    run(tmp_path, body, patients_identity="kept")
+
+
+UNFIT = {
+    "PatientID": "ID\\2",
+    "PatientName": "A=B=C=D",
+    "PatientBirthDate": "\u0661\u0669\u0668\u0660\u0660\u0661\u0660\u0661",
+    "StudyDate": "20260230",
+    "StudyTime": "2500",
+    "AccessionNumber": "A\\B",
+}
+
+
+@pytest.mark.parametrize("keyword", UNFIT)
+def test_what_would_be_no_dicom_corrects_nothing(tmp_path: Path, keyword: str) -> None:
+    async def body(cloud: Cloud, node: Node) -> None:
+        add_results(node.db, node.settings.node.data_dir, cloud=node.settings.cloud_plan)
+        kind = "patient" if keyword.startswith("Patient") else "study"
+        if kind == "study":
+            node.db._connection().execute("UPDATE sync_items SET identified = 1")
+        await node.exchange()
+        if kind == "patient":
+            own_patient(node, PatientSex="O")
+            await node.exchange()
+        name = str(node.db.value("SELECT record_id FROM records WHERE type = ?", (kind,)))
+        before = node.holds(kind, name)
+        with pytest.raises(OperatorError, match=keyword):
+            node.reviews.change(kind, name, {keyword: UNFIT[keyword]})
+        await cloud.change(kind, name, **{**cloud.holds(kind, name), keyword: UNFIT[keyword]})
+        await node.exchange()
+        assert node.holds(kind, name) == before and [r["cloud_id"] for r in node.reviews.refused()] == [name]
+
+    run(tmp_path, body, patients_identity="kept")
+
+
+def test_what_a_modality_sent_so_does_not_stop_another_correction(tmp_path: Path) -> None:
+    async def body(cloud: Cloud, node: Node) -> None:
+        add_results(node.db, node.settings.node.data_dir, cloud=node.settings.cloud_plan)
+        with node.db.transaction():
+            node.db.execute("UPDATE sync_items SET identified = 1")
+            was = "data = json_set(data, '$.AccessionNumber', 'A\\B')"
+            node.db.execute(f"UPDATE sync_items SET {was} WHERE type = 'study'")
+            node.db.execute("UPDATE records SET data = (SELECT data FROM sync_items WHERE type = 'study')")
+        await node.exchange()
+        uid = str(node.db.value("SELECT record_id FROM records WHERE type = 'study'"))
+        node.reviews.change("study", uid, {"StudyDescription": "one"})
+        await node.exchange()
+        assert cloud.holds("study", uid)["AccessionNumber"] == "A\\B"
+        await cloud.change("study", uid, **{**cloud.holds("study", uid), "StudyDescription": "two"})
+        await node.exchange()
+        assert node.holds("study", uid)["StudyDescription"] == "two" and not node.reviews.refused()
+
+    run(tmp_path, body)
 
 
 def test_what_the_node_tells_of_a_study_is_no_correction(tmp_path: Path) -> None:

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aiohttp import web
+from aiohttp import ClientError, ClientSession, TCPConnector, web
 from aiohttp.abc import AbstractResolver, ResolveResult
 
 from dicomnode.errors import PeerAway
 from dicomnode.settings import Cloud
 from dicomnode.sync import redirect, transfer
-from dicomnode.sync.redirect import Astray, kind_of, next_address
+from dicomnode.sync.redirect import Astray, Guarded, kind_of, next_address
 from dicomnode.sync.source import HttpSource
 from dicomnode.sync.trust import BoundedFetcher, refresh
 from tests.certificates import SERVER_ONLY, Authority, Issued
@@ -120,6 +120,24 @@ class Names(AbstractResolver):
 
     async def close(self) -> None:
         return
+
+
+@pytest.mark.parametrize("dots", ["", ".", "..", "..."])
+def test_dots_behind_a_name_hide_no_address(dots: str) -> None:
+    """aiohttp looks up ``inside.test.`` for ``inside.test..``."""
+
+    async def body() -> None:
+        guard = Guarded(SOURCE, Names({"inside.test": "127.0.0.1", "inside.test.": "127.0.0.1"}))
+        guard.kinds = frozenset({"public"})
+        url = f"https://inside.test{dots}:1/"
+        guard.leads_to(url)
+        connector = TCPConnector(resolver=guard, use_dns_cache=False)
+        async with ClientSession(connector=connector) as session:
+            with pytest.raises(ClientError):
+                await session.get(url)
+        assert guard.astray is not None and "loopback" in str(guard.astray)
+
+    asyncio.run(body())
 
 
 class Store:
