@@ -95,7 +95,7 @@ class Authority:
         kind: str = "ec",
         key: Key | None = None,
         usages: Sequence[x509.ObjectIdentifier] = BOTH,
-        algorithm: hashes.HashAlgorithm | None = None,
+        algorithm: hashes.SHA256 | hashes.SHA384 | hashes.SHA512 | None = None,
         file: str | None = None,
     ) -> Issued:
         """A certificate with subject CN ``name``, valid from ``start_days`` from now for until ``days`` from now."""

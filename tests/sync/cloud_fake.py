@@ -44,9 +44,10 @@ class FakeCloud:
         head = f"Content-Type: {request.headers['Content-Type']}\r\n\r\n".encode()
         message = BytesParser(policy=HTTP).parsebytes(head + body)
         found = {}
-        for part in message.iter_parts():  # type: ignore[attr-defined]
+        for part in message.iter_parts():
             assert part["Content-Type"] == "application/dicom"
             data = part.get_payload(decode=True)
+            assert isinstance(data, bytes)
             ds = dcmread(BytesIO(data), stop_before_pixels=True)
             found[str(ds.SOPInstanceUID)] = data
         return found

@@ -10,9 +10,10 @@ import asyncio
 import contextlib
 import socket
 import ssl
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 CUTS = (200, 1_500, 6_000)
@@ -112,7 +113,7 @@ class FaultProxy:
             writer.transport.abort()
 
 
-Pump = Callable[[asyncio.StreamReader, asyncio.StreamWriter], "asyncio.Future[None]"]
+Pump = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Coroutine[Any, Any, None]]
 
 
 async def _whole(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -164,7 +165,7 @@ async def fault_proxy(target: tuple[str, int], tls: ssl.SSLContext | None = None
 
 
 @contextlib.contextmanager
-def name_service(proxy: FaultProxy) -> object:
+def name_service(proxy: FaultProxy) -> Iterator[None]:
     """While the proxy's fault is ``dns`` no name is found."""
     loop = asyncio.get_running_loop()
     real = loop.getaddrinfo
