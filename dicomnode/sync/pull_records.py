@@ -130,7 +130,7 @@ class RecordPuller:
                 limit = max(1, limit // SHRINK) if limit > 1 else PAGE
                 continue
             self._must_be_ours(body)
-            page = page_of(body, alone=limit < PAGE)
+            page = await asyncio.to_thread(page_of, body, alone=limit < PAGE)
             following, rows = page.following, page.rows
             if page.newest is not None and page.newest < after:  # the cloud was set back: all of it is read again
                 self._log.warning("the records of the cloud begin anew", after=after, newest=page.newest)
@@ -192,9 +192,17 @@ class RecordPuller:
         return durable.free_bytes(node.data_dir) > node.reserve_mb << 20
 
     def _keep(self, url: str, rows: Sequence[Row], unkept: Sequence[Unkept], following: int) -> None:
-        """Records, the place behind them, and what of them could not be kept, in one transaction."""
-        left = [{"why": u.why, "type": u.type, "cloud_id": u.name, "seq": u.seq} for u in unkept]
-        self.records.keep(url, [r for r in rows if r["type"] in KIND_OF], following, left)
+        """Records, the place behind them, and what of them could not be kept.
+
+        A page that is longer than was asked for is kept in parts, and what it names wrongly is noted for one page:
+        whoever stores an image waits for the index meanwhile. The place moves with the last part.
+        """
+        left = [{"why": u.why, "type": u.type, "cloud_id": u.name, "seq": u.seq} for u in unkept[:PAGE]]
+        known = [r for r in rows if r["type"] in KIND_OF]
+        before = self.records.after(url)
+        for begin in range(0, max(1, len(known)), PAGE):
+            part, last = known[begin : begin + PAGE], begin + PAGE >= len(known)
+            self.records.keep(url, part, following if last else before, left if last else ())
         if unkept:
             RECORDS_TAKEN.labels(str(Taken.refused)).inc(len(unkept))
             self._tell_refused(len(unkept), f"{unkept[0].why} ({_place_text(unkept[0])})")

@@ -127,6 +127,31 @@ def test_hostile_records_do_not_hold_up_the_feed(tmp_path: Path, monkeypatch: py
     run(tmp_path, body)
 
 
+def test_a_page_that_is_longer_than_asked_for_does_not_hold_the_index(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stores wait for the index while a transaction goes on: what a cloud sends must not decide for how long."""
+    good = [row(n, type="patient", id=f"x{n}") for n in range(1, 502)]
+    page = {"records": [*good, *({} for _ in range(5000))], "next": 600, "newest": 600}
+    feed(monkeypatch, lambda request: page if "after=0&" in request.path_qs else {"records": [], "next": 600})
+
+    async def body(cloud: Cloud, node: Node) -> None:
+        kept, keep = list[tuple[int, int, int]](), node.puller.records.keep
+
+        def spied(url: str, rows: Any, after: int, refused: Any = ()) -> int:
+            kept.append((len(rows), after, len(refused)))
+            return keep(url, rows, after, refused)
+
+        monkeypatch.setattr(node.puller.records, "keep", spied)
+        assert await node.pull() == {Taken.unknown: 501}
+        assert kept == [(200, 0, 0), (200, 0, 0), (101, 600, 200)]
+        [event] = node.db.rows("SELECT text FROM events WHERE kind = 'record-refused'")
+        assert event["text"].startswith("5000 records")
+        assert await node.pull() == {}
+
+    run(tmp_path, body)
+
+
 def text_of(seq: int, data: bytes = b'{"n": 1}', version: bytes = b"1", more: bytes = b"") -> bytes:
     """A record as a cloud may send it that keeps texts as they came."""
     return (
