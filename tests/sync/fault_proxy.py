@@ -139,7 +139,7 @@ def _limited(limit: int) -> Pump:
             if left <= 0:
                 return
 
-    return pump  # type: ignore[return-value]
+    return pump
 
 
 async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, status: bytes, more: bytes) -> None:
