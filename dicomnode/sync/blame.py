@@ -159,6 +159,7 @@ async def one_by_one(
     held: set[str] = set()
     stored = others_stored
     bad: list[Answer] = []
+    heard = False
     for key, thing in things.items():
         if streams[key] in held:
             continue
@@ -168,6 +169,7 @@ async def one_by_one(
         if one.verdicts[key].fate not in {Fate.stored, Fate.reject}:
             held.add(streams[key])
         if not one.whole:
+            heard = True
             continue
         bad.append(one)
         if stored or (there and not one.mendable):
@@ -175,7 +177,7 @@ async def one_by_one(
         if len(bad) >= MOST_UNPROVEN or (one.wait is not None and not there):
             break
     whole = bad[-1] if bad and not stored else Answer({})
-    return _with_blame(Answer(verdicts, whole.whole, whole.wait, whole.mendable), others_stored, alike)
+    return _with_blame(Answer(verdicts, whole.whole, whole.wait, whole.mendable, heard), others_stored, alike)
 
 
 def _with_blame(answer: Answer, stored: bool, alike: Mapping[int, int]) -> Answer:

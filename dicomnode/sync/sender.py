@@ -259,7 +259,8 @@ class CloudSender:
             self._blame.lane_failed(lane, self.endpoints.answers)
         else:
             self._blame.lane_went(lane, answer.verdicts)
-            self.endpoints.succeeded(number, seconds)
+            if answer.heard:  # a suspect that fails once more says nothing of the endpoint, which may be away
+                self.endpoints.succeeded(number, seconds)
 
     def _parts(self, items: Sequence[Row], batch: _Batch) -> tuple[list[Part], set[str]]:
         """Check each file against its digest and prepare it, and the streams that have to wait.

@@ -52,13 +52,14 @@ class Part:
 class Answer:
     """``verdicts`` by the key that was asked with; ``whole``: the cause, where the request failed as a whole.
 
-    ``wait``: Retry-After in seconds. ``mendable``: an operator has to act.
+    ``wait``: Retry-After in seconds. ``mendable``: an operator has to act. ``heard``: there was a good answer.
     """
 
     verdicts: dict[str, Verdict]
     whole: str = ""
     wait: float | None = None
     mendable: bool = False
+    heard: bool = True
 
 
 def answer_of(verdicts: dict[str, Verdict], wait: float | None) -> Answer:

@@ -114,6 +114,20 @@ def test_a_stop_speaks_against_nothing(db: Database, tmp_path: Path) -> None:
     assert states(db) == ["pending"] and one(db, "ended", 1) == 3
 
 
+def test_a_suspect_that_fails_once_more_does_not_make_an_endpoint_well(
+    db: Database, tmp_path: Path, clock: FakeClock
+) -> None:
+    add_results(db, tmp_path)
+    as_they_are(db)
+    db._connection().execute("UPDATE sync_items SET suspect = 1, strikes = 1")
+    sender = sender_of(make_settings(tmp_path, cloud={"stow_url": "http://127.0.0.1:9/studies"}), db)
+    sender.endpoints.failed(0, "away")
+    clock.now += 3600
+    asyncio.run(sender.flush())
+    assert one(db, "attempts", 1) == 1 and one(db, "suspect", 1) == 1
+    assert not sender.endpoints.health[0].well and sender.endpoints.answers == 0
+
+
 def test_suspicions_outlive_a_restart(db: Database, tmp_path: Path, clock: FakeClock) -> None:
     """What fails while others are stored is parked after so many times, however often the sidecar is restarted."""
     [bad] = add_results(db, tmp_path)
