@@ -308,7 +308,8 @@ def deidentify_record(
 ) -> tuple[dict[str, Any], dict[tuple[str, str], str]]:
     """Content of a record as it may leave, and the mapping.
 
-    ``patient``: PatientID, IssuerOfPatientID and PatientName and AccessionNumber of its study;
+    ``patient``: PatientID, IssuerOfPatientID and PatientName and AccessionNumber of its study, and under other
+    names what was corrected: none of their words leaves in a text;
     ``uids``: of that study, exchanged in texts whatever they look like. A type that concerns a patient
     and is not known here leaves empty.
     """
@@ -316,7 +317,7 @@ def deidentify_record(
         return dict(data), {}
     patient_id, issuer = patient.get("PatientID", ""), patient.get("IssuerOfPatientID", "")
     days = pseudonyms.days(patient_id, issuer)
-    known = traces(*(patient.get(k, "") for k in ("PatientID", "PatientName", "AccessionNumber")))
+    known = traces(*(v for k, v in patient.items() if k not in ("IssuerOfPatientID", "StudyInstanceUID")))
     all_uids = frozenset({*uids, *_told_uids(data)})
 
     def said(text: str) -> str:

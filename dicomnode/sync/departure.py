@@ -82,6 +82,7 @@ class Departures:
         if not self._identified(item) and (patient is not None or item["type"] in PATIENT_TYPES):
             codec = self._codec()
             known = {k: str(v or "") for k, v in (patient or {}).items()}
+            known |= self._corrected(codec.patient(known["PatientID"], known["IssuerOfPatientID"])) if known else {}
             uids = {known.get("StudyInstanceUID", "")}
             if patient is not None:
                 uids |= {str(r["uid"]) for r in self._db.rows(_UIDS, (item["study_id"],))}
@@ -114,6 +115,12 @@ class Departures:
         names = json.loads(self._db.value("SELECT rules FROM jobs WHERE id = ?", (item["job_id"],)) or "[]")
         kept = {rule.name for rule in self._rules() if rule.cloud_identity == "kept"}
         return bool(names) and kept.issuperset(names)
+
+    def _corrected(self, pseudonym: str) -> dict[str, str]:
+        """By what else the patient is known since a correction: people write that in a text, too."""
+        text = self._db.value("SELECT data FROM records WHERE type = 'patient' AND record_id = ?", (pseudonym,))
+        data = json.loads(text) if text else {}
+        return {f"corrected {k}": str(data[k]) for k in ("PatientID", "PatientName") if data.get(k)}
 
     def _name(self, kind: str, name: str) -> str:
         """A patient's record is known by a pseudonym at home, too; a review goes by the name of its result.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -88,6 +89,20 @@ def test_a_time_that_is_none_stops_no_result(tmp_path: Path) -> None:
             )
 
     run(tmp_path, body, patients_identity="kept")
+
+
+def test_a_corrected_name_does_not_leave_in_a_text(tmp_path: Path) -> None:
+    async def body(cloud: Cloud, node: Node) -> None:
+        add_results(node.db, node.settings.node.data_dir, cloud=node.settings.cloud_plan)
+        await node.exchange()
+        own_patient(node, PatientName="Corrected^Person", PatientID="NEW-4711")
+        result = str(node.db.value("SELECT record_id FROM records WHERE type = 'ai-result'"))
+        node.reviews.change("result-review", result, {"reason": f"Mr Person (NEW-4711, {CANARY_ID}) moved"})
+        await node.exchange()
+        [left] = cloud.storage.rows("SELECT data FROM records WHERE type = 'result-review'")
+        assert json.loads(left["data"])["reason"] == "Mr *** (***, ***) moved"
+
+    run(tmp_path, body)
 
 
 UNFIT = {
