@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import chain
 
 import numpy as np
@@ -12,23 +14,12 @@ from dicomnode import logs, metrics
 from dicomnode.errors import EngineError
 from dicomnode.infer.engine import Array, Session
 from dicomnode.infer.faults import Remedy, remedy
+from dicomnode.infer.filling import Call, streamed
+from dicomnode.infer.streaming import stream
 
 Arrays = Mapping[str, Array]
+Fill = Callable[[Sequence[Call]], Iterator[None]]
 RESTORE_SECONDS = 600.0
-
-
-def stream(session: Session, batches: Iterable[Arrays]) -> Iterator[Arrays]:
-    """Outputs of each batch, in order; copies of one overlap with computing another where the session can.
-
-    At most two batches are taken ahead of the one that is yielded. What is yielded belongs to
-    the caller. Raises EngineError.
-    """
-    own = getattr(session, "stream", None)
-    if own is not None:
-        yield from own(batches)
-        return
-    for batch in batches:
-        yield session.run(batch)
 
 
 class CappedSession:
@@ -65,8 +56,7 @@ class CappedSession:
 
     def stream(self, batches: Iterable[Arrays]) -> Iterator[Arrays]:
         """See :func:`stream`; each yielded item is the whole batch, put together again."""
-        if time.monotonic() - self._shrunk_at >= RESTORE_SECONDS:
-            self._limit = self._most
+        self._restore()
         source = iter(batches)
         whole: list[Arrays] = []  # batches whose outputs have not been yielded, oldest first
         counts: list[int] = []  # parts of each
@@ -90,15 +80,41 @@ class CappedSession:
                     ready, done = join(done), []
                     yield ready
         except EngineError as error:
-            if not self._shrink(error, whole):
+            if not self._shrink(error, map(_length, whole)):
                 raise
         else:
             return
         # What was taken and not yielded is done again in smaller parts, then the rest follows.
         yield from self.stream(chain(list(whole), source))
 
-    def _shrink(self, error: EngineError, whole: list[Arrays]) -> bool:
-        longest = max((min(_length(b), self._limit) for b in whole), default=1)
+    @property
+    def fill(self) -> Fill | None:
+        """As the session within has it (``filling.fill``); None where it has none.
+
+        Slabs that are longer than a batch, and what is left after OOM, are streamed in parts.
+        """
+        within = getattr(self._session, "fill", None)
+        return partial(self._fill, within) if within is not None else None
+
+    def _restore(self) -> None:
+        if time.monotonic() - self._shrunk_at >= RESTORE_SECONDS:
+            self._limit = self._most
+
+    def _fill(self, within: Fill, todo: Sequence[Call]) -> Iterator[None]:
+        self._restore()
+        left = deque(todo)
+        if all(call.count <= self.batch for call in todo):
+            try:
+                for _ in within(todo):
+                    metrics.inference_batch(self._name, left.popleft().count)
+                    yield
+            except EngineError as error:
+                if not self._shrink(error, [call.count for call in left]):
+                    raise
+        yield from streamed(self, left)
+
+    def _shrink(self, error: EngineError, lengths: Iterable[int]) -> bool:
+        longest = max((min(length, self._limit) for length in lengths), default=1)
         if remedy(error.code, can_shrink=longest > 1, has_other=False) is not Remedy.smaller_batch:
             return False
         self._limit, self._shrunk_at = longest // 2, time.monotonic()

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from dicomnode.errors import EngineError
-from dicomnode.infer.batching import Arrays, stream
+from dicomnode.infer.batching import Arrays
 from dicomnode.infer.engine import Session
+from dicomnode.infer.streaming import stream
 
 Shape = tuple[tuple[str, str, tuple[int, ...]], ...]
 """Of the inputs of a call: name, dtype, and length of each axis but the first one."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain, islice
 from time import perf_counter
@@ -14,9 +14,15 @@ import numpy as np
 from dicomnode import metrics
 from dicomnode.errors import EngineError
 from dicomnode.infer.engine import Array, Ok, Rejected, Session
+from dicomnode.infer.filling import Call, streamed
 from dicomnode.infer.lanes import in_lanes
 
 CPU_PROVIDER = "CPUExecutionProvider"
+DTYPES = {
+    **{f"tensor({name})": name for name in ("float16", "double", "uint8", "int8", "uint16", "int16", "int32", "int64")},
+    "tensor(float)": "float32",
+}
+"""Of answers that are written straight where they belong."""
 LANES = 2
 """Batches of one stream at a time, each in its own share of the threads: no batch waits for the slowest
 thread of each layer, and what is not computed in several threads has the other batch beside it."""
@@ -88,6 +94,7 @@ class _OrtSession:
         self._another = another
         self._of_lanes: Any = None
         self._outputs = [output.name for output in session.get_outputs()]
+        self._dtypes = {o.name: np.dtype(DTYPES[o.type]) for o in session.get_outputs() if o.type in DTYPES}
 
     @property
     def engine(self) -> str:
@@ -103,8 +110,7 @@ class _OrtSession:
         try:
             values = session.run(self._outputs, dict(inputs))
         except Exception as cause:
-            code = "OOM" if "alloc" in str(cause).lower() else "BUILD_FAILED"
-            raise EngineError("run model", code, _first_line(cause)) from cause
+            raise _failed(cause) from cause
         metrics.inference("onnxruntime-cpu", "fp32", "compute", perf_counter() - begin)
         return {name: np.asarray(value) for name, value in zip(self._outputs, values, strict=True)}
 
@@ -118,8 +124,43 @@ class _OrtSession:
             self._of_lanes = self._another()
         return in_lanes(partial(self._run, self._of_lanes), chain(head, source), self._lanes)
 
+    def fill(self, todo: Sequence[Call]) -> Iterator[None]:
+        """See :func:`dicomnode.infer.filling.fill`: each lane prepares its slab and checks its answer as well."""
+        if not todo or not all(self._dtypes.get(name) for name in todo[0].answers.names):
+            yield from streamed(self, todo)
+            return
+        lanes = self._lanes if len(todo) > 1 else 1
+        if lanes > 1 and self._of_lanes is None and self._session is not None:
+            self._of_lanes = self._another()
+        session = self._of_lanes if lanes > 1 else self._session
+        yield from in_lanes(partial(self._fill, session), todo, lanes)
+
+    def _fill(self, session: Any, call: Call) -> None:
+        if session is None:
+            raise EngineError("run model", "BUILD_FAILED", "the session is closed")
+        inputs = call.make()
+        places = {name: call.place(name, self._dtypes[name]) for name in call.answers.names}
+        begin = perf_counter()
+        try:
+            bound = session.io_binding()
+            for name, array in inputs.items():
+                bound.bind_cpu_input(name, array)
+            for name, place in places.items():
+                bound.bind_output(name, "cpu", 0, place.dtype.type, place.shape, place.ctypes.data)
+            session.run_with_iobinding(bound)
+        except Exception as cause:
+            raise _failed(cause) from cause
+        metrics.inference("onnxruntime-cpu", "fp32", "compute", perf_counter() - begin)
+        call.read(inputs)
+        for name, place in places.items():
+            call.check(name, place)
+
     def close(self) -> None:
         self._session = self._of_lanes = None
+
+
+def _failed(cause: Exception) -> EngineError:
+    return EngineError("run model", "OOM" if "alloc" in str(cause).lower() else "BUILD_FAILED", _first_line(cause))
 
 
 def _library() -> Any:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -13,15 +12,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dicomnode.errors import EngineError, NodeError, UnsuitableSeries
-from dicomnode.infer.batching import stream
+from dicomnode.errors import NodeError, UnsuitableSeries
 from dicomnode.infer.bundle import Bundle
 from dicomnode.infer.contract import ProjectionContract
 from dicomnode.infer.decode import Decoder
 from dicomnode.infer.engine import Session
+from dicomnode.infer.filling import Answers, calls, fill
 from dicomnode.infer.manifest import Manifest
 from dicomnode.infer.measure import VolumeSpec, measure
-from dicomnode.infer.prefetch import prefetched
 from dicomnode.infer.projections import Images, read_projections
 from dicomnode.infer.several import merge
 from dicomnode.infer.slabs import Slabs
@@ -106,33 +104,12 @@ def infer(manifest: Manifest, session: Session, volume: Volume, report: Progress
     """Network outputs by name, each of the volume's shape, computed slab by slab."""
     report = report or _silent
     spec = manifest.engine
-    slices = volume.values.shape[0]
-    whole: dict[str, Array] = {}
-    slabs, inside = Slabs(manifest.preprocess), deque[Array]()
-
-    def batches() -> Iterator[Mapping[str, Array]]:
-        """Each is prepared while the engine computes the one before."""
-        for first in range(0, slices, spec.slab_slices):
-            inside.append(slabs.make(volume.values[first : first + spec.slab_slices]))
-            yield {spec.input: inside[-1]}
-
-    for first, result in zip(range(0, slices, spec.slab_slices), stream(session, prefetched(batches())), strict=True):
-        report("inference", first / slices)
-        slabs.done(inside.popleft())  # its answer is here, so the engine has read it
-        count = min(spec.slab_slices, slices - first)
-        for name in spec.outputs:
-            if name not in result:
-                raise EngineError("run model", "BUILD_FAILED", f"the model gave no output {name}")
-            part = result[name]
-            if part.shape != (count, 1, *volume.values.shape[1:]):
-                raise EngineError("run model", "BUILD_FAILED", f"output {name} has shape {part.shape}")
-            if part.dtype.kind == "f" and not np.isfinite(part).all():
-                raise EngineError("run model", "GOLDEN_MISMATCH", f"output {name} is not finite")
-            if name not in whole:
-                whole[name] = np.empty(volume.values.shape, part.dtype)
-            whole[name][first : first + count] = part[:, 0]
+    answers = Answers(spec.outputs, volume.values.shape)
+    todo = calls(spec.input, volume.values, spec.slab_slices, Slabs(manifest.preprocess), answers)
+    for index, _ in enumerate(fill(session, todo)):
+        report("inference", index / len(todo))
     report("inference", 1.0)
-    return whole
+    return answers.whole
 
 
 def analyse_series(

@@ -20,7 +20,7 @@ Array = npt.NDArray[Any]
 class Slabs:
     """Makes (slices, 1, rows, columns) of (slices, rows, columns) by ``steps``.
 
-    ``make`` and ``done`` may be called by different threads.
+    ``make`` and ``done`` may be called by several threads at a time.
     """
 
     def __init__(self, steps: Sequence[PreStep]) -> None:
@@ -47,8 +47,11 @@ class Slabs:
         self._spare.append(slab)
 
     def _memory(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-        while self._spare:
-            spare = self._spare.popleft()
+        while True:
+            try:
+                spare = self._spare.popleft()
+            except IndexError:  # none, or another thread has taken the last one
+                break
             if spare.dtype == dtype and spare.shape[2:] == shape[1:] and len(spare) >= shape[0]:
                 return spare[: shape[0]]
         return np.empty((shape[0], 1, *shape[1:]), dtype)

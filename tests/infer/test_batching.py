@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dicomnode.errors import EngineError
-from dicomnode.infer.batching import RESTORE_SECONDS, CappedSession, join, split, stream
+from dicomnode.infer.batching import RESTORE_SECONDS, CappedSession, join, split
+from dicomnode.infer.streaming import stream
 
 
 @given(length=st.integers(1, 40), limit=st.integers(1, 12))

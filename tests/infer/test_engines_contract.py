@@ -12,11 +12,11 @@ import pytest
 
 from dicomnode.errors import EngineError
 from dicomnode.infer import ort
-from dicomnode.infer.batching import stream
 from dicomnode.infer.engine import Engine, Limits, Ok, Session
 from dicomnode.infer.isolated import inline
 from dicomnode.infer.ort import OnnxRuntimeCpu
 from dicomnode.infer.ort_gpu import OnnxRuntimeGpu
+from dicomnode.infer.streaming import stream
 from dicomnode.infer.trt import TensorRt
 from dicomnode.infer.trt_build import Toolkit
 from tests.infer.fake_cuda import FakeCuda
