@@ -171,7 +171,7 @@ def die_in(phase: str, worker: Worker) -> None:
 
         def picked(*arguments: Any) -> Any:
             model = pick(*arguments)
-            model.session._session.run = killing(after=model.session._session.run)
+            model.session._session._fill = killing(after=model.session._session._fill)
             return model
 
         worker._router.pick = picked  # type: ignore[method-assign]
