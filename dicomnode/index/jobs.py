@@ -164,7 +164,8 @@ class Jobs(JobViews):
     def lease(self, owner: str, seconds: float, *, before: int | None = None) -> Row | None:
         """Take the most urgent job that is due, or None. Counts an attempt.
 
-        ``before``: only one that goes before a job of this priority (PRIORITIES).
+        ``before``: only one that goes before a job of this priority (PRIORITIES). ``parted`` of what is returned:
+        whether its last attempt was one in company that ended the worker.
         """
         db = self.db
         now = db.clock.ticks()
@@ -184,7 +185,8 @@ class Jobs(JobViews):
                 " started_at = ?, batch_studies = 0 WHERE id = ?",
                 (state, owner, now + seconds, now, job["id"]),
             )
-            return db.row("SELECT * FROM jobs WHERE id = ?", (job["id"],))
+            taken = db.row("SELECT * FROM jobs WHERE id = ?", (job["id"],))
+            return taken and {**taken, "parted": int(job["batch_studies"]) > 0}
 
     def extend(self, job_id: int, owner: str, seconds: float) -> None:
         """Keep a lease alive. Raises LeaseLost when it is not ours any more."""

@@ -88,5 +88,5 @@ def _queued(job: Row, version: str, *, leased: bool = False) -> Queued:
         version=version,
         instances=int(job["instances"]),
         attempts=int(job["attempts"]) - leased,
-        parted=int(job["batch_studies"]) > 0,
+        parted=bool(job["parted"]) if leased else int(job["batch_studies"]) > 0,  # the lease has set it to 0
     )

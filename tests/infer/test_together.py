@@ -316,6 +316,26 @@ def test_a_device_lost_in_company_is_nobodys_attempt_until_each_is_alone(box: Bo
     assert box.column("attempts", ids) == [1, 2, 1] and len(lost) == 3
 
 
+@pytest.mark.parametrize("how", ["device", "death"])
+def test_one_that_was_lost_in_company_gets_no_new_company_when_it_is_the_first(box: Box, how: str) -> None:
+    """Else it would take those down that arrive meanwhile, again and again, and no attempt would ever count."""
+    ids = [queue(box.db, 1), queue(box.db, 2)]
+    assert Jobs(box.db).lease("w", 60) is not None
+    sharing.lease_beside(box.db, ids[0], ids[1:], "w", 60)
+    if how == "device":
+        sharing.part(box.db, ids, "w", "the device was lost")
+    else:
+        Jobs(box.db).expire(3, ("w",))
+    fresh = [queue(box.db, number) for number in (3, 4)]
+    worker, trap = box.worker()
+    for _ in ids:
+        assert worker.run_once()
+    assert trap.rows == [1, 1], "each alone, whoever arrived since"
+    assert box.column("state", ids) == ["done"] * 2 and box.column("batch_studies", ids) == [0, 0]
+    assert worker.run_once() and trap.rows == [1, 1, 2], "those that nothing happened to share"
+    assert box.column("state", fresh) == ["done"] * 2
+
+
 def test_a_lease_that_is_lost_in_company_drops_that_result_only(box: Box) -> None:
     ids = [queue(box.db, number) for number in range(1, 4)]
 
