@@ -30,6 +30,7 @@ _CHILDREN: dict[str, dict[int, str]] = {
     "Tensor": {},
 }
 _DOMAIN_FIELD = {"Node": 7, "Opset": 1, "Function": 10}
+_OPERATOR = 4
 _TENSOR_EXTERNAL_DATA = 13
 _TENSOR_DATA_LOCATION = 14
 
@@ -45,6 +46,21 @@ def check_onnx(data: bytes, name: str) -> None:
     _walk(memoryview(data), "Model", 0, budget, seen, name)
     if "Graph" not in seen:
         raise _bad(name, "it holds no ONNX graph")
+
+
+def operators(data: bytes, name: str) -> frozenset[str]:
+    """What its nodes do, in all of its graphs and functions. Of a model that ``check_onnx`` has passed."""
+    found: set[str] = set()
+    left: list[tuple[memoryview, str]] = [(memoryview(data), "Model")]
+    while left:
+        view, kind = left.pop()
+        for number, value in fields(view, name):
+            if kind == "Node" and number == _OPERATOR and isinstance(value, memoryview):
+                found.add(str(value[:80], "utf-8", "replace"))
+            below = _CHILDREN[kind].get(number)
+            if below is not None and below not in ("Tensor", "Sparse") and isinstance(value, memoryview):
+                left.append((value, below))
+    return frozenset(found)
 
 
 def _bad(name: str, cause: str) -> BundleError:

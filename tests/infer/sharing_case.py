@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from onnx import helper
+from onnx import TensorProto, helper
 
 from dicomnode import logs
 from dicomnode.errors import EngineError
@@ -40,12 +40,15 @@ POISON = 4095
 """Grey value of all pixels of an image on which a :class:`Trap` closes; others stay below it."""
 
 
-def network(*, seed: int = 3, mixes: bool = False, one_row: bool = False, scores: bool = True) -> bytes:
+def network(
+    *, seed: int = 3, mixes: bool = False, one_row: bool = False, scores: bool = True, quantised: bool = False
+) -> bytes:
     """Two convolutions, a dense answer ``y`` and two scores ``s``. ``mixes``: half the mean of the batch is taken
-    off each row; ``one_row``: it takes no batch of more than one; without ``scores`` images of any size.
+    off each row; ``one_row``: it takes no batch of more than one; without ``scores`` images of any size;
+    ``quantised``: the scores are of 8 bits, whose scale is that of the brightest row of the batch.
     """
     random = np.random.default_rng(seed)
-    weights = {
+    weights: dict[str, Any] = {
         "a": random.normal(size=(8, 1, 3, 3)).astype(np.float32) / 3,
         "b": random.normal(size=(1, 8, 3, 3)).astype(np.float32) / 8,
         "d": random.normal(size=(SIDE * SIDE, 2)).astype(np.float32) / SIDE,
@@ -67,10 +70,21 @@ def network(*, seed: int = 3, mixes: bool = False, one_row: bool = False, scores
     ]
     if not scores:
         return onnx_bytes(nodes, ["y"], 4, {name: weights[name] for name in ("a", "b")})
-    nodes += [
-        helper.make_node("Reshape", ["y", "shape"], ["f"]),
-        helper.make_node("MatMul", ["f", "d"], ["s"]),
-    ]
+    nodes.append(helper.make_node("Reshape", ["y", "shape"], ["f"]))
+    if quantised:
+        step = np.float32(np.abs(weights["d"]).max() / 127)
+        weights["d"] = np.round(weights["d"] / step).astype(np.int8)
+        weights |= {"step": step, "prior": np.array([2, -2], np.float32)}
+        nodes += [
+            helper.make_node("DynamicQuantizeLinear", ["f"], ["q", "scale", "zero"]),
+            helper.make_node("MatMulInteger", ["q", "d", "zero"], ["i"]),
+            helper.make_node("Cast", ["i"], ["w"], to=TensorProto.FLOAT),
+            helper.make_node("Mul", ["scale", "step"], ["t"]),
+            helper.make_node("Mul", ["w", "t"], ["p"]),
+            helper.make_node("Add", ["p", "prior"], ["s"]),
+        ]
+    else:
+        nodes.append(helper.make_node("MatMul", ["f", "d"], ["s"]))
     return onnx_bytes(nodes, ["y", "s"], 4, weights)
 
 

@@ -157,6 +157,17 @@ def test_a_graph_shows_by_its_golden_input_whether_it_mixes(
     assert not rows_independent(bundle, CappedSession(session, 1)), "with room for one row there is nothing to share"
 
 
+def test_eight_bits_with_the_scale_of_the_whole_batch_are_never_shared(tmp_path: Path) -> None:
+    """Golden rows may be too much alike to show it: a bright patient would take the steps from a dark one."""
+    bundle = load_bundle(triage(tmp_path / "models", onnx=network(quantised=True)))
+    session = CappedSession(CPU.load(bundle.read("model.onnx"), threads=1), 16)
+    dark = np.random.default_rng(1).random((1, 1, 16, 16)).astype(np.float32)
+    bright = np.full((1, 1, 16, 16), 50.0, np.float32)
+    alone, beside = session.run({"x": dark})["s"], session.run({"x": np.concatenate([dark, bright])})["s"]
+    assert np.abs(beside[0] - alone[0]).max() > 0.04, "of a logit"
+    assert not rows_independent(bundle, session)
+
+
 def test_without_the_worker_s_session_nothing_is_shared(tmp_path: Path) -> None:
     model = open_model(triage(tmp_path / "models"), CPU, threads=1)
     assert not model.shares and model.most_rows == 1
