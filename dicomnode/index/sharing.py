@@ -12,11 +12,25 @@ from collections.abc import Sequence
 from dicomnode.index.database import Database, Row
 from dicomnode.index.states import JobEvent, JobState, next_job_state
 
+MOST_ROWS = 512
+"""Of a batch, by ``[inference] max_batch``: further instances of a series are not looked at."""
+
+_IMAGES = (
+    "(SELECT coalesce(sum(max(1, CAST(coalesce(n.NumberOfFrames, '') AS INTEGER))), 0) FROM"
+    f" (SELECT SOPInstanceUID FROM job_inputs WHERE job_id = %s LIMIT {MOST_ROWS + 1}) i"
+    " LEFT JOIN instances n ON n.SOPInstanceUID = i.SOPInstanceUID)"
+)
+
+
+def images_of(db: Database, job_id: int) -> int:
+    """How many images are the input of a job: each frame of an instance is one. Exact up to ``MOST_ROWS``."""
+    return int(db.value(f"SELECT {_IMAGES % '?'}", (job_id,)))
+
 
 def waiting_beside(db: Database, job: Row, limit: int) -> list[Row]:
-    """Jobs that are due, of the priority and model of ``job``, in the order of the queue, with their ``instances``."""
+    """Jobs that are due, of the priority and model of ``job``, in the order of the queue; ``instances``: images_of."""
     return db.rows(
-        "SELECT j.*, (SELECT count(*) FROM job_inputs i WHERE i.job_id = j.id) AS instances FROM jobs j"
+        f"SELECT j.*, {_IMAGES % 'j.id'} AS instances FROM jobs j"
         " WHERE j.state = 'pending' AND j.priority = ? AND j.next_at <= ? AND j.model = ? ORDER BY j.id LIMIT ?",
         (job["priority"], db.clock.ticks(), job["model"], limit),
     )

@@ -36,7 +36,8 @@ class Mates:
         if ready is None:
             return []
         rows = ready.most_rows
-        first = _queued({**attempt.job, "instances": len(attempt.sources)}, ready.identity.version, leased=True)
+        images = self._images(attempt)
+        first = _queued({**attempt.job, "instances": images}, ready.identity.version, leased=True)
         if not sociable(first, rows):
             return []
         try:
@@ -55,7 +56,19 @@ class Mates:
     def suits(self, attempt: Attempt) -> bool:
         """Whether the images of its series alone are worth a batch of their own."""
         ready, _ = self._sharing(attempt)
-        return ready is not None and 1 < len(attempt.sources) <= ready.most_rows and int(attempt.job["attempts"]) == 1
+        if ready is None or int(attempt.job["attempts"]) != 1:
+            return False
+        return 1 < self._images(attempt) <= ready.most_rows
+
+    def _images(self, attempt: Attempt) -> int:
+        """0 where they cannot be counted. A file of many frames counts as many: their rows are in memory at once."""
+        if len(attempt.sources) > sharing.MOST_ROWS:
+            return len(attempt.sources)
+        try:
+            return sharing.images_of(self._db, attempt.job_id)
+        except NodeError as error:
+            self._log.warning("could not count the images of a job", error=str(error))
+            return 0
 
     def _sharing(self, attempt: Attempt) -> tuple[ReadyModel | None, int]:
         """The model, if it shares its batches now, and between how many series at most."""

@@ -66,6 +66,17 @@ def test_only_what_is_due_and_pending_of_that_model_and_priority_is_waiting(db: 
     assert [(r["id"], r["instances"]) for r in sharing.waiting_beside(db, first, 99)] == [(n, 1) for n in alike]
 
 
+@pytest.mark.parametrize(("stated", "images"), [("600", 600), ("", 1), (None, 1), ("many", 1)])
+def test_each_frame_of_an_instance_is_an_image(db: Database, stated: str | None, images: int) -> None:
+    one, other = job(db), job(db)
+    with db.transaction():
+        uid = db.value("SELECT SOPInstanceUID FROM job_inputs WHERE job_id = ?", (other,))
+        db.execute("UPDATE instances SET NumberOfFrames = ? WHERE SOPInstanceUID = ?", (stated, uid))
+    assert (sharing.images_of(db, one), sharing.images_of(db, other)) == (1, images)
+    (first,) = rows(db, [one])
+    assert [r["instances"] for r in sharing.waiting_beside(db, first, 9)] == [1, images]
+
+
 def test_one_that_was_taken_or_superseded_meanwhile_does_not_come_along(db: Database) -> None:
     ids = [job(db) for _ in range(4)]
     Jobs(db).lease("w", 60)

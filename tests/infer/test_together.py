@@ -163,6 +163,20 @@ def test_a_series_that_is_too_large_for_a_batch_is_done_image_by_image(box: Box)
     assert_whole(box, [job_id])
 
 
+def test_a_file_of_many_frames_is_a_series_of_its_own(box: Box) -> None:
+    """All rows of those that share a batch are in memory at once: those of a volume would be gigabytes."""
+    ids = [queue(box.db, number) for number in range(1, 5)]
+    with box.db.transaction():
+        for job_id in ids[1], ids[3]:
+            uid = box.db.value("SELECT SOPInstanceUID FROM job_inputs WHERE job_id = ?", (job_id,))
+            box.db.execute("UPDATE instances SET NumberOfFrames = '40' WHERE SOPInstanceUID = ?", (uid,))
+    worker, trap = box.worker()
+    while worker.run_once():
+        pass
+    assert trap.rows == [2, 1, 1]
+    assert box.column("batch_studies", ids) == [2, 0, 2, 0]
+
+
 def test_the_images_of_one_series_fail_in_their_batch_as_they_do_alone(box: Box) -> None:
     def on(inputs: Mapping[str, np.ndarray]) -> None:
         if len(inputs["x"]) > 1:
