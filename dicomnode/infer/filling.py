@@ -116,8 +116,8 @@ def streamed(session: Session, todo: Iterable[Call]) -> Iterator[None]:
             yield inside[-1]
 
     for call, result in zip(every, stream(session, prefetched(batches())), strict=True):
-        call.read(inside.pop(0))  # its answer is here, so the engine has read it
         call.take(result)
+        call.read(inside.pop(0))  # after its answer is taken, which may lie in the same memory
         yield
 
 

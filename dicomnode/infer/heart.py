@@ -27,7 +27,8 @@ class Heart:
     def __init__(self, jobs: Jobs, job_id: int, owner: str, seconds: float, limit: float) -> None:
         """``seconds``: of the lease; ``limit``: of the job."""
         self._jobs, self._job_id, self._owner, self._seconds = jobs, job_id, owner, seconds
-        self._held: tuple[int, ...] = (job_id,)
+        self._held: tuple[int, ...] = (job_id,)  # written by the worker's thread alone
+        self._let_go: set[int] = set()  # by the heart's
         self._limit = limit
         self._deadline = time.monotonic() + limit
         self._stands = False
@@ -66,13 +67,14 @@ class Heart:
             if time.monotonic() >= self._deadline and not self._stands:
                 logs.get().error("job takes too long, the worker is restarted", job=self._job_id)
                 os._exit(EXIT_HUNG)
-            for job_id in self._held:  # with none left the work still runs, and may still hang
-                self._extend(job_id)
+            for job_id in self._held:
+                if job_id not in self._let_go:  # with none left the work still runs, and may still hang
+                    self._extend(job_id)
 
     def _extend(self, job_id: int) -> None:
         try:
             self._jobs.extend(job_id, self._owner, self._seconds)
         except LeaseLost:  # or it has ended, of several; else finish() will find out and drop the result
-            self._held = tuple(held for held in self._held if held != job_id)
+            self._let_go.add(job_id)
         except NodeError:
             return  # a locked index: the next beat is soon enough
