@@ -38,7 +38,7 @@ def summary(settings: Settings, findings: Iterable[Finding]) -> Iterator[str]:
         yield "rules: none: what arrives is stored and indexed, nothing is analysed"
     yield from told(settings)
     for finding in findings:
-        if finding.level not in (Level.note, Level.ok):
+        if finding.level is not Level.note:
             yield f"{finding.level.value} {finding.check}: {finding.text}. {finding.hint}".rstrip(". ")
 
 

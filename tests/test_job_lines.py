@@ -56,8 +56,8 @@ def test_check_config_tells_the_steps_in_order(tmp_path: Path) -> None:
             }
         ],
     )
-    lines = list(summary(settings, []))
-    assert lines[-2:] == [
+    lines = [line for line in summary(settings, []) if line.startswith("  step")]
+    assert lines == [
         "  step a: m, earlier study from index",
         "  step b: n, after a, when segment Nodule of step a was found, inputs lung (mask of a)",
     ]

@@ -78,7 +78,7 @@ class Cloud:
         caller = request[CALLER]
         asked = request.query.get("site")
         if not caller.node:
-            return shapes.name(asked, "site") if asked else ""
+            return shapes.name(asked, "site") if asked is not None else ""
         if asked not in (None, caller.site):
             raise Forbidden("the token is that of a node of another site")
         return caller.site

@@ -198,11 +198,14 @@ def _queries(site: Site, series: dict[str, Series]) -> None:
 def _retrieves(site: Site, series: dict[str, Series]) -> None:
     study = series["kept"].study_uid
     models = [(PATIENT_MOVE, [EXPLICIT_LITTLE]), (STUDY_MOVE, [EXPLICIT_LITTLE])]
-    with associated(site.asked, models) as assoc:
-        for target in ("REFUSER", "BUSY", "AWAY", "STRANGER", CANARY.upper()):
-            list(assoc.send_c_move(keys("STUDY", StudyInstanceUID=study), target, STUDY_MOVE))
-            list(assoc.send_c_move(keys("PATIENT", PatientID=CANARY), target, PATIENT_MOVE))
-        list(assoc.send_c_move(keys("STUDY", StudyInstanceUID=CANARY), "REFUSER", STUDY_MOVE))
+    moves: list[tuple[Dataset, str, str]] = [(keys("STUDY", StudyInstanceUID=CANARY), "REFUSER", STUDY_MOVE)]
+    for target in ("REFUSER", "BUSY", "AWAY", "STRANGER", CANARY.upper()):
+        moves.append((keys("STUDY", StudyInstanceUID=study), target, STUDY_MOVE))
+        moves.append((keys("PATIENT", PatientID=CANARY), target, PATIENT_MOVE))
+    for move in moves:
+        # Each on its own: pynetdicom as SCU may miss an answer, and then it aborts (see README, Decisions).
+        with associated(site.asked, models) as assoc:
+            list(assoc.send_c_move(*move))
 
     def take(_: Any) -> Dataset:
         ds = Dataset()
