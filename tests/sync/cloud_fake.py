@@ -28,6 +28,8 @@ class FakeCloud:
     url: str = ""
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
+        if request.method == "OPTIONS":  # the node asks whether it is well
+            return web.Response(status=204)
         self.requests.append(dict(request.headers))
         body = await request.read()
         assert len(body) == int(request.headers["Content-Length"])
