@@ -16,13 +16,13 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
+from dicomnode.alert_settings import Alerts
 from dicomnode.cloud_settings import Cloud, CloudEndpoint, CloudPlan, Sync, plan_of
 from dicomnode.endpoint_settings import Endpoint, check_endpoints
 from dicomnode.errors import SettingsError
 from dicomnode.fleet_settings import Fleet
 from dicomnode.metrics_settings import MetricsSettings
 from dicomnode.model_settings import ModelPull, Repository
-from dicomnode.offline import Place
 from dicomnode.peer_settings import (
     AETitle,
     AETitles,
@@ -220,30 +220,6 @@ class Delivery(Section):
 class Logging(Section):
     level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe level logged")
     format: Literal["auto", "json", "console"] = Field("auto", description="auto: console on a terminal, else JSON")
-
-
-class Alerts(Section):
-    """Webhook for critical findings; see :mod:`dicomnode.sync.alerts`."""
-
-    url: str = Field("", description="address that is told of critical findings by POST; empty: nobody is")
-    secret_file: Path | None = Field(None, description="file with the secret of the HMAC-SHA-256 signature")
-    identify: Literal["hash", "uid"] = Field("hash", description="hash: UIDs are hashed with the secret; uid: as is")
-    ca_file: Path | None = Field(None, description="PEM file with the authorities to trust")
-    timeout_seconds: float = Field(10.0, gt=0, description="time for one request")
-    place: Place = Field("auto", description="where url is, for sync.offline_mode: auto | hospital | cloud")
-
-    @field_validator("url")
-    @classmethod
-    def _http(cls, value: str) -> str:
-        if value and not re.match(r"^https?://", value):
-            raise ValueError("must begin with https:// (or http:// on loopback)")
-        return value
-
-    @model_validator(mode="after")
-    def _signed(self) -> Self:
-        if self.url and self.secret_file is None:
-            raise ValueError("url needs secret_file: an alert that nobody can check is worth nothing")
-        return self
 
 
 def _meet(one: str, other: str) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
 from prometheus_client.metrics_core import Metric
 
-from dicomnode import __version__, durable, metrics, metrics_push
+from dicomnode import __version__, durable, metrics, metrics_push, metrics_told
 from dicomnode.admin import metrics_page
 from dicomnode.admin.cloud_state import lanes
 from dicomnode.admin.fleet_state import desired_families
@@ -125,7 +125,7 @@ def families(db: Database, settings: Settings, own_process: str = "sidecar") -> 
     """All of it. ``own_process`` is shown live, the others from their heartbeats. Blocking."""
     facts = read_facts(db, settings)
     snapshots = _snapshots(facts, own_process) | {own_process: metrics.snapshot()}
-    return [*_of_the_index(db, facts), *metrics.families(snapshots, metrics_push.REGISTRY)]
+    return [*_of_the_index(db, facts), *metrics_told.families(snapshots, metrics_push.REGISTRY)]
 
 
 def _snapshots(facts: Facts, own_process: str) -> dict[str, str]:

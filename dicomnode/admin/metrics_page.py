@@ -14,7 +14,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.openmetrics.exposition import ALLOWUTF8
 from prometheus_client.registry import Collector
 
-from dicomnode import metrics, metrics_push
+from dicomnode import metrics_push, metrics_told
 
 Blocks = Mapping[str, str]
 """HELP and TYPE lines of a family -> its sample lines."""
@@ -44,8 +44,8 @@ def blocks(families: Iterable[Metric]) -> Blocks:
 
 @lru_cache(maxsize=32)
 def told(process: str, snapshot: str) -> Blocks:
-    """What a process told last; see :func:`dicomnode.metrics.families`."""
-    return blocks(metrics.families({process: snapshot}, metrics_push.REGISTRY))
+    """What a process told last; see :func:`dicomnode.metrics_told.families`."""
+    return blocks(metrics_told.families({process: snapshot}, metrics_push.REGISTRY))
 
 
 def page(parts: Iterable[Blocks]) -> bytes:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from dicomnode import metrics
+from dicomnode import metrics, metrics_told
 from dicomnode.certificates import facts_of, load_authorities, now, plain
 from dicomnode.errors import OperatorError
 from dicomnode.settings import Settings, Tls
@@ -55,7 +55,7 @@ def peer_certificates(processes: Iterable[Mapping[str, Any]]) -> list[Shown]:
     """Of each peer the one that is valid longest: a process that saw the former one may not have met the new one."""
     ends: dict[str, float] = {}
     for row in processes:
-        for _, labels, end in metrics.told(str(row["metrics"] or ""), metrics.TLS_PEER_EXPIRY):
+        for _, labels, end in metrics_told.told(str(row["metrics"] or ""), metrics.TLS_PEER_EXPIRY):
             peer = labels.get("peer", "")
             ends[peer] = max(ends.get(peer, 0.0), end)
     # A snapshot is text of an index that may be damaged; 253402300799 is the last second of year 9999.

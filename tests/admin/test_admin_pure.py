@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dicomnode import metrics
+from dicomnode import metrics, metrics_told
 from dicomnode.admin.guard import is_loopback, refused_host
 from dicomnode.admin.markup import Markup, element, join
 from dicomnode.admin.words import WORDS
@@ -87,7 +87,7 @@ def test_snapshots_come_back_as_families() -> None:
         pass
     text = metrics.snapshot()
     assert "_created" not in text
-    families = {f.name: f for f in metrics.families({"receiver-1": text, "worker": text})}
+    families = {f.name: f for f in metrics_told.families({"receiver-1": text, "worker": text})}
     statuses = {s.labels["process"] for s in families["dicomnode_store"].samples if s.labels["status"] == "0xA700"}
     assert statuses == {"receiver-1", "worker"}
     assert families["dicomnode_stage_seconds"].type == "histogram"
@@ -100,4 +100,4 @@ def test_snapshots_come_back_as_families() -> None:
     ).map(str)
 )
 def test_a_damaged_snapshot_adds_nothing(text: str) -> None:
-    metrics.families({"worker": text})
+    metrics_told.families({"worker": text})

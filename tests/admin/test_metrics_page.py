@@ -10,7 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from dicomnode import metrics, metrics_push
+from dicomnode import metrics, metrics_push, metrics_told
 from dicomnode.admin import metrics_page
 from dicomnode.admin.metrics_page import blocks, page, told
 
@@ -56,13 +56,13 @@ def test_a_family_of_several_processes_stands_once() -> None:
 
 def test_what_a_process_told_is_rendered_once_for_each_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    real = metrics.families
+    real = metrics_told.families
 
     def families(snapshots: dict[str, str], registry: CollectorRegistry) -> list[Metric]:
         asked.extend(snapshots)
         return real(snapshots, registry)
 
-    monkeypatch.setattr(metrics, "families", families)
+    monkeypatch.setattr(metrics_told, "families", families)
     told.cache_clear()
     metrics.stored(0xA900, 0.1, 10)
     before = metrics.snapshot()
@@ -76,6 +76,6 @@ def test_what_a_process_told_is_rendered_once_for_each_heartbeat(monkeypatch: py
 def test_the_process_that_serves_is_shown_as_a_snapshot_would_be() -> None:
     metrics.stored(0xA900, 0.1, 10)
     live = metrics.live("sidecar", metrics_push.REGISTRY)
-    told_now = metrics.families({"sidecar": metrics.snapshot()}, metrics_push.REGISTRY)
+    told_now = metrics_told.families({"sidecar": metrics.snapshot()}, metrics_push.REGISTRY)
     assert {f.name: f.samples for f in live} == {f.name: f.samples for f in told_now}
     assert "_created" not in rendered(live)
