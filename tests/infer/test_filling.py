@@ -152,12 +152,12 @@ def test_no_more_slabs_are_held_than_are_on_their_way(way: Callable[..., Iterato
     session = OnnxRuntimeCpu().load(network(), threads=2)
     slabs = Slabs(STEPS)
     values = np.zeros((64, 4, 4), np.int16)
-    made: set[int] = set()
+    made: dict[int, np.ndarray] = {}  # held, so that no address comes twice
     real = slabs._memory
 
     def counted(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
         slab = real(shape, dtype)
-        made.add(slab.ctypes.data)
+        made.setdefault(slab.ctypes.data, slab)
         return slab
 
     slabs._memory = counted  # type: ignore[method-assign]
