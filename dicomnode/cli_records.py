@@ -195,7 +195,8 @@ def _patient(db: Database, settings: Settings, name: str, issuer: str, *, note: 
     rows = PseudonymRows(db)
     if any(r["kind"] == "patient" and r["pseudonym"] == name for r in rows.find(name)):
         return name
-    found = Pseudonyms(ensure_key(settings, used=rows.used)).patient(name, issuer)
+    codec = Pseudonyms(ensure_key(settings, used=rows.used))
+    found = codec.patient(name, issuer)
     if note:
-        rows.keep({("patient", found): f"{name}^{issuer}" if issuer else name})
+        rows.keep({("patient", found): f"{name}^{issuer}" if issuer else name}, codec)
     return found

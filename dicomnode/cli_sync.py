@@ -77,5 +77,5 @@ def sync_pseudonym(
             for uid in PseudonymRows(db).source_uids(study):
                 if value in (uid, codec.uid(uid)):
                     found.append({"kind": "instance", "pseudonym": codec.uid(uid), "original": uid})
-    columns = {"kind": "what", "pseudonym": "pseudonym", "original": "at home"}
+    columns = {"kind": "what", "pseudonym": "pseudonym", "original": "at home", "issuer": "issuer"}
     output(found, as_json, lambda rows: table(rows, columns, "it is not known here"))

@@ -49,6 +49,13 @@ class Pseudonyms:
         """Patient ID and name of one patient: ``P`` and 20 letters or digits."""
         return "P" + base64.b32encode(self._digest("patient", issuer, patient_id)).decode()[:20]
 
+    def issuer(self, pseudonym: str, original: str) -> str | None:
+        """The issuer of the patient whom a pseudonym stands for, of all that :func:`readings` of the original tell.
+
+        None where this key makes that pseudonym of none of them.
+        """
+        return next((i for number, i in readings(original) if self.patient(number, i) == pseudonym), None)
+
     def record(self, kind: str, name: str) -> str:
         return base64.b32encode(self._digest("record", kind, name)).decode()[:32].lower()
 
@@ -71,6 +78,12 @@ class Pseudonyms:
             return number
 
         return _ISO_DATE.sub(lambda m: _iso(m[0], days), _DOTTED.sub(exchanged, text))
+
+
+def readings(original: str) -> list[tuple[str, str]]:
+    """Patient ID and issuer that ``ID`` or ``ID^ISSUER`` may mean: either may hold a ^ itself."""
+    parts = original.split("^")
+    return [(original, ""), *(("^".join(parts[:n]), "^".join(parts[n:])) for n in range(1, len(parts)))]
 
 
 def shifted(value: str, days: int) -> str:

@@ -8,7 +8,7 @@ A field that waits for a decision (an open conflict) counts as not corrected.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from dicomnode.clock import iso
 from dicomnode.conflicts import moment
 from dicomnode.index.database import Database
 from dicomnode.index.keys import PATIENT_KEYS
+from dicomnode.index.mapping import patient_of
 from dicomnode.record_shapes import FIELDS, fault
 from dicomnode.settings import Settings
 
@@ -73,10 +74,10 @@ def read_corrections(db: Database) -> Corrections:
     disputed = _disputed(db)
     patients: dict[int, Values] = {}
     for row in _patient_records(db):
-        for patient in _patients(db, row["original"]):
-            values = _differing(row, patient, PATIENT_KEYS, disputed)
-            if values:
-                patients[int(patient["id"])] = values
+        patient = patient_of(db, row["original"], row["issuer"])
+        values = _differing(row, patient, PATIENT_KEYS, disputed) if patient else {}
+        if patient and values:
+            patients[int(patient["id"])] = values
     studies = {
         int(row["id"]): values
         for row in _study_records(db)
@@ -104,8 +105,9 @@ def corrected_study(db: Database, sop_instance_uid: str) -> Corrected | None:
     number, issuer = str(found["PatientID"]), str(found["IssuerOfPatientID"] or "")
     rows = db.rows(
         "SELECT r.changed_time FROM records r WHERE (r.type = 'study' AND r.record_id = ?1) OR (r.type = 'patient'"
-        " AND r.record_id IN (SELECT pseudonym FROM pseudonyms WHERE kind = 'patient' AND original = ?2))",
-        (found["StudyInstanceUID"], f"{number}^{issuer}" if issuer else number),
+        " AND r.record_id IN (SELECT pseudonym FROM pseudonyms WHERE kind = 'patient' AND original = ?2"
+        " AND coalesce(issuer, ?3) = ?3))",
+        (found["StudyInstanceUID"], f"{number}^{issuer}" if issuer else number, issuer),
     )
     # What came from outside may be no time at all; then it is that at which it is applied.
     times = [when for row in rows if (when := moment(str(row["changed_time"]))) is not None]
@@ -123,7 +125,7 @@ def _disputed(db: Database) -> Mapping[tuple[str, str], frozenset[str]]:
 
 def _patient_records(db: Database) -> list[dict[str, Any]]:
     return db.rows(
-        "SELECT r.type, r.record_id, r.data, s.original FROM records r JOIN pseudonyms s"
+        "SELECT r.type, r.record_id, r.data, s.original, s.issuer FROM records r JOIN pseudonyms s"
         " ON s.pseudonym = r.record_id AND s.kind = 'patient' WHERE r.type = 'patient' LIMIT ?",
         (MOST,),
     )
@@ -131,20 +133,6 @@ def _patient_records(db: Database) -> list[dict[str, Any]]:
 
 def _study_records(db: Database) -> list[dict[str, Any]]:
     return db.rows(CORRECTED_STUDIES, (MOST,))
-
-
-def _patients(db: Database, original: str) -> Iterator[dict[str, Any]]:
-    """Rows of what a pseudonym stands for: PatientID, or PatientID^Issuer; either may hold a ^ itself."""
-    parts = original.split("^")
-    pairs = [(original, "")]
-    pairs += [("^".join(parts[:n]), "^".join(parts[n:])) for n in range(1, len(parts))]
-    for number, issuer in pairs:
-        row = db.row(
-            f"SELECT id, {', '.join(PATIENT_KEYS)} FROM patients WHERE PatientID = ? AND IssuerOfPatientID = ?",
-            (number, issuer),
-        )
-        if row is not None:
-            yield row
 
 
 def _differing(

@@ -12,6 +12,7 @@ from dicomnode.conflicts import empty
 from dicomnode.errors import OperatorError
 from dicomnode.index.cloud_rows import PATIENT_KEYS, put_record
 from dicomnode.index.database import Database, Row
+from dicomnode.index.mapping import patient_of
 from dicomnode.index.operation import Events
 from dicomnode.record_shapes import FIELDS, fault
 
@@ -183,15 +184,15 @@ def demographics(db: Database, name: str, issuer: str) -> dict[str, Any]:
     Raises OperatorError for one that never was here.
     """
     row = db.row(
-        f"SELECT {', '.join(PATIENT_KEYS)} FROM patients p WHERE (PatientID = ?1"
-        " AND coalesce(IssuerOfPatientID, '') = ?2)"
-        " OR EXISTS (SELECT 1 FROM pseudonyms s WHERE s.kind = 'patient' AND s.pseudonym = ?1"
-        " AND s.original IN (p.PatientID, p.PatientID || '^' || p.IssuerOfPatientID))",
+        f"SELECT {', '.join(PATIENT_KEYS)} FROM patients WHERE PatientID = ? AND coalesce(IssuerOfPatientID, '') = ?",
         (name, issuer),
     )
     if row is None:
+        told = db.row("SELECT original, issuer FROM pseudonyms WHERE kind = 'patient' AND pseudonym = ?", (name,))
+        row = patient_of(db, told["original"], told["issuer"]) if told else None
+    if row is None:
         raise OperatorError("change record", "there is no such patient in the index", "Check the ID and its issuer")
-    return {k: v for k, v in row.items() if v}
+    return {k: row[k] for k in PATIENT_KEYS if row[k]}
 
 
 def is_pseudonym(db: Database, name: str) -> bool:

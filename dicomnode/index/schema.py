@@ -14,7 +14,7 @@ from sqlite_utils import Database, Migrations
 from dicomnode.index.keys import INSTANCE_KEYS, PATIENT_KEYS, REQUEST_KEYS, SERIES_KEYS, STUDY_KEYS
 from dicomnode.index.names import name_keys
 from dicomnode.index.schema_alerts import create_alerts
-from dicomnode.index.schema_cloud import create_cloud_outbox
+from dicomnode.index.schema_cloud import create_cloud_outbox, create_issuers
 from dicomnode.index.schema_commitment import create_commitments
 from dicomnode.index.schema_desired import create_desired
 from dicomnode.index.schema_figures import create_figures
@@ -470,10 +470,8 @@ def m0032_refused_records(db: Database) -> None:
 
 @migrations()
 def m0033_suspects(db: Database) -> None:
-    """Items of the cloud outbox that may break a batch or end the process; see :mod:`dicomnode.index.cloud_outbox`.
-
-    ``suspect``: it goes alone. ``trying``: it is being tried alone. ``strikes``, ``ended``: what speaks against it.
-    """
+    """``suspect``: an item that goes alone (it may break a batch or end the process). ``trying``: it is being tried
+    alone. ``strikes``, ``ended``: what speaks against it. See :mod:`dicomnode.index.cloud_outbox`."""
     for column in ("suspect", "trying", "strikes", "ended"):
         db["sync_items"].add_column(column, int, not_null_default=0)
 
@@ -494,3 +492,8 @@ def m0040_sharing(db: Database) -> None:
     """Series that shared the batches of a network with a job's; see :mod:`dicomnode.index.sharing`."""
     for table in ("jobs", "model_runs"):
         db[table].add_column("batch_studies", int, not_null_default=0)
+
+
+@migrations()
+def m0041_issuers(db: Database) -> None:
+    create_issuers(db)

@@ -40,6 +40,16 @@ _KEPT = (
 )
 
 
+def create_issuers(db: Database) -> None:
+    """Of pseudonyms of patients, the issuer of the Patient ID; NULL: which part of ``original`` it is is not known.
+
+    Without a ^ there is none. Of the others the key tells: :meth:`dicomnode.index.mapping.PseudonymRows.tell_apart`.
+    """
+    db.execute("ALTER TABLE pseudonyms ADD COLUMN issuer TEXT")
+    db.execute("UPDATE pseudonyms SET issuer = '' WHERE kind = 'patient' AND instr(original, '^') = 0")
+    db.execute("CREATE INDEX idx_pseudonyms_unread ON pseudonyms(pseudonym) WHERE kind = 'patient' AND issuer IS NULL")
+
+
 def create_cloud_outbox(db: Database) -> None:
     """``sync_items`` takes records as well as objects; what waits in it stays, with its ids.
 

@@ -56,9 +56,11 @@ class Departures:
     def ready(self) -> None:
         """Raises OperatorError when there is no usable key; then nothing leaves."""
         with self._lock:
-            if self._pseudonyms is None:
-                self._key = ensure_key(self._settings, used=self._rows.used)
-                self._pseudonyms = Pseudonyms(self._key)
+            if self._pseudonyms is not None:
+                return
+            self._key = ensure_key(self._settings, used=self._rows.used)
+            self._pseudonyms = codec = Pseudonyms(self._key)
+        self._rows.tell_apart(codec)  # once, and not under _lock: as in keep
 
     def object(self, item: Row, path: Path) -> tuple[str, bytes | None]:
         if self._identified(item):
@@ -142,7 +144,9 @@ class Departures:
             if not new:
                 return
             try:
-                self._rows.keep(new)  # not under _lock: who has the index's turn may be about to note something
+                self._rows.keep(
+                    new, self._pseudonyms
+                )  # not under _lock: who has the index's turn may be about to note something
             except BaseException:
                 with self._lock:
                     self._new = {**new, **self._new}

@@ -296,9 +296,9 @@ def test_who_holds_the_index_may_note_what_left_while_another_commits(
     commits = threading.Event()
     keep = departures._rows.keep
 
-    def seen(mapping: Any) -> None:
+    def seen(mapping: Any, codec: Any) -> None:
         commits.set()
-        keep(mapping)
+        keep(mapping, codec)
 
     monkeypatch.setattr(departures._rows, "keep", seen)
     lane, other = (threading.Thread(target=departures.keep, daemon=True) for _ in range(2))
@@ -324,7 +324,7 @@ def test_rows_that_could_not_be_kept_are_kept_later(
     departures._note({("study", "left"): "home"})
     keep = departures._rows.keep
 
-    def full(_: Any) -> None:
+    def full(*_: Any) -> None:
         raise OSError("full")
 
     monkeypatch.setattr(departures._rows, "keep", full)
