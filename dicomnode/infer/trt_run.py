@@ -48,10 +48,12 @@ class _Buffer:
 
 @dataclass(slots=True, eq=False)
 class _Flight:
-    """A batch between its start and the end of its copy back; ``landed`` holds what came early."""
+    """A batch between its start and the end of its copy back; ``landed`` holds what came early, ``failed`` why
+    nothing will come: its slot may have another stream's batch by then."""
 
     slot: _Slot
     landed: Arrays | None = None
+    failed: Exception | None = None
 
 
 class MemoryBudget:
@@ -155,7 +157,11 @@ class TrtSession:
         return outputs
 
     def stream(self, batches: Iterable[Arrays]) -> Iterator[Arrays]:
-        """Outputs of each batch in order; while one is computed the next is copied in. Raises EngineError."""
+        """Outputs of each batch in order; while one is computed the next is copied in.
+
+        What goes wrong with a batch is raised in its turn, behind the outputs of those before it; none is
+        begun after it. Raises EngineError.
+        """
         if not self._slots:
             raise EngineError("run model", "RUN_FAILED", "the session is closed")
         mine = deque[_Flight]()
@@ -165,6 +171,8 @@ class TrtSession:
                 mine.append(self._start(batch))
                 if ready is not None:
                     yield ready
+                if mine[-1].failed is not None:
+                    break
             while mine:
                 yield self._land(mine.popleft())
         finally:
@@ -175,27 +183,32 @@ class TrtSession:
         """A batch in a free slot. Where another stream has them all, its oldest batch is landed first.
 
         That happens when a more urgent job is done between two batches of another one: the streams
-        are nested then, on the same thread.
+        are nested then, on the same thread. What goes wrong with either batch stays with its flight:
+        the urgent job is not to blame for the other's, nor the other for the urgent one's.
         """
         if len(self._flights) == len(self._slots):
             oldest = self._flights[0]
-            oldest.landed = self._land(oldest)
+            with contextlib.suppress(Exception):  # the flight keeps it, and its own stream raises it
+                oldest.landed = self._land(oldest)
         taken = [flight.slot for flight in self._flights]
         flight = _Flight(next(slot for slot in self._slots if slot not in taken))
         self._flights.append(flight)
         try:
             self._guard(flight.slot.begin, batch)
-        except EngineError:
+        except Exception as error:  # noqa: BLE001 _land raises it
+            flight.failed = error
             self._abandon(flight)
-            raise
         return flight
 
     def _land(self, flight: _Flight) -> Arrays:
+        if flight.failed is not None:
+            raise flight.failed
         if flight.landed is not None:
             return flight.landed
         try:
             found: Arrays = self._guard(flight.slot.finish)
-        except EngineError:
+        except Exception as error:
+            flight.failed = error
             self._abandon(flight)
             raise
         self._flights.remove(flight)

@@ -59,6 +59,67 @@ def test_two_slots_overlap_and_no_more_is_in_flight(tmp_path: Path) -> None:
     assert not trt.cuda.blocks and not trt.cuda.hosts and not trt.cuda.graphs and not trt.cuda.events
 
 
+class Once(dict[str, CudaError]):
+    """Faults of calls that pass with the first."""
+
+    def __getitem__(self, call: str) -> CudaError:
+        return self.pop(call)
+
+
+@pytest.mark.parametrize("fault", ["elapsed", "synchronise"])
+def test_a_batch_that_fails_to_land_between_two_of_another_stream_fails_its_own(tmp_path: Path, fault: str) -> None:
+    """A more urgent job needs the slots of the one that it goes before, and lands that one's batches."""
+    engine, trt = fake_tensorrt(tmp_path)
+    session = engine.load(ONNX)
+    outer = session.stream({"hu": hu(n, 4, 1, 16, 16)} for n in range(5))
+    np.testing.assert_array_equal(next(outer)["air"], reference(hu(0, 4, 1, 16, 16)))
+    trt.cuda.fail = Once({fault: CudaError("time a batch", 719, "unspecified launch failure")})
+    urgent = [hu(20 + n, 2, 1, 32, 16) for n in range(3)]
+    for batch, out in zip(urgent, session.stream({"hu": b} for b in urgent), strict=True):
+        np.testing.assert_array_equal(out["air"], reference(batch))
+    assert not trt.cuda.fail, "it was met"
+    with pytest.raises(EngineError, match="unspecified launch failure") as caught:
+        next(outer)
+    assert caught.value.code == "DEVICE_LOST"
+    after = hu(9, 4, 1, 16, 16)
+    np.testing.assert_array_equal(session.run({"hu": after})["air"], reference(after))
+    session.close()
+
+
+def test_an_urgent_batch_that_cannot_be_started_takes_nothing_from_the_stream_around_it(tmp_path: Path) -> None:
+    engine, trt = fake_tensorrt(tmp_path)
+    session = engine.load(ONNX)
+    for number, out in enumerate(session.stream({"hu": hu(n, 4, 1, 16, 16)} for n in range(5))):
+        np.testing.assert_array_equal(out["air"], reference(hu(number, 4, 1, 16, 16)))
+        trt.faults.execute = True
+        with pytest.raises(EngineError, match="did not start"):
+            session.run({"hu": hu(20, 2, 1, 32, 16)})
+        trt.faults.execute = False
+    assert number == 4
+    session.close()
+
+
+def test_batches_before_one_that_cannot_be_started_come_in_order_and_none_is_begun_after_it(tmp_path: Path) -> None:
+    engine, trt = fake_tensorrt(tmp_path)
+    session = engine.load(ONNX)
+    taken: list[int] = []
+
+    def batches():
+        for n in range(6):
+            taken.append(n)
+            trt.faults.address = n == 3
+            yield {"hu": hu(n, 4, 1, 16, 16 + 8 * n)}
+
+    found = session.stream(batches())
+    for n in range(3):
+        np.testing.assert_array_equal(next(found)["air"], reference(hu(n, 4, 1, 16, 16 + 8 * n)))
+    with pytest.raises(EngineError, match="refuses the address"):
+        next(found)
+    assert taken == [0, 1, 2, 3]
+    trt.faults.address = False
+    np.testing.assert_array_equal(session.run({"hu": hu(8, 2, 1, 16, 16)})["air"], reference(hu(8, 2, 1, 16, 16)))
+
+
 def test_graph_is_captured_on_the_second_run_and_again_for_another_shape(tmp_path: Path) -> None:
     engine, trt = fake_tensorrt(tmp_path)
     session = engine.load(ONNX)
