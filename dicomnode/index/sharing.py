@@ -56,18 +56,18 @@ def lease_beside(db: Database, job_id: int, others: Sequence[int], owner: str, s
         return [row for n in taken if (row := db.row("SELECT * FROM jobs WHERE id = ?", (n,))) is not None]
 
 
-def share(db: Database, job_ids: Sequence[int], owner: str) -> None:
-    """These jobs of ``owner`` share batches; with one of them alone nothing is shared.
+def share(db: Database, job_ids: Sequence[int], owner: str, count: int | None = None) -> None:
+    """``count`` series share batches with each of these jobs of ``owner``, without it as many as these are; 1 is none.
 
     Not synced but as part of another transaction: a power cut takes no worker down by itself, and an
     attempt that then counts is one of ``max_attempts``.
     """
-    count = len(job_ids) if len(job_ids) > 1 else 0
+    count = len(job_ids) if count is None else count
     with db.transaction(sync=False):
         for job_id in job_ids:
             db.execute(
                 "UPDATE jobs SET batch_studies = ? WHERE id = ? AND lease_owner = ? AND state = 'running'",
-                (count, job_id, owner),
+                (count if count > 1 else 0, job_id, owner),
             )
 
 

@@ -71,6 +71,21 @@ def plan(studies: Sequence[Sequence[Call]], limit: int) -> list[tuple[Part, ...]
     return [tuple(batch) for batch in batches]
 
 
+def planned(studies: Sequence[Sequence[Arrays]], limit: int) -> list[tuple[Part, ...]]:
+    """The batches of :func:`run_together`. Pure."""
+    return plan([[call_of(inputs) for inputs in calls] for calls in studies], limit)
+
+
+def companies(batches: Sequence[tuple[Part, ...]]) -> dict[int, int]:
+    """By study: how many are in the largest of its batches, 1 where each of its calls is one by itself. Pure."""
+    found: dict[int, int] = {}
+    for batch in batches:
+        within = {part.study for part in batch}
+        for study in within:
+            found[study] = max(found.get(study, 0), len(within))
+    return found
+
+
 def run_together(
     session: Session,
     studies: Sequence[Sequence[Arrays]],
@@ -81,7 +96,7 @@ def run_together(
 
     Raises EngineError when any batch fails.
     """
-    batches = plan([[call_of(inputs) for inputs in calls] for calls in studies], limit)
+    batches = planned(studies, limit)
 
     def stacked() -> Iterator[Arrays]:
         for batch in batches:

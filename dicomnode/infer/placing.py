@@ -198,6 +198,13 @@ class PlacedModel:
         """The place has done a job that was not :meth:`analyse` d here."""
         self._place.did(self._reference)
 
+    def leave(self, error: PeerAway | EngineError) -> None:
+        """The place has failed this job: it rests, and the job goes to the next best. Raises as the first choice."""
+        self._place.failed(self._reference, error)
+        self._tried[self._place.name] = error
+        self._place, self._ready = self._choose()
+        self._hold_this()
+
     @property
     def settled(self) -> bool:
         return self._place.settled(self._ready)
@@ -250,10 +257,7 @@ class PlacedModel:
                         raise
                     if self._has_next_engine():
                         continue
-                self._place.failed(self._reference, error)
-                self._tried[self._place.name] = error
-                self._place, self._ready = self._choose()
-                self._hold_this()
+                self.leave(error)
             else:
                 self._place.did(self._reference)
                 return found

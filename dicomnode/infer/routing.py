@@ -95,6 +95,7 @@ class Router:
         check_clinical_version(bundle_folders(*self._folders), name, version)
         run = self._runs.begin(int(job["id"]), origin.study_id, name, version, role, instances)
         given: Any = model  # of the kind that these models gave
+        self._close(int(job["id"]))  # a former attempt whose end was never written
         self._models.hold(given)
         self._open[int(job["id"])] = Route(model, name, role, run, self._models.settled(given))
         return model
@@ -150,12 +151,10 @@ class Router:
         batch_studies: int = 0,
     ) -> None:
         """How the attempt that :meth:`pick` began has ended; without one it does nothing."""
-        route = self._open.pop(job_id, None)
+        route = self._open.get(job_id)
         if route is None:
             return
-        given: Any = route.model
-        self._models.let_go(given)
-        self._runs.end(
+        self._runs.end(  # where the index does not take it the attempt stays open, to be ended later
             route.run,
             state,
             seconds=seconds,
@@ -164,7 +163,13 @@ class Router:
             settled=route.settled,
             batch_studies=batch_studies,
         )
+        self._close(job_id)
         self.recheck(route.name)
+
+    def _close(self, job_id: int) -> None:
+        if (route := self._open.pop(job_id, None)) is not None:
+            given: Any = route.model
+            self._models.let_go(given)
 
     def role(self, job_id: int) -> str:
         """Role of the version that does a job at hand."""

@@ -11,7 +11,7 @@ from typing import Any
 from dicomnode import logs, metrics
 from dicomnode.clock import iso
 from dicomnode.critical import Hit, critical_hits, unknown_keys
-from dicomnode.errors import DeviceFull, DeviceLost, EngineError, NodeError
+from dicomnode.errors import DeviceFull, DeviceLost, EngineError, NodeError, StorageError
 from dicomnode.identity import parameters_digest, result_identity, tracking_uids
 from dicomnode.index.database import Database, Row
 from dicomnode.index.jobs import PRIORITIES, Jobs, Outcome
@@ -92,14 +92,24 @@ class Worker:
         return self._router
 
     def hand_back(self) -> int:
-        """Give up what this worker holds; the attempt does not count."""
-        self._router.stop()
-        if self._reports is not None:
-            self._reports.hand_back()
-        return self._jobs.hand_back(self._owner)
+        """Give up what this worker holds; the attempt does not count.
+
+        0 where the index is locked or its disk is full: the next start of this worker takes it back.
+        """
+        try:
+            self._endings.settle_owed()
+            self._router.stop()
+            if self._reports is not None:
+                self._reports.hand_back()
+            return self._jobs.hand_back(self._owner)
+        except StorageError as error:
+            self._log.warning("jobs were not handed back", error=str(error))
+            return 0
 
     def run_once(self) -> bool:
-        """Do one job if one is due; False when there was none."""
+        """Do one job if one is due; False when there was none, or while the index takes no endings."""
+        if not self._endings.settle_owed():
+            return False
         self._expire(())
         if self._reports is not None and self._reports.run_once(self._on_results):
             return True

@@ -21,6 +21,7 @@ from dicomnode.index.operation import Events, Models
 from dicomnode.index.runs import Runs
 from dicomnode.infer.choice import EngineChoice, limits_of
 from dicomnode.infer.decode import InlineDecoder
+from dicomnode.infer.golden import ReadyModel
 from dicomnode.infer.ort import OnnxRuntimeCpu
 from dicomnode.infer.places import Local
 from dicomnode.infer.placing import PlacedModels
@@ -381,10 +382,10 @@ def test_a_stat_study_goes_first_after_the_batch_that_runs(box: Box) -> None:
     assert max(ended[n] for n in urgent) < min(ended[n] for n in ids), "before any of the four"
 
 
-def test_images_of_other_sizes_have_batches_of_their_own_and_a_stat_study_goes_between(tmp_path: Path) -> None:
-    """A network that sees images in their size: of six, two each are alike."""
+def sized(folder: Path) -> None:
+    """A network that sees images in their size: 1 and 6, 2 and 7, and so on are alike."""
     triage(
-        tmp_path / "sized",
+        folder,
         preprocess=[{"step": "scale_range", "low": 0, "high": 4095, "out_low": 0, "out_high": 1}],
         engine={
             "model": "model.onnx", "input": "x", "outputs": ["y"], "reach": {"kind": "slices", "axis": 0, "batch": 1},
@@ -392,6 +393,11 @@ def test_images_of_other_sizes_have_batches_of_their_own_and_a_stat_study_goes_b
         outputs={"segments": [segment(1, "bright")], "measurements": [measurement("mean", kind="mean")]},
         onnx=network(scores=False),
     )  # fmt: skip
+
+
+def test_images_of_other_sizes_have_batches_of_their_own_and_a_stat_study_goes_between(tmp_path: Path) -> None:
+    """Of six, two each are alike."""
+    sized(tmp_path / "sized")
     box = Box(tmp_path, tmp_path / "sized")
     ended: list[int] = []
     urgent: list[int] = []
@@ -407,7 +413,26 @@ def test_images_of_other_sizes_have_batches_of_their_own_and_a_stat_study_goes_b
     assert trap.rows == [2, 1, 2, 2], "the second one is the urgent study's"
     assert ended == [0, 0, 1, 1], "and it is done before the next batch begins"
     assert_whole(box, [*ids, *urgent])
-    assert box.column("batch_studies", ids) == [6] * 6
+    assert box.column("batch_studies", ids) == [2] * 6, "as many as there were in its batch"
+    box.db.close()
+
+
+def test_where_no_two_images_are_alike_nothing_was_shared(tmp_path: Path) -> None:
+    sized(tmp_path / "sized")
+    box = Box(tmp_path, tmp_path / "sized")
+    worker, trap = box.worker()
+    ids = [queue(box.db, number) for number in (1, 2, 3)]
+    before = sampled("dicomnode_inference_batch_studies_sum"), sampled("dicomnode_inference_batch_studies_count")
+    assert worker.run_once() and trap.rows == [1, 1, 1]
+    assert_whole(box, ids)
+    assert box.column("batch_studies", ids) == [0, 0, 0]
+    after = sampled("dicomnode_inference_batch_studies_sum"), sampled("dicomnode_inference_batch_studies_count")
+    assert (after[0] - before[0], after[1] - before[1]) == (3, 3), "each is one by itself"
+    assert [r.seconds > 0 for r in Runs(box.db).recent("triage", "1.0.0", 10)] == [True] * 3, "and has its own time"
+    assert not any("companions" in seconds for seconds in box.column("seconds", ids))
+    ids = [queue(box.db, number) for number in (4, 9)]
+    assert worker.run_once() and trap.rows[3:] == [2], "that is no batch that failed: the next may share"
+    assert box.column("batch_studies", ids) == [2, 2]
     box.db.close()
 
 
@@ -457,25 +482,84 @@ def test_a_version_that_takes_over_meanwhile_gets_its_jobs_alone(box: Box, monke
     assert box.column("batch_studies", ids) == [0, 0, 0]
 
 
-def test_each_job_is_placed_by_itself_and_they_meet_at_the_place(box: Box, alone: dict[int, tuple[Any, ...]]) -> None:
-    worker, trap = box.worker()
-    idle: Any = type("Idle", (), {"sample": lambda self: 0.0})()
-    local = Local(worker._models, 0.0, idle)  # type: ignore[arg-type]
+IDLE: Any = type("Idle", (), {"sample": lambda self: 0.0})()
+
+
+class Distant(Local):
+    """An endpoint: it rests once it was away."""
+
+    name = "gpu1"
+    away = 0
+
+    def get(self, reference: str) -> ReadyModel:
+        if self.away:
+            raise PeerAway("ask inference endpoint", "it rests")
+        return super().get(reference)
+
+    def failed(self, reference: str, error: PeerAway | EngineError) -> None:
+        self.away += 1
+
+
+def placed_at(box: Box, *places: Local) -> Worker:
     settings = settings_of(box.folder)
-    placed = Worker(
+    return Worker(
         settings,
         box.db,
-        PlacedModels(settings, box.db, [local]),
+        PlacedModels(settings, box.db, places),
         encoder(settings),
         owner="worker",
         decoder=InlineDecoder(),
         on_results=lambda: None,
     )
+
+
+def test_each_job_is_placed_by_itself_and_they_meet_at_the_place(box: Box, alone: dict[int, tuple[Any, ...]]) -> None:
+    worker, trap = box.worker()
+    placed = placed_at(box, Local(worker._models, 0.0, IDLE))  # type: ignore[arg-type]
     ids = [queue(box.db, number) for number in (1, 2, 3)]
     assert placed.run_once() and trap.rows == [3]
     assert_whole(box, ids)
     assert [p["chosen"] for p in box.column("placement", ids)] == ["local"] * 3
     assert [box.found(n) for n in ids] == [alone[number] for number in (1, 2, 3)]
+
+
+def unplugged(inputs: Mapping[str, np.ndarray]) -> None:
+    del inputs
+    raise PeerAway("ask inference endpoint", "the connection broke")
+
+
+def test_a_place_that_goes_away_under_a_shared_batch_is_told_once_and_each_finds_another(box: Box) -> None:
+    endpoint, asked = box.worker(unplugged)
+    here, trap = box.worker()
+    distant = Distant(endpoint._models, 0.0, IDLE)  # type: ignore[arg-type]
+    placed = placed_at(box, distant, Local(here._models, 9.0, IDLE))  # type: ignore[arg-type]
+    ids = [queue(box.db, number) for number in (1, 2, 3)]
+    while placed.run_once():
+        pass
+    assert asked.rows == [3] and distant.away == 1, "it is not asked again by the first of them"
+    assert trap.rows == [1, 2], "the others share there, too"
+    assert_whole(box, ids)
+    first, *others = box.column("placement", ids)
+    assert first["chosen"] == "local" and "the connection broke" in str(first["tried"])
+    assert [(p["chosen"], "tried" in p) for p in others] == [("local", False)] * 2
+    assert box.column("attempts", ids) == [1] * 3
+
+
+def test_where_there_is_no_other_place_each_waits_for_itself(box: Box) -> None:
+    endpoint, asked = box.worker(unplugged)
+    distant = Distant(endpoint._models, 0.0, IDLE)  # type: ignore[arg-type]
+    placed = placed_at(box, distant)
+    ids = [queue(box.db, number) for number in (1, 2, 3)]
+    for count in (1, 2, 3):
+        assert placed.run_once() and box.column("waits", ids) == [1] * count + [0] * (3 - count)
+    assert asked.rows == [3] and distant.away == 1
+    assert box.column("state", ids) == ["pending"] * 3 and box.column("attempts", ids) == [0] * 3
+    distant.away = 0
+    asked.on = None
+    with box.db.transaction():
+        box.db.execute("UPDATE jobs SET next_at = 0")
+    assert placed.run_once() and asked.rows == [3, 3]
+    assert_whole(box, ids)
 
 
 def test_a_network_that_mixes_its_batch_is_never_shared(box: Box, tmp_path: Path) -> None:
