@@ -81,14 +81,20 @@ def run_worker(settings: Settings) -> int:
     return 0
 
 
+LOOKING_SHARE = 0.2
+"""Of the time for looks at open series: while images arrive the bell rings with each commit."""
+
+
 def _select(shell: Shell, selector: Any, bell: doorbell.Doorbell, on_bell: Callable[[], None]) -> None:
     """Look at open series whenever the bell rings or one has waited long enough."""
     wait = 0.0
     while not shell.stop.is_set():
         bell.wait(wait)
         on_bell()
+        begin = time.monotonic()
         try:
             wait = selector.run_once()
+            shell.stop.wait((time.monotonic() - begin) * (1.0 / LOOKING_SHARE - 1.0))
         except NodeError as error:
             shell.log.error("selection failed, trying again", error=str(error))
             wait = doorbell.SLOW_BEAT_SECONDS

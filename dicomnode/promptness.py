@@ -4,14 +4,17 @@ Linux gives the processor to who has the earliest deadline, and a thread that as
 slice has an earlier one (EEVDF; sched_setattr(2), ``sched_runtime`` of SCHED_OTHER since Linux 6.12).
 It gets no larger share, needs no privilege, and older kernels ignore it: between two requests
 nothing changes, but an answer does not wait for the whole turns of those that receive and infer.
+The opposite is for work that nobody waits for (:func:`giving_way`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
 import struct
+from collections.abc import Iterator
 
 _SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}.get(platform.machine())
 """Number of the system call; the C library has had no function for it before glibc 2.41."""
@@ -38,3 +41,25 @@ def ask_for_short_turns() -> bool:
         return bool(ctypes.CDLL(None, use_errno=True).syscall(_SCHED_SETATTR, 0, attributes, 0) == 0)
     except (OSError, AttributeError):
         return False
+
+
+@contextlib.contextmanager
+def giving_way() -> Iterator[None]:
+    """The calling thread never takes the processor from one that runs; its share stays the same.
+
+    SCHED_BATCH of sched(7), for this thread and what it starts meanwhile. Not a lower priority: who
+    holds a lock of Python or of the index has to get on.
+    """
+    if os.sched_getscheduler(0) != os.SCHED_OTHER:
+        yield  # an operator who chose another policy knows better
+        return
+    _schedule(os.SCHED_BATCH)
+    try:
+        yield
+    finally:
+        _schedule(os.SCHED_OTHER)
+
+
+def _schedule(policy: int) -> None:
+    with contextlib.suppress(OSError):
+        os.sched_setscheduler(0, policy, os.sched_param(0))

@@ -8,17 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from aiohttp import web, web_response
-
 from dicomnode import doorbell, lifeline, logs, metrics
 from dicomnode.admin.application import make_app
-from dicomnode.admin.connection import Runner
+from dicomnode.admin.server import AdminServer
 from dicomnode.cloud_settings import LANES
-from dicomnode.errors import OperatorError
 from dicomnode.index.database import Database
 from dicomnode.index.operation import BEAT_SECONDS, Processes
 from dicomnode.model_desk import ModelDesk
-from dicomnode.promptness import ask_for_short_turns
+from dicomnode.promptness import giving_way
 from dicomnode.settings import Settings
 from dicomnode.sidecar_fleet import Fleet
 from dicomnode.sync.alerts import AlertSender
@@ -39,7 +36,6 @@ ALERT_SECONDS = 2.0
 PULL_SECONDS = 30.0
 SPACE_SECONDS = 600.0
 REMEMBER_SECONDS = 60.0
-SHUTDOWN_SECONDS = 2.0
 
 
 async def run_sidecar(settings: Settings, db: Database, *, verify: Callable[[Path], None], stop: asyncio.Event) -> None:
@@ -50,35 +46,14 @@ async def run_sidecar(settings: Settings, db: Database, *, verify: Callable[[Pat
     the heartbeat detail (``{"port": N, "scheduled": {...}}``).
     """
     metrics.prepare(NAME)
-    ask_for_short_turns()  # this thread answers the API; what the sidecar does besides is in others
     desk = ModelDesk(settings, db, verify)
-    runner, port = await _serve(settings, db, desk)
+    server = AdminServer(settings, make_app(db, settings, own_process=NAME, desk=desk))
+    port = await server.start()
     try:
-        await _work(settings, db, verify, desk, stop, port)
+        with giving_way():  # nobody waits for what is done here; intake and API do not wait for it, either
+            await _work(settings, db, verify, desk, stop, server, port)
     finally:
-        await runner.cleanup()
-
-
-async def _serve(settings: Settings, db: Database, desk: ModelDesk) -> tuple[web.AppRunner, int]:
-    # Also on answers that the parser gives, outside of the application.
-    web_response.SERVER_SOFTWARE = "dicomnode"  # type: ignore[attr-defined]
-    runner = Runner(
-        make_app(db, settings, own_process=NAME, desk=desk),
-        access_log=None,
-        keepalive_timeout=30.0,
-        shutdown_timeout=SHUTDOWN_SECONDS,
-    )
-    await runner.setup()
-    try:
-        await web.TCPSite(runner, settings.http.host, settings.http.port).start()
-    except OSError as error:
-        await runner.cleanup()
-        raise OperatorError(
-            "start the HTTP server",
-            f"{settings.http.host} port {settings.http.port}: {error.strerror}",
-            "Choose another http.port, or stop the program that holds it",
-        ) from error
-    return runner, int(runner.addresses[0][1])
+        await server.stop()
 
 
 async def _work(
@@ -87,6 +62,7 @@ async def _work(
     verify: Callable[[Path], None],
     desk: ModelDesk,
     stop: asyncio.Event,
+    server: AdminServer,
     port: int,
 ) -> None:
     log, loop = logs.get(), asyncio.get_running_loop()
@@ -103,6 +79,7 @@ async def _work(
         processes.beat(NAME, state, detail, metrics.snapshot())
 
     async def heartbeat() -> None:
+        await server.answers()
         await asyncio.to_thread(beat, "ready")
         lifeline.notify("WATCHDOG=1")
 
@@ -137,7 +114,7 @@ async def _work(
     lifeline.notify("READY=1")
     log.info("ready", address=settings.http.host, port=port)
     try:
-        await stop.wait()
+        await _until(stop, server)
     finally:
         lifeline.notify("STOPPING=1")
         loop.remove_reader(bell.fileno())
@@ -145,6 +122,18 @@ async def _work(
         await schedule.stop()
         aside.close()
         await asyncio.to_thread(beat, "stopping")
+
+
+async def _until(stop: asyncio.Event, server: AdminServer) -> None:
+    """Raises what ended the admin server, should it: the process is started again."""
+    asked: asyncio.Future[Any] = asyncio.ensure_future(stop.wait())
+    ended: asyncio.Future[Any] = asyncio.wrap_future(server.ended)
+    try:
+        await asyncio.wait([asked, ended], return_when=asyncio.FIRST_COMPLETED)
+        if ended.done():
+            ended.result()
+    finally:
+        asked.cancel()
 
 
 def _send_to_cloud(

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from dicomnode import promptness
-from dicomnode.promptness import _ATTRIBUTES, _SCHED_SETATTR, SLICE_NANOSECONDS, ask_for_short_turns
+from dicomnode.promptness import _ATTRIBUTES, _SCHED_SETATTR, SLICE_NANOSECONDS, ask_for_short_turns, giving_way
 
 _SCHED_GETATTR = {"x86_64": 315, "aarch64": 275}
 
@@ -68,3 +68,27 @@ def test_an_operators_policy_stays(policy: int, monkeypatch: pytest.MonkeyPatch)
 def test_a_machine_of_another_kind_goes_without(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(promptness, "_SCHED_SETATTR", None)
     assert not ask_for_short_turns()
+
+
+def test_who_gives_way_does_so_with_all_it_starts_and_for_a_while() -> None:
+    seen: dict[str, int] = {}
+
+    def work() -> None:
+        with giving_way():
+            seen["work"] = os.sched_getscheduler(0)
+            other = threading.Thread(target=lambda: seen.update(thread=os.sched_getscheduler(0)))
+            other.start()
+            other.join()
+        seen["after"] = os.sched_getscheduler(0)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == {"work": os.SCHED_BATCH, "thread": os.SCHED_BATCH, "after": os.SCHED_OTHER}
+
+
+def test_an_operators_policy_is_not_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getscheduler", lambda _: os.SCHED_FIFO)
+    monkeypatch.setattr(os, "sched_setscheduler", lambda *_: pytest.fail("it was changed"))
+    with giving_way():
+        pass

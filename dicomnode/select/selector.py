@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from dicomnode import doorbell, logs, metrics
 from dicomnode.errors import NodeError
@@ -25,6 +26,15 @@ FARTHEST_MM = 1e6
 """Positions beyond a kilometre, infinite ones and NaN are no geometry."""
 
 
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What the instances of a series said when they were last read: ``stack`` of ``instances``."""
+
+    generation: int
+    instances: int
+    stack: StackReport | None
+
+
 class Selector:
     """One pass looks at every open series; call it when rung and when its wait is over."""
 
@@ -38,6 +48,8 @@ class Selector:
         self._on_jobs = on_jobs or (lambda: None)
         self._log = logs.get()
         self._reported: set[int] = set()
+        self._known: dict[int, Known] = {}
+        """By series that is open; each bell is a look at all of them, and most have not changed since the last."""
         self._rules = ServingRules(settings, db)
 
     def run_once(self) -> float:
@@ -45,7 +57,9 @@ class Selector:
         wait = doorbell.SLOW_BEAT_SECONDS
         if chain.tend(self._db):
             self._on_jobs()
-        for series in self._catalogue.open_series():
+        found = self._catalogue.open_series()
+        self._known = {row["id"]: known for row in found if (known := self._known.get(row["id"])) is not None}
+        for series in found:
             try:
                 verdict = self._look(series)
             except NodeError:
@@ -90,12 +104,12 @@ class Selector:
         if working and not standing.settled and (expected is None or count < expected):
             # Cheap answer while the sender is at work; only a count or a list could end it earlier.
             return Verdict(False, "", quiet - silent)
-        instances = self._catalogue.series_instances(series["id"])
+        known = self._read(series, count)
         evidence = Evidence(
-            instances=len(instances),
+            instances=known.instances,
             associations=associations,
             expected=expected,
-            stack=stack_of(instances),
+            stack=known.stack,
             silent_seconds=silent,
             standing=standing,
         )
@@ -103,9 +117,18 @@ class Selector:
         if verdict.complete and not verdict.analyse:
             self._withhold(series, verdict.reason)
         elif verdict.complete:
-            self._select(series, instances, verdict.reason)
+            self._select(series, known.instances, verdict.reason)
             metrics.observe("select", time.perf_counter() - begin)
         return verdict
+
+    def _read(self, series: Row, count: int) -> Known:
+        """``count``: of its instances now; each that comes, or comes again otherwise, makes another generation."""
+        known = self._known.get(series["id"])
+        if known is None or (known.generation, known.instances) != (series["generation"], count):
+            instances = self._catalogue.series_instances(series["id"])
+            known = Known(int(series["generation"]), len(instances), stack_of(instances))
+            self._known[series["id"]] = known
+        return known
 
     def _standing(self, series_id: int, first: Mapping[str, str], count: int, silent: float) -> Standing:
         rows = self._steps.about(series_id, referenced_steps(first))
@@ -143,7 +166,7 @@ class Selector:
             f" {withdrawn.sent} result(s) had been sent",
         )
 
-    def _select(self, series: Row, instances: Sequence[Row], reason: str) -> None:
+    def _select(self, series: Row, count: int, reason: str) -> None:
         attributes = dict(self._catalogue.series_attributes(series["id"]) or {})
         first = self._catalogue.first_attributes(series["id"])
         uid = str(attributes.get("SeriesInstanceUID"))
@@ -155,7 +178,7 @@ class Selector:
             self._log.info(
                 "series complete",
                 series=logs.uid_hash(uid),
-                count=len(instances),
+                count=count,
                 reason=reason,
                 job=made,
             )
@@ -164,7 +187,7 @@ class Selector:
             self._log.info(
                 "series complete, an earlier study that was fetched" if fetched else "series complete, no rule matches",
                 series=logs.uid_hash(uid),
-                count=len(instances),
+                count=count,
             )
 
 

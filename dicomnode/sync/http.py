@@ -156,10 +156,30 @@ async def watched(request: Coroutine[Any, Any, T], progress: Progress, stall_sec
                 await task
 
 
+READ_AT_ONCE_BYTES = 1 << 20
+READ_BYTES_PER_SECOND = 8 << 20
+"""Of a reply beyond its first part, about 60 Mbit/s: the line of a hospital has no more, and a server that is near
+and does not come to an end gets no whole core of the box for it. Models and metadata of them are read otherwise."""
+
+
+class _Pace:
+    """Waits while more came than :data:`READ_BYTES_PER_SECOND` since the reply began."""
+
+    def __init__(self) -> None:
+        self._begin, self._size = time.monotonic(), 0
+
+    async def __call__(self, size: int) -> None:
+        self._size += size
+        due = self._begin + (self._size - READ_AT_ONCE_BYTES) / READ_BYTES_PER_SECOND
+        wait = due - time.monotonic()
+        if wait > 0:
+            await asyncio.sleep(wait)
+
+
 async def read_bounded(response: aiohttp.ClientResponse, limit: int, progress: Progress | None = None) -> bytes:
     """The whole body. Raises PeerError when it is longer than ``limit`` bytes."""
     parts: list[bytes] = []
-    size = 0
+    size, pace = 0, _Pace()
     async for chunk in response.content.iter_chunked(64 * 1024):
         size += len(chunk)
         if progress is not None:
@@ -167,6 +187,7 @@ async def read_bounded(response: aiohttp.ClientResponse, limit: int, progress: P
         if size > limit:
             raise PeerError("read reply", f"it is longer than {limit} bytes", "", retryable=True)
         parts.append(chunk)
+        await pace(len(chunk))
     return b"".join(parts)
 
 
@@ -174,7 +195,7 @@ async def read_ends(
     response: aiohttp.ClientResponse, limit: int, end: int, most: int, progress: Progress
 ) -> tuple[bytes, bytes]:
     """The body up to a chunk beyond ``limit``, and its last ``end`` bytes; no more than ``most`` is read for them."""
-    begin, tail, size = bytearray(), b"", 0
+    begin, tail, size, pace = bytearray(), b"", 0, _Pace()
     async for chunk in response.content.iter_chunked(64 * 1024):
         progress.touch()
         size += len(chunk)
@@ -183,4 +204,5 @@ async def read_ends(
         tail = (tail + chunk)[-end:]
         if size > most:
             break
+        await pace(len(chunk))
     return bytes(begin), tail

@@ -62,6 +62,26 @@ def test_quiet_period_in_node_time(db: Database, clock: FakeClock) -> None:
     assert "quiet-period" in Jobs(db).listing()[0]["reason"]
 
 
+def test_instances_are_read_again_only_when_the_series_is_another(
+    db: Database, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    whole = Catalogue.series_instances
+    monkeypatch.setattr(Catalogue, "series_instances", lambda self, i: [read.append(i), whole(self, i)][1])
+    selector, catalogue = Selector(SETTINGS, db), opened(db)
+    gap = slices(2, first=3)
+    catalogue.commit(slices(2))
+    catalogue.commit(gap)
+    catalogue.association_closed("a", "released")
+    for _ in range(5):  # a slice is missing: it waits, and each other series that grows has it looked at
+        selector.run_once()
+    assert len(read) == 1 and Jobs(db).listing() == []
+    opened(db, "b").commit(slices(1, "b", first=2))
+    catalogue.association_closed("b", "released")
+    selector.run_once()
+    assert len(read) == 2 and "contiguous geometry: 5 slices" in Jobs(db).listing()[0]["reason"]
+
+
 def test_stated_count_ends_the_wait(db: Database) -> None:
     catalogue = opened(db)
     catalogue.commit(slices(3, NumberOfSeriesRelatedInstances="4"))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
 from aiohttp import ClientSession, web
 
 from dicomnode import doorbell
+from dicomnode.admin.server import AdminServer
 from dicomnode.errors import OperatorError
 from dicomnode.index.database import Database
 from dicomnode.index.operation import Models, Processes
@@ -74,6 +76,52 @@ def test_the_sidecar_does_its_work_and_ends_at_once(tmp_path: Path) -> None:
             assert time.monotonic() - begin < 5
             [last] = [r for r in Processes(db).listing() if r["name"] == "sidecar"]
             assert last["state"] == "stopping"
+        db.close()
+
+    asyncio.run(main())
+
+
+def test_the_api_answers_while_the_cloud_has_all_of_the_other_loop(tmp_path: Path) -> None:
+    async def main() -> None:
+        db, stop = Database(tmp_path), asyncio.Event()
+        settings = make_settings(tmp_path)
+        task = asyncio.create_task(run_sidecar(settings, db, verify=lambda _: None, stop=stop))
+
+        def port() -> int:
+            return next((int(r["detail"]["port"]) for r in Processes(db).listing() if r["alive"]), 0)
+
+        await until(lambda: task.done() or port())
+        with urllib.request.urlopen(f"http://127.0.0.1:{port()}/health", timeout=20) as answer:  # holds this loop
+            assert answer.status == 200
+        stop.set()
+        await task
+        db.close()
+
+    asyncio.run(main())
+
+
+def test_without_its_api_the_process_ends_and_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[AdminServer] = []
+    start = AdminServer.start
+
+    async def started(self: AdminServer) -> int:
+        made.append(self)
+        return await start(self)
+
+    monkeypatch.setattr(AdminServer, "start", started)
+
+    async def main() -> None:
+        db = Database(tmp_path)
+        work = run_sidecar(make_settings(tmp_path), db, verify=lambda _: None, stop=asyncio.Event())
+        task = asyncio.create_task(work)
+        await until(lambda: task.done() or [r for r in Processes(db).listing() if r["alive"]])
+        [server] = made
+        await server.answers()
+        assert server._loop is not None
+        server._loop.call_soon_threadsafe(server._loop.stop)
+        async with asyncio.timeout(20):
+            with pytest.raises(RuntimeError, match="stopped"):
+                await task
         db.close()
 
     asyncio.run(main())
