@@ -7,6 +7,7 @@ have, no end. That is told apart from a machine on which no such process can be 
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import multiprocessing
 import os
@@ -80,6 +81,8 @@ class Aside:
                 child = self._child()
                 try:
                     answer = child.ask((path, key, plain_slice), self._seconds)
+                    if isinstance(answer, ChildEnded):
+                        child.stop()  # what failed in it may have left it without memory, or half way: another is begun
                 except EOFError:
                     ended = child.stop()
                     continue
@@ -179,7 +182,10 @@ class _Child:
 
 
 def _serve(line: Connection, action: Action) -> None:
-    """The child ends with the sidecar, gives way to intake, and is silent: libraries' warnings quote values."""
+    """The child ends with the sidecar, gives way to intake, and is silent: libraries' warnings quote values.
+
+    It also ends after an object that it failed with: the next one begins with a clean process and its memory.
+    """
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.nice(NICE)
@@ -196,12 +202,22 @@ def _serve(line: Connection, action: Action) -> None:
         try:
             _limit(most)
             line.send(action(*what))
+            continue
         except MemoryError:
-            line.send(ChildEnded("de-identify", f"the de-identifier reached its memory limit of {most >> 20} MiB"))
-        except (NodeError, OSError) as error:
-            line.send(error)
+            failed: NodeError | OSError = _memory(most)
+        except OSError as error:
+            failed = _memory(most) if error.errno == errno.ENOMEM else error
+        except NodeError as error:
+            failed = error
         except Exception as error:  # noqa: BLE001 its traceback would be on stderr, with values
-            line.send(ChildEnded("de-identify", f"the de-identifier failed ({type(error).__name__})"))
+            failed = ChildEnded("de-identify", f"the de-identifier failed ({type(error).__name__})")
+        line.send(failed)
+        if isinstance(failed, ChildEnded):
+            return
+
+
+def _memory(most: int) -> ChildEnded:
+    return ChildEnded("de-identify", f"the de-identifier reached its memory limit of {most >> 20} MiB")
 
 
 def _size(path: Path) -> int:

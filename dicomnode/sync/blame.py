@@ -169,7 +169,7 @@ async def one_by_one(
         if one.verdicts[key].fate not in {Fate.stored, Fate.reject}:
             held.add(streams[key])
         if not one.whole:
-            heard = True
+            heard |= one.heard
             continue
         bad.append(one)
         if stored or (there and not one.mendable):

@@ -57,7 +57,7 @@ _FATES = {
 class Verdict:
     """``conflict``: of a record that is kept there beside another one, which serves. ``full``: it has no room.
 
-    ``status``: of HTTP, where it answered the request as a whole.
+    ``status``: of HTTP, where it answered the request as a whole. ``disk``: ours did not give the file.
     """
 
     fate: Fate
@@ -65,6 +65,7 @@ class Verdict:
     conflict: bool = False
     full: bool = False
     status: int = 0
+    disk: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,11 +11,13 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol, TypeVar
 
 import aiohttp
+import apsw
 
 from dicomnode import durable, logs, metrics
 from dicomnode.cloud_settings import LANES, Lane, node_name
@@ -25,12 +27,12 @@ from dicomnode.index.database import Database, Row
 from dicomnode.index.operation import Events
 from dicomnode.metrics_cloud import RECORDS_TOTAL
 from dicomnode.settings import Settings
-from dicomnode.sync.aside import ChildEnded
 from dicomnode.sync.blame import MOST_REFUSED, MOST_TRIES, Blame, Class, least_tried_first, one_by_one, together
 from dicomnode.sync.endpoints import Endpoints
 from dicomnode.sync.reply import Fate, Verdict
 from dicomnode.sync.send_records import send_records
 from dicomnode.sync.stow import Answer, Part, store
+from dicomnode.sync.trouble import After, trouble
 
 T = TypeVar("T")
 MOST_REQUEST_BYTES = 32 << 20
@@ -80,6 +82,7 @@ class CloudSender:
         self._prepare = prepare
         self._blame = Blame()
         self._lone = asyncio.Lock()
+        self._unread = set[int]()
         self._node = node_name(settings.node.ae_title)
         self._log = logs.get()
 
@@ -168,12 +171,13 @@ class CloudSender:
                 if number not in sessions:
                     sessions[number] = self.endpoints.session(number)
                 headers = await self.endpoints.headers(number)
-                send = self._objects if wanted[0]["result_id"] is not None else self._records
-                blocked |= await send(lane, number, sessions[number], headers, wanted, batch, alone)
             except OperatorError as error:
                 self.endpoints.failed(number, str(error), mendable=True)
                 batch.again += [(i["id"], str(error)) for i in wanted]
                 batch.failed = True
+                continue
+            send = self._objects if wanted[0]["result_id"] is not None else self._records
+            blocked |= await send(lane, number, sessions[number], headers, wanted, batch, alone)
 
     async def _objects(
         self,
@@ -211,9 +215,9 @@ class CloudSender:
         batch: _Batch,
         alone: bool,
     ) -> set[str]:
-        ready = await asyncio.to_thread(self._bodies, items, batch)
+        ready, held = await asyncio.to_thread(self._bodies, items, batch)
         if not ready:
-            return set()
+            return held
         url = self.endpoints.all[number].records_url
 
         async def request(some: Sequence[tuple[Row, Mapping[str, Any]]]) -> Answer:
@@ -224,7 +228,7 @@ class CloudSender:
         answer = await self._ask(lane, request, things, [i for i, _ in ready], alone)
         self._note(_class(lane, items[0]), number, answer, perf_counter() - begin, batch)
         pairs = [(i, answer.verdicts.get(i["idempotency_key"])) for i, _ in ready]
-        return await asyncio.to_thread(self._settle, _class(lane, items[0]), pairs, answer, batch, {})
+        return held | await asyncio.to_thread(self._settle, _class(lane, items[0]), pairs, answer, batch, {})
 
     async def _ask(
         self,
@@ -273,56 +277,83 @@ class CloudSender:
             if item["stream"] in held:
                 batch.untried.append(item["id"])
                 continue
-            path = self.objects.path(item["file"])
-            try:
-                if not path.exists() or durable.sha256_file(path) != item["sha256"]:
-                    self._park(item, "the stored file is missing or does not match its digest", batch)
-                    continue
-                size = path.stat().st_size
-                uid, content = self._prepare.object(item, path)
-            except InputError as error:
-                self._park(item, error.cause, batch)
-                continue
-            except ChildEnded as error:
-                if not self._ended(item, error, batch):
-                    held.add(item["stream"])
-                continue
-            except (OSError, MemoryError) as error:
-                held.add(item["stream"])
-                cause = (error.strerror if isinstance(error, OSError) else "") or "out of memory"
-                first, longest = self.delivery.backoff_seconds, self.delivery.backoff_max_seconds
-                error_text = f"it cannot be made ready now ({cause}) and is tried again"
-                self.outbox.retry(item["id"], self.owner, error_text, first=first, longest=longest)
-                continue
-            parts.append(Part(item, uid, size if content is None else len(content), path, content))
+            part = self._made(item, partial(self._part, item), batch, held)
+            if part is not None:
+                parts.append(part)
         self._prepare.keep()
         return parts, held
 
-    def _ended(self, item: Row, error: ChildEnded, batch: _Batch) -> bool:
-        """Whether it was parked for it."""
+    def _part(self, item: Row) -> Part:
+        path = self.objects.path(item["file"])
+        if not path.exists() or durable.sha256_file(path) != item["sha256"]:
+            raise InputError("send", "the stored file is missing or does not match its digest")
+        size = path.stat().st_size
+        uid, content = self._prepare.object(item, path)
+        return Part(item, uid, size if content is None else len(content), path, content)
+
+    def _bodies(self, items: Sequence[Row], batch: _Batch) -> tuple[list[tuple[Row, Mapping[str, Any]]], set[str]]:
+        """Records as they leave, and the streams that have to wait."""
+        ready: list[tuple[Row, Mapping[str, Any]]] = []
+        held: set[str] = set()
+        for item in items:
+            if item["stream"] in held:
+                batch.untried.append(item["id"])
+                continue
+            record = self._made(item, partial(self._prepare.record, item), batch, held)
+            if record is not None:
+                ready.append((item, record))
+        self._prepare.keep()
+        return ready, held
+
+    def _made(self, item: Row, make: Callable[[], T], batch: _Batch, held: set[str]) -> T | None:
+        """What ``make`` returns; None where it fails, which hits this item and what has to wait for it alone."""
+        try:
+            return make()
+        except (OperatorError, apsw.Error):  # no key, no index: nothing can be made ready
+            raise
+        except Exception as error:  # noqa: BLE001 whatever it is: others must not wait for it
+            found = trouble(error, self.objects.root)
+        if found.after is After.park:
+            self._park(item, found.cause, batch)
+        elif found.after is After.wait:
+            held.add(item["stream"])
+            self._wait(item, found.cause, disk=found.disk)
+        elif not self._ended(item, found.cause, batch):
+            held.add(item["stream"])
+        return None
+
+    def _wait(self, item: Row, cause: str, *, disk: bool = False, alone: bool = False) -> None:
+        """It is tried again later, and nothing is counted against it; ``disk``: an operator is told, once.
+
+        ``alone``: it broke a request, so it goes by itself from now on.
+        """
+        first, longest = self.delivery.backoff_seconds, self.delivery.backoff_max_seconds
+        if alone:
+            counted = {"strikes": item["strikes"], "ended": item["ended"]}
+            self.outbox.doubt(item["id"], self.owner, cause, **counted, first=first, longest=longest)
+        else:
+            self.outbox.retry(item["id"], self.owner, cause, first=first, longest=longest)
+        if disk:
+            if not self._unread:
+                Events(self.db).add("error", "disk", f"item {item['id']}", cause)
+            self._unread.add(item["id"])
+
+    def _ended(self, item: Row, cause: str, batch: _Batch) -> bool:
+        """It ended a process, or as good as; whether it was parked for it."""
         ended = int(item["ended"]) + 1
         if ended >= MOST_ENDED:
-            self._park(item, f"{error.cause}, as {ended - 1} times before", batch)
+            self._park(item, f"{cause}, as {ended - 1} times before", batch)
             return True
         first, longest = self.delivery.backoff_seconds, self.delivery.backoff_max_seconds
         self.outbox.doubt(
-            item["id"], self.owner, error.cause, strikes=item["strikes"], ended=ended, first=first, longest=longest
+            item["id"], self.owner, cause, strikes=item["strikes"], ended=ended, first=first, longest=longest
         )
         return False
-
-    def _bodies(self, items: Sequence[Row], batch: _Batch) -> list[tuple[Row, Mapping[str, Any]]]:
-        ready = []
-        for item in items:
-            try:
-                ready.append((item, self._prepare.record(item)))
-            except InputError as error:
-                self._park(item, error.cause, batch)
-        self._prepare.keep()
-        return ready
 
     def _park(self, item: Row, cause: str, batch: _Batch) -> None:
         self.outbox.reject(item["id"], self.owner, cause)
         self._blame.acquit(item["id"])
+        self._unread.discard(item["id"])
         self._tell_parked(item, cause)
         batch.settled += 1
 
@@ -344,6 +375,7 @@ class CloudSender:
             if verdict is None:
                 batch.untried.append(item["id"])
             elif verdict.fate is Fate.stored:
+                self._unread.discard(item["id"])
                 self._blame.acquit(item["id"])
                 batch.stored.append(item["id"])
                 if verdict.conflict:
@@ -354,6 +386,9 @@ class CloudSender:
                 self._park(item, verdict.cause, batch)
                 if verdict.status:
                     self._blame.item_refused(lane, item, verdict.status)
+            elif verdict.disk:
+                blocked.add(item["stream"])
+                self._wait(item, verdict.cause, disk=True, alone=True)
             elif answer.whole:  # the endpoint is to blame, and it has a back-off of its own
                 blocked.add(item["stream"])
                 self._count(item, "retried")

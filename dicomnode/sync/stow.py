@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from dicomnode.sync.reply import (
     parse_reply,
     retry_after_seconds,
 )
+from dicomnode.sync.trouble import disk_trouble
 
 MAX_REPLY_BYTES = 4 << 20
 SLOWEST_BYTES_PER_SECOND = 125_000
@@ -96,12 +98,13 @@ async def store(
     tail = f"--{boundary}--\r\n".encode()
     length = sum(len(head) + p.size + 2 for p in parts) + len(tail)
     progress = Progress(longest_seconds(seconds, length))
+    unread: dict[str, OSError] = {}
 
     async def request() -> tuple[int, Reply | None, float | None]:
         await unburdened(throttle, progress)
         async with session.post(
             url,
-            data=capped(_body(head, parts, tail), throttle, progress),
+            data=capped(_body(head, parts, tail, unread), throttle, progress),
             headers={
                 "Content-Type": f'multipart/related; type="application/dicom"; boundary={boundary}',
                 "Content-Length": str(length),
@@ -122,6 +125,9 @@ async def store(
     try:
         status, reply, wait = await watched(request(), progress, stall_seconds)
     except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+        for uid, fault in unread.items():  # nobody was asked for the others
+            folder = next(p.path for p in parts if p.uid == uid).parent
+            return Answer({uid: Verdict(Fate.retry, disk_trouble(fault, folder), disk=True)}, heard=False)
         cause = f"the endpoint cannot be reached: {type(error).__name__}"
         return answer_of(dict.fromkeys(uids, Verdict(Fate.retry, cause)), None)
     except NodeError as error:
@@ -130,24 +136,38 @@ async def store(
     return Answer(verdicts, "", wait) if speaks_of_each(status, reply, uids) else answer_of(verdicts, wait)
 
 
-async def _body(head: bytes, parts: Sequence[Part], tail: bytes) -> AsyncIterator[bytes]:
+async def _body(head: bytes, parts: Sequence[Part], tail: bytes, unread: dict[str, OSError]) -> AsyncIterator[bytes]:
+    """``unread``: SOPInstanceUID -> what the disk said, where it does not give a file; then the request breaks off."""
     for part in parts:
         yield head
         if part.content is not None:
             for begin in range(0, len(part.content), CHUNK_BYTES):
                 yield part.content[begin : begin + CHUNK_BYTES]
         else:
-            file = await asyncio.to_thread(part.path.open, "rb")
-            with file:
-                left = part.size
-                while left:
-                    chunk = await asyncio.to_thread(file.read, min(CHUNK_BYTES, left))
-                    if not chunk:
-                        raise OSError("the file became shorter while it was sent")
-                    left -= len(chunk)
-                    yield chunk
+            chunks = _file(part)
+            while True:
+                try:
+                    chunk = await anext(chunks, b"")
+                except OSError as error:
+                    unread[part.uid] = error
+                    raise
+                if not chunk:
+                    break
+                yield chunk
         yield b"\r\n"
     yield tail
+
+
+async def _file(part: Part) -> AsyncIterator[bytes]:
+    file = await asyncio.to_thread(part.path.open, "rb")
+    with file:
+        left = part.size
+        while left:
+            chunk = await asyncio.to_thread(file.read, min(CHUNK_BYTES, left))
+            if not chunk:
+                raise OSError(errno.EIO, "the file became shorter while it was sent")
+            left -= len(chunk)
+            yield chunk
 
 
 def longest_seconds(seconds: float, length: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -25,6 +26,12 @@ def ends(path: Path, key: bytes, plain_slice: bool) -> Departure:
     what = path.read_text()
     if what.startswith("memory"):
         return Departure("1.2.3", bytes(300 << 20), {})
+    if what == "who":
+        return Departure(str(os.getpid()), b"", {})
+    if what == "mmap":
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+    if what == "odd":
+        raise ValueError(what)
     if what == "hang":
         threading.Event().wait()
     if what.startswith("once"):
@@ -87,6 +94,27 @@ def test_how_a_child_ended_is_told(troubled: Aside, tmp_path: Path, what: str, c
     assert re.search(cause, found.value.cause)
     path.write_text("once")
     assert troubled.leave(path, KEY).content == b"", "another child may do it"
+
+
+@pytest.mark.parametrize(
+    ("what", "cause"), [("memory", "memory limit"), ("mmap", "memory limit"), ("odd", r"failed \(ValueError\)")]
+)
+def test_a_child_that_failed_with_an_object_does_not_get_another(
+    troubled: Aside, tmp_path: Path, what: str, cause: str
+) -> None:
+    """What it left behind in its memory, which is limited, would fail objects that are well."""
+    path = tmp_path / "object"
+
+    def who() -> str:
+        path.write_text("who")
+        return troubled.leave(path, KEY).sop_instance_uid
+
+    before = who()
+    assert who() == before, "one that is well is used again"
+    path.write_text(what)
+    with pytest.raises(ChildEnded, match=cause):
+        troubled.leave(path, KEY)
+    assert not Path(f"/proc/{before}").exists() and who() != before
 
 
 def test_the_limit_of_memory_is_the_objects_own(troubled: Aside, tmp_path: Path) -> None:
