@@ -100,18 +100,25 @@ def open_session(cloud: Cloud, url: str, resolver: AbstractResolver | None = Non
 REPLY_SECONDS = 25.0
 """Time for the first byte of a reply once all was sent; with the look of the schedule below 30 seconds."""
 
+DRIP_BYTES_PER_SECOND = 62_500
+"""Half a Mbit/s: where less moves, either way, time is lost; what moves faster makes up for it."""
+
+LOST_SECONDS = 25.0
+"""Time that a request may lose, the wait for its reply among it: one that drips is over in less than 30 seconds too."""
+
 
 class Progress:
-    """When something last moved in a request; for :func:`watched`.
+    """When something last moved in a request, and whether enough did; for :func:`watched`.
 
     ``longest``: seconds of the whole request. What the node waits for its own cap counts neither
-    for them nor as a stall: the endpoint cannot help it.
+    for them nor as lost nor as a stall: the endpoint cannot help it.
     """
 
     def __init__(self, longest: float = float("inf")) -> None:
         self.at = time.monotonic()
         self.replying = False
         self._until = self.at + longest
+        self._lost_at = self.at + LOST_SECONDS
         self._held_since: float | None = None
 
     @contextlib.contextmanager
@@ -123,10 +130,13 @@ class Progress:
         finally:
             self.touch()
             self._until += self.at - self._held_since
+            self._lost_at += self.at - self._held_since
             self._held_since = None
 
-    def touch(self) -> None:
+    def touch(self, size: int = 0) -> None:
+        """``size``: bytes that moved."""
         self.at = time.monotonic()
+        self._lost_at = min(self._lost_at + size / DRIP_BYTES_PER_SECOND, self.at + LOST_SECONDS)
 
     def waiting_for_reply(self) -> None:
         self.touch()
@@ -137,11 +147,11 @@ class Progress:
             return False
         now = time.monotonic()
         limit = max(stall_seconds, REPLY_SECONDS) if self.replying else stall_seconds
-        return now - self.at > limit or now > self._until
+        return now - self.at > limit or now > min(self._until, self._lost_at)
 
 
 async def watched(request: Coroutine[Any, Any, T], progress: Progress, stall_seconds: float) -> T:
-    """The result of ``request``; a half-open line, which takes bytes or waits for ever, raises TimeoutError."""
+    """The result of ``request``; a line that is half open or drips, which could go on for ever, raises TimeoutError."""
     task = asyncio.ensure_future(request)
     try:
         while not task.done():
@@ -183,7 +193,7 @@ async def read_bounded(response: aiohttp.ClientResponse, limit: int, progress: P
     async for chunk in response.content.iter_chunked(64 * 1024):
         size += len(chunk)
         if progress is not None:
-            progress.touch()
+            progress.touch(len(chunk))
         if size > limit:
             raise PeerError("read reply", f"it is longer than {limit} bytes", "", retryable=True)
         parts.append(chunk)
@@ -197,7 +207,7 @@ async def read_ends(
     """The body up to a chunk beyond ``limit``, and its last ``end`` bytes; no more than ``most`` is read for them."""
     begin, tail, size, pace = bytearray(), b"", 0, _Pace()
     async for chunk in response.content.iter_chunked(64 * 1024):
-        progress.touch()
+        progress.touch(len(chunk))
         size += len(chunk)
         if len(begin) <= limit:
             begin += chunk

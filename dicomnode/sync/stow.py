@@ -192,6 +192,7 @@ async def capped(chunks: AsyncIterator[bytes], throttle: Throttle, progress: Pro
         with progress.held():
             await throttle(len(chunk))
         yield chunk
+        progress.touch(len(chunk))
     progress.waiting_for_reply()
 
 

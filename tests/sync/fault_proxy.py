@@ -101,6 +101,19 @@ class FaultProxy:
             await writer.drain()
             await asyncio.sleep(0)  # drain() does not yield, nor raise at once, when the caller is gone
 
+    async def _drip_request(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """It takes 20 KB a second."""
+        await self._bridge((reader, writer), up=_drops(1024, 0.05), down=_whole)
+
+    async def _drip_head(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """The reply comes byte by byte, its head first, and does not come to an end."""
+        await self._bridge((reader, writer), up=_whole, down=_drops(1, 0.05))
+
+    async def _drip_body(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/dicom+json\r\n\r\n")
+        await asyncio.gather(_lost(reader), _drops(1, 0.05)(_endless(), writer))
+
     async def _bridge(self, client: Streams, *, up: Pump, down: Pump) -> None:
         reader, writer = await asyncio.open_connection(*self.target)
         tasks = [asyncio.create_task(up(client[0], writer)), asyncio.create_task(down(reader, client[1]))]
@@ -127,6 +140,27 @@ async def _dripping(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) 
         writer.write(data)
         await writer.drain()
         await asyncio.sleep(0.002)
+
+
+def _drops(size: int, seconds: float) -> Pump:
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(size):
+            writer.write(data)
+            await writer.drain()
+            await asyncio.sleep(seconds)
+
+    return pump
+
+
+async def _lost(reader: asyncio.StreamReader) -> None:
+    while await reader.read(64 * 1024):
+        pass
+
+
+def _endless() -> asyncio.StreamReader:
+    made = asyncio.StreamReader()
+    made.feed_data(b" " * 10_000)
+    return made
 
 
 def _limited(limit: int) -> Pump:

@@ -75,3 +75,36 @@ def test_only_the_nodes_own_waits_are_free(monkeypatch: pytest.MonkeyPatch) -> N
         progress.touch()
     now[0] = 1011.0
     assert progress.stalled(5.0), "the request as a whole took more than 10 seconds of the line"
+
+
+MEGABYTE = 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("size", "rate", "lasts"),
+    [
+        (100 * MEGABYTE, 250_000, None),  # 2 Mbit/s
+        (MEGABYTE, 125_000, None),
+        (MEGABYTE, 1, 26.0),
+        (MEGABYTE, 7_000, 29.0),  # the stall limit alone would never see this
+    ],
+)
+def test_what_drips_is_over_in_less_than_30_seconds_and_a_slow_line_is_not(
+    monkeypatch: pytest.MonkeyPatch, size: int, rate: int, lasts: float | None
+) -> None:
+    """Chunks of 64 KiB that take their time upwards, then as much of a reply; with the defaults."""
+    now = [0.0]
+    monkeypatch.setattr("dicomnode.sync.http.time.monotonic", lambda: now[0])
+    for begin in (0, 60):  # what went well before does not buy time
+        progress = Progress(longest_seconds(60.0, size))
+        progress.touch(begin * MEGABYTE)
+        if begin:
+            progress.waiting_for_reply()
+        start, moved, limit = now[0], 0, 1 if rate == 1 else 64 * 1024
+        while moved < size and not progress.stalled(10.0):
+            now[0] += 0.25
+            moved += int(rate * 0.25) or 1
+            if moved % limit < max(1, rate * 0.25):
+                progress.touch(limit)
+        over = now[0] - start
+        assert (moved >= size) if lasts is None else over < lasts, over

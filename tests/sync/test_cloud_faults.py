@@ -20,7 +20,17 @@ from dicomnode.sync.endpoints import PROBE_SECONDS
 from tests.certificates import Authority
 from tests.cloud.endpoint import endpoint
 from tests.sync.fault_proxy import fault_proxy, name_service
-from tests.sync.index_case import FakeClock, add_job, add_results, make_settings, new_instance, sender_of
+from tests.sync.index_case import (
+    FakeClock,
+    add_job,
+    add_objects,
+    add_results,
+    as_they_are,
+    make_settings,
+    new_instance,
+    secondary_capture,
+    sender_of,
+)
 
 PLAN = CloudPlan("cloud", Sync().lanes, records=True)
 FAULTS = (
@@ -164,6 +174,36 @@ def test_a_half_open_primary_is_left_for_the_backup(tmp_path: Path, monkeypatch:
             await asyncio.wait_for(returns(), 30)
             add_results(db, data, 1)
             assert await sender.flush() == 1 and len(primary.arrivals()) == 2
+        db.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("fault", ["drip-request", "drip-head", "drip-body"])
+def test_a_dripping_primary_is_left_for_the_backup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    """Something moves all the time, so nothing stalls; with the defaults that is over within 30 seconds, too."""
+    assert http.LOST_SECONDS + 1 + Sync().urgent_seconds <= 30
+    monkeypatch.setattr(http, "LOST_SECONDS", 2.5)
+    data, clock = tmp_path / "data", FakeClock()
+
+    async def main() -> None:
+        db = Database(data, clock)
+        async with (
+            endpoint(tmp_path / "one") as (one, _),
+            endpoint(tmp_path / "two") as (two, backup),
+            fault_proxy(("127.0.0.1", int(one.rsplit(":", 1)[1]))) as proxy,
+        ):
+            backups = [{"name": "second", "stow_url": f"{two}/studies"}]
+            section = {"stow_url": f"http://127.0.0.1:{proxy.port}/studies", "backups": backups, "stall_seconds": 20}
+            sender = sender_of(make_settings(data, cloud=section), db)
+            # More than the buffers of two sockets hold.
+            add_objects(db, data, [("SEG", secondary_capture(4096 if fault == "drip-request" else 8)[1])])
+            as_they_are(db)
+            proxy.fault = fault
+            begin = time.monotonic()
+            assert await sender.flush() == 1
+            assert time.monotonic() - begin < 19, "not for a stall"
+            assert len(backup.arrivals()) == 1 and proxy.seen == {fault: 1}
         db.close()
 
     asyncio.run(main())
