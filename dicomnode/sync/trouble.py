@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import errno
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import Enum
 from pathlib import Path
 
 from dicomnode.errors import InputError, NodeError
@@ -21,7 +21,7 @@ from dicomnode.errors import InputError, NodeError
 _SHORT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ENOBUFS})
 
 
-class After(StrEnum):
+class After(Enum):
     """What follows."""
 
     park = "park"
