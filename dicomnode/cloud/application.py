@@ -19,6 +19,7 @@ from dicomnode.cloud.storage import Storage
 from dicomnode.errors import DiskFull, NodeError, OperatorError, StorageError
 
 MAX_JSON_BYTES = 8 << 20
+MOST_VALUES = 1 << 20
 FEED_DEFAULT, FEED_MOST = 100, 1000
 CONFLICT_STATES = ("open", "cloud", "edge", "merged")
 
@@ -307,7 +308,7 @@ async def _json(request: web.Request) -> Any:
     if len(body) > MAX_JSON_BYTES:
         raise web.HTTPRequestEntityTooLarge(MAX_JSON_BYTES, len(body))
     try:
-        return strict_json.read(body)
+        return strict_json.read(body, MOST_VALUES)
     except ValueError as error:
         raise OperatorError("read request", f"the body: {error}", "See config/cloud-api.yaml") from None
 

@@ -31,6 +31,9 @@ TOLD = frozenset({"settings"})
 
 MOST_SETTLED = 100  # config/cloud-api.yaml
 MOST_MISSING = 100
+TOGETHER = 20
+"""Records that are decided in one commit, which waits for the disk; stores wait for the index meanwhile."""
+
 MOST_KEPT = 10_000
 """Refused records, and conflicts that no person decided."""
 
@@ -120,15 +123,22 @@ class Records:
         """Decide on everything that waits; counts by what became of it."""
         found: dict[Taken, int] = {}
         waiting = self.db.rows("SELECT type, cloud_id FROM cloud_records WHERE state = 'new' ORDER BY seq")
-        for row in waiting:
-            try:
-                what = self._take(row["type"], row["cloud_id"])
-            except _UNREADABLE:  # of one record; what is behind it goes on
-                what = self.refuse(row["type"], row["cloud_id"])
-            found[what] = found.get(what, 0) + 1
+        for begin in range(0, len(waiting), TOGETHER):
+            for what in self._take_some(waiting[begin : begin + TOGETHER]):
+                found[what] = found.get(what, 0) + 1
         if waiting:
             self._forget()
         return found
+
+    def _take_some(self, rows: Sequence[Row]) -> list[Taken]:
+        """In one commit; where one of them cannot be looked at, each in its own, and that one is refused."""
+        try:
+            with self.db.transaction():
+                return [self._take(row["type"], row["cloud_id"]) for row in rows]
+        except _UNREADABLE:
+            if len(rows) == 1:
+                return [self.refuse(rows[0]["type"], rows[0]["cloud_id"])]
+        return [what for row in rows for what in self._take_some([row])]
 
     def _forget(self) -> None:
         """The cloud must not fill the disk: of refused records and decided conflicts the newest stay.
@@ -203,7 +213,6 @@ class Records:
         kind = str(came["type"])
         origin = origin_of(self.db, kind, name)
         home: dict[str, Any] = json.loads(held["data"]) if held else {}
-        ours = self._wire(kind, name, origin, home)
         allowed = self._wire(kind, name, origin, {**theirs, **home})
         cloud = Side(came["version"], came["changed_time"], {k: v for k, v in theirs.items() if k in allowed})
         if held is None:
@@ -211,6 +220,7 @@ class Records:
             return Taken.applied
         if kind in TOLD:
             return self._tell_again(came, name, home, settled, origin)
+        ours = self._wire(kind, name, origin, home)
         edge = Side(held["version"], held["changed_time"], ours)
         common = None
         if held["common_data"] is not None:

@@ -28,6 +28,7 @@ _FIELDS: Mapping[str, type] = {
     "settled": list,
     "seq": int,
 }
+NOT_WHOLE = "a field of it is missing or of another type"
 _LONG_FIELDS = ("data", "settled")
 _NEXT = re.compile(rb'"next"\s*:\s*(\d{1,16})\s*[,}]')
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}")
@@ -53,29 +54,21 @@ class Page:
     newest: int | None
 
 
-def page_of(page: Any, *, alone: bool = False) -> Page:
-    """Raises PeerError for another form. ``alone``: as for :func:`checked`."""
+def page_of(page: Any) -> Page:
+    """Raises PeerError for another form."""
     if not isinstance(page, dict) or not isinstance(page.get("records"), list) or not _place(page.get("next")):
         raise PeerError("pull records", "the reply is not a page of records", "See config/cloud-api.yaml")
-    rows, unkept = checked(page["records"], alone=alone)
+    rows, unkept = checked(page["records"])
     newest = page.get("newest")
     return Page(rows, unkept, int(page["next"]), int(newest) if _place(newest) else None)
 
 
-def checked(rows: Sequence[Any], *, alone: bool = False) -> tuple[list[Row], list[Unkept]]:
-    """Rows as config/cloud-api.yaml has them, and those that do not fit here.
-
-    Raises PeerError when none of them is a record: then the endpoint speaks otherwise, not one record.
-    ``alone``: few were asked for, to get past one of them.
-    """
+def checked(rows: Sequence[Any]) -> tuple[list[Row], list[Unkept]]:
+    """Rows as config/cloud-api.yaml has them, and those that do not fit here."""
     kept: list[Row] = []
     unkept: list[Unkept] = []
-    whole = [_whole_row(row) for row in rows]
-    if rows and not any(whole) and not alone:
-        cause = "no record of the reply is whole"
-        raise PeerError("pull records", cause, "A field is missing or of another type; see config/cloud-api.yaml")
-    for row, is_whole in zip(rows, whole, strict=True):
-        why = fault(row) if is_whole else "a field of it is missing or of another type"
+    for row in rows:
+        why = fault(row) if _whole_row(row) else NOT_WHOLE
         if why:
             unkept.append(_named(row, why))
         else:

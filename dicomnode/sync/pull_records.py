@@ -22,7 +22,7 @@ from dicomnode.index.records import Records, Rules, Taken
 from dicomnode.metrics_cloud import RECORDS_TAKEN
 from dicomnode.settings import Settings
 from dicomnode.sync.endpoints import Endpoints
-from dicomnode.sync.feed_page import Unkept, checked, page_of, place_behind
+from dicomnode.sync.feed_page import NOT_WHOLE, Unkept, checked, page_of, place_behind
 from dicomnode.sync.http import Progress, read_ends, watched
 from dicomnode.sync.reply import retry_after_seconds
 
@@ -30,7 +30,9 @@ PAGE = 200
 MOST_PAGES = 50
 """Of one run; the next one goes on where it ended."""
 
-MAX_PAGE_BYTES = 64 << 20
+MAX_PAGE_BYTES = 16 << 20
+"""A text in which one character is beyond U+FFFF takes four bytes for each of them, twice while it is read."""
+
 MOST_SKIPPED_BYTES = 256 << 20
 """Of one record that cannot be read; only its end is kept, to know where to go on."""
 
@@ -115,7 +117,7 @@ class RecordPuller:
     async def _pages(self, session: aiohttp.ClientSession, url: str, headers: dict[str, str]) -> dict[Taken, int]:
         """Each page is decided on before the next one comes, so that no more than one waits here."""
         found: dict[Taken, int] = {}
-        limit = PAGE
+        limit, anew = PAGE, False
         for _ in range(MOST_PAGES):
             if not self._room():
                 self._log.warning("records stay at the cloud: free space is at the reserve (node.reserve_mb)")
@@ -130,16 +132,21 @@ class RecordPuller:
                 limit = max(1, limit // SHRINK) if limit > 1 else PAGE
                 continue
             self._must_be_ours(body)
-            page = await asyncio.to_thread(page_of, body, alone=limit < PAGE)
-            following, rows = page.following, page.rows
+            page = await asyncio.to_thread(page_of, body)
+            following, rows, unkept = page.following, page.rows, page.unkept
             if page.newest is not None and page.newest < after:  # the cloud was set back: all of it is read again
+                if anew:
+                    raise PeerError("pull records", "newest is behind a place that was told before", "It may only rise")
                 self._log.warning("the records of the cloud begin anew", after=after, newest=page.newest)
-                rows, following = [], 0
+                rows, unkept, following, anew = [], [], 0, True
             elif following < after:
                 raise PeerError("pull records", f"next is {following}, behind {after}", "It may only rise")
             if following == after:
+                if unkept and not rows:
+                    cause = "no record of the page is whole, and next stays where it was"
+                    raise PeerError("pull records", cause, "See config/cloud-api.yaml for their form")
                 break
-            await asyncio.to_thread(self._keep, url, rows, page.unkept, following)
+            await asyncio.to_thread(self._keep, url, rows, unkept, following)
             for what, count in (await asyncio.to_thread(self._take)).items():
                 found[what] = count + (0 if what is Taken.later else found.get(what, 0))
         return found or await asyncio.to_thread(self._take)
@@ -205,7 +212,8 @@ class RecordPuller:
             self.records.keep(url, part, following if last else before, left if last else ())
         if unkept:
             RECORDS_TAKEN.labels(str(Taken.refused)).inc(len(unkept))
-            self._tell_refused(len(unkept), f"{unkept[0].why} ({_place_text(unkept[0])})")
+            none_whole = len(unkept) > 1 and not rows and all(u.why == NOT_WHOLE for u in unkept)
+            self._tell_refused(len(unkept), f"{unkept[0].why} ({_place_text(unkept[0])})", none_whole=none_whole)
 
     def _keep_one(self, url: str, kind: str, name: str, found: tuple[list[Row], list[Unkept]]) -> None:
         rows, unkept = found
@@ -216,12 +224,14 @@ class RecordPuller:
         elif not self.records.keep(url, rows, self.records.after(url)):
             self.records.look_again(rows[0]["type"], rows[0]["id"])
 
-    def _tell_refused(self, number: int, why: str = "") -> None:
-        """Records that could not be kept; those behind them are."""
+    def _tell_refused(self, number: int, why: str = "", *, none_whole: bool = False) -> None:
+        """Records that could not be kept; those behind them are. ``none_whole``: the cloud may speak otherwise."""
         first = f", the first one: {why}" if why else ""
         text = f"{number} records of the cloud are not as they have to be and were not taken{first}"
         hint = f"See 'dicomnode records refused'; {AGAIN}"
-        Events(self.db).add("warning", "record-refused", "cloud", f"{text}. {hint}")
+        if none_whole:
+            hint = f"No record of the page was whole: ask whether the cloud keeps to config/cloud-api.yaml. {hint}"
+        Events(self.db).add("error" if none_whole else "warning", "record-refused", "cloud", f"{text}. {hint}")
 
     def _tell_feed(self, text: str) -> None:
         """An event when the feed cannot be read, one for each cause, and one when it can again."""

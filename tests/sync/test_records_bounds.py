@@ -15,6 +15,7 @@ from dicomnode.errors import OperatorError, PeerError
 from dicomnode.index import records as records_module
 from dicomnode.index.cloud_rows import put_record
 from dicomnode.index.records import Taken
+from dicomnode.strict_json import MOST_VALUES
 from dicomnode.sync import pull_records
 from dicomnode.sync.departure import Departures
 from dicomnode.sync.feed_page import checked, fault, page_of
@@ -175,6 +176,7 @@ UNREADABLE: dict[str, tuple[dict[str, bytes], str]] = {
     "no UTF-8": ({"data": b'{"n": "\xff\xfe"}'}, "no Unicode"),
     "no JSON": ({"data": b'{"n": }'}, "no JSON"),
     "another next": ({"data": b'{"n": }, "next": 900, "newest": 900}'}, "no JSON"),
+    "many values": ({"data": b'{"n": [' + b"[]," * MOST_VALUES + b"0]}"}, f"more than {MOST_VALUES} values"),
     "no record": ({"version": b'"1"'}, "another type"),
 }
 
