@@ -206,6 +206,8 @@ def _cloud_line(cloud: dict[str, Any]) -> str:
     for endpoint in cloud["endpoints"]:
         how = "in use" if endpoint["in_use"] else "well" if endpoint["well"] else endpoint["error"] or "not tried"
         parts.append(f"{endpoint['name']} {how}")
+        if endpoint["in_use"] and endpoint["error"]:
+            parts[-1] += f" ({endpoint['error']})"
     return ", ".join(parts)
 
 

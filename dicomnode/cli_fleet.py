@@ -17,7 +17,7 @@ def fleet_lines(data: Mapping[str, Any]) -> Iterator[str]:
     push = data["remote_write"]
     if push["state"] != "off":
         waits = f", {push['waiting']} collections wait" if push["waiting"] else ""
-        yield f"metrics (remote-write): {push['state']}{waits} {push['error']}".rstrip()
+        yield f"metrics (remote-write): {push['state']}{waits}{': ' if push['error'] else ''}{push['error']}"
     fleet = data["fleet"]
     if fleet["beat_time"]:
         skew = fleet["clock_skew_seconds"]

@@ -9,6 +9,8 @@ import typer
 from dicomnode.cli_common import Config, Json, Limit, console, index, output, settings_of, table
 from dicomnode.cloud_settings import LANES
 
+UNKNOWN = "it is not known here; --study UID (its UID at home) searches the images of a study, too"
+
 sync_app = typer.Typer(no_args_is_help=True, help="What goes to the cloud: list, retry, pseudonyms.")
 
 
@@ -52,7 +54,7 @@ def sync_retry(
             count = CloudOutbox(db).requeue_rejected()
         else:
             CloudOutbox(db).requeue(item)
-        doorbell.ring(settings.node.data_dir, "sidecar")
+        doorbell.ring(settings.node.data_dir, "sidecar", at_once=True)
     text = f"items sent again: {count}" if item is None else f"item {item} is sent again"
     output({"item": item, "count": count}, as_json, lambda _: console.print(text))
 
@@ -78,4 +80,4 @@ def sync_pseudonym(
                 if value in (uid, codec.uid(uid)):
                     found.append({"kind": "instance", "pseudonym": codec.uid(uid), "original": uid})
     columns = {"kind": "what", "pseudonym": "pseudonym", "original": "at home", "issuer": "issuer"}
-    output(found, as_json, lambda rows: table(rows, columns, "it is not known here"))
+    output(found, as_json, lambda rows: table(rows, columns, UNKNOWN))

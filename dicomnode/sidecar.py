@@ -98,16 +98,7 @@ async def _work(
     await fleet.start(schedule)
     bell = doorbell.Doorbell(settings.node.data_dir, NAME)
 
-    rung_for = [  # the other classes of the cloud gather what comes within their interval
-        name for name in ("cloud-urgent", "alerts", "model-policy") if name in schedule.report()
-    ]
-
-    def rung() -> None:
-        bell.wait(0.0)
-        for name in rung_for:
-            schedule.soon(name)
-
-    loop.add_reader(bell.fileno(), rung)
+    loop.add_reader(bell.fileno(), partial(_rung, bell, schedule, endpoints))
     schedule.start()
     await heartbeat()
     lifeline.loaded()
@@ -134,6 +125,17 @@ async def _until(stop: asyncio.Event, server: AdminServer) -> None:
             ended.result()
     finally:
         asked.cancel()
+
+
+def _rung(bell: doorbell.Doorbell, schedule: Schedule, endpoints: Endpoints) -> None:
+    """Bring forward what has come; the other classes of the cloud gather it within their interval."""
+    bell.wait(0.0)
+    names = ["cloud-urgent", "alerts", "model-policy"]
+    if bell.at_once():
+        endpoints.try_again()
+        names += [f"cloud-{lane}" for lane in LANES]
+    for name in schedule.report().keys() & names:
+        schedule.soon(name)
 
 
 def _send_to_cloud(

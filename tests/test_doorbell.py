@@ -40,3 +40,13 @@ def test_next_life_takes_the_address(tmp_path: Path) -> None:
     ring(tmp_path, "worker")
     assert bell.wait(5)
     bell.close()
+
+
+def test_an_operators_ring_is_told_from_the_others(tmp_path: Path) -> None:
+    bell = Doorbell(tmp_path, "sidecar")
+    ring(tmp_path, "sidecar")
+    assert bell.wait(5) and not bell.at_once()
+    ring(tmp_path, "sidecar", at_once=True)
+    ring(tmp_path, "sidecar")
+    assert bell.wait(5) and bell.at_once() and not bell.at_once()
+    bell.close()

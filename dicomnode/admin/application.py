@@ -204,8 +204,9 @@ class Admin:
     def retry_item(self, table: Table, bell: str) -> Handler:
         async def retry(request: web.Request) -> web.Response:
             item_id = int(request.match_info["id"])
-            await self.blocking(Outbox(self.db, table).requeue, item_id)
-            doorbell.ring(self.settings.node.data_dir, bell)
+            outbox = CloudOutbox(self.db) if table == "sync_items" else Outbox(self.db, table)
+            await self.blocking(outbox.requeue, item_id)
+            doorbell.ring(self.settings.node.data_dir, bell, at_once=True)
             return json_response({"id": item_id, "state": SendState.pending}, status=202)
 
         return retry

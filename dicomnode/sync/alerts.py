@@ -22,6 +22,7 @@ from dicomnode.index.operation import Events
 from dicomnode.index.urgency import Alerts
 from dicomnode.offline import HELD, is_inside, longest_wait, may_ask
 from dicomnode.settings import Cloud, Settings
+from dicomnode.sync.faults import reason
 from dicomnode.sync.http import confidential, open_session, origin
 
 SIGNATURE = "X-Dicomnode-Signature"
@@ -123,7 +124,7 @@ class AlertSender:
         except NodeError as error:
             fate, cause = "retry", str(error)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            fate, cause = "retry", f"alerts.url cannot be reached ({type(error).__name__})"
+            fate, cause = "retry", f"alerts.url cannot be reached ({reason(error)})"
         await asyncio.to_thread(self._settle, alert, fate, cause)
         return int(fate == "stored")
 

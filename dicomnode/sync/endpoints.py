@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
@@ -19,12 +20,16 @@ from dicomnode.offline import may_ask
 from dicomnode.settings import Cloud, Settings
 from dicomnode.sync.bandwidth import Bucket
 from dicomnode.sync.connectivity import Health, Limits, Link, choose, failed, link, succeeded
+from dicomnode.sync.faults import reason
 from dicomnode.sync.http import confidential, open_session, origin, read_token
 
 PROBE_SECONDS = 5.0
 """Between two looks: fail-over and return need no traffic."""
 ANSWER_SECONDS = 5.0
 """For the answer to one."""
+AWAY_SECONDS = 30.0
+"""Between two looks at one that did not answer the look before. Its back-off is for what is sent: it may reach a
+quarter of an hour, and whoever is back should not wait so long for the results."""
 
 
 class Endpoints:
@@ -44,6 +49,8 @@ class Endpoints:
         self._told = [""] * len(self.all)
         self._quiet_since = [float("-inf")] * len(self.all)
         self._left_alone_until = [float("-inf")] * len(self.all)
+        self._silent_since = [float("inf")] * len(self.all)
+        """When a look had no answer; infinite for those that answer, whatever else is wrong with them."""
         self._untold: list[tuple[Any, str, str]] = []
         self._db = db
         self._link: Link | None = None
@@ -66,6 +73,11 @@ class Endpoints:
         """How long it is still to be left alone."""
         return max(0.0, self._left_alone_until[number] - self._db.clock.ticks())
 
+    def try_again(self) -> None:
+        """An operator says that something was mended: no back-off is waited for. What is wrong still is told."""
+        self.health = [replace(health, not_before=0.0) for health in self.health]
+        self.refresh()
+
     def session(self, number: int) -> aiohttp.ClientSession:
         """Raises OperatorError when the endpoint's address or files are unusable."""
         endpoint = self.all[number]
@@ -85,6 +97,7 @@ class Endpoints:
         self.answers += 1
         self.health[number] = succeeded(self.health[number], latency, proven=proven)
         self._quiet_since[number] = self._db.clock.ticks()
+        self._silent_since[number] = float("inf")
         if self.health[number].well:
             self._causes[number] = ""
             self._tell(number, "", mendable=False)
@@ -104,10 +117,18 @@ class Endpoints:
         if not may_ask(self.limits.mode):
             self.refresh()
             return
-        idle = [i for i, h in enumerate(self.health) if h.usable(now) and now - self._quiet_since[i] >= PROBE_SECONDS]
-        await asyncio.gather(*(self._probe(i) for i in idle))
+        await asyncio.gather(*(self._probe(i) for i in range(len(self.all)) if self._looked_at(i, now)))
         self.refresh()
         await self.tell()
+
+    def _looked_at(self, number: int, now: float) -> bool:
+        if self.health[number].usable(now):
+            return now - self._quiet_since[number] >= PROBE_SECONDS
+        return now - self._silent_since[number] >= AWAY_SECONDS and not self.left_alone_seconds(number)
+
+    def _silent(self, number: int, cause: str) -> None:
+        self.failed(number, cause)
+        self._silent_since[number] = self._db.clock.ticks()
 
     async def _probe(self, number: int) -> None:
         endpoint = self.all[number]
@@ -123,12 +144,12 @@ class Endpoints:
             ):
                 most = 300 if endpoint.health_url else 500  # who does not know OPTIONS is well
                 if response.status >= most or response.status in (401, 403):
-                    self.failed(number, f"its health is HTTP {response.status}")
+                    self._silent(number, f"its health is HTTP {response.status}")
                     return
         except OperatorError as error:
             self.failed(number, str(error), mendable=True)
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError, NodeError) as error:
-            self.failed(number, f"it cannot be reached ({type(error).__name__})")
+            self._silent(number, f"it cannot be reached ({reason(error)})")
         else:
             self.succeeded(number, perf_counter() - begin, proven=False)
 

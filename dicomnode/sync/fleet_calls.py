@@ -14,6 +14,7 @@ import aiohttp
 
 from dicomnode.errors import PeerAway
 from dicomnode.sync.endpoints import Endpoints
+from dicomnode.sync.faults import reason
 from dicomnode.sync.http import read_bounded
 from dicomnode.sync.reply import retry_after_seconds
 
@@ -82,7 +83,7 @@ async def call(
         ):
             answer = await read_bounded(response, MAX_REPLY_BYTES)
     except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
-        raise PeerAway("ask the cloud", f"it cannot be reached ({type(error).__name__})") from None
+        raise PeerAway("ask the cloud", f"it cannot be reached ({reason(error)})") from None
     seconds = time.monotonic() - begin
     if response.status >= 500 or response.status == 429:
         wait = retry_after_seconds(response.headers.get("Retry-After"), sent)

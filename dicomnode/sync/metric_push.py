@@ -29,6 +29,7 @@ from dicomnode.offline import may_ask
 from dicomnode.settings import Cloud, Settings
 from dicomnode.sync.bandwidth import Bucket
 from dicomnode.sync.connectivity import Health, Limits, failed, succeeded
+from dicomnode.sync.faults import reason
 from dicomnode.sync.http import confidential, open_session, read_bounded, read_token
 from dicomnode.sync.metric_spool import Entry, MetricSpool, overdue, thinned
 from dicomnode.sync.remote_write import HEADERS, Collection, samples_of, snappy, write_request
@@ -168,7 +169,7 @@ class MetricPush:
                 if 200 <= status < 300:  # a receiver's is empty; what answers everything with a page of its own is none
                     await read_bounded(response, MOST_REPLY_BYTES)
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
-            self._failed(f"the receiver cannot be reached ({type(error).__name__})", None)
+            self._failed(f"the receiver cannot be reached ({reason(error)})", None)
             return Fate.retry
         except PeerError as error:
             self._failed(f"HTTP {status} with a reply that is no receiver's: {error.cause}", None)

@@ -22,6 +22,7 @@ from dicomnode.index.records import Records, Rules, Taken
 from dicomnode.metrics_cloud import RECORDS_TAKEN
 from dicomnode.settings import Settings
 from dicomnode.sync.endpoints import Endpoints
+from dicomnode.sync.faults import reason
 from dicomnode.sync.feed_page import NOT_WHOLE, Unkept, checked, page_of, place_behind
 from dicomnode.sync.http import Progress, read_ends, watched
 from dicomnode.sync.reply import retry_after_seconds
@@ -277,7 +278,7 @@ class RecordPuller:
         try:
             status, wait, body, end = await watched(request(), progress, self.settings.cloud.stall_seconds)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise PeerAway(operation, f"the endpoint cannot be reached ({type(error).__name__})") from None
+            raise PeerAway(operation, f"the endpoint cannot be reached ({reason(error)})") from None
         if status == 404:
             return None
         if status in (401, 403):

@@ -10,6 +10,7 @@ from typing import Any
 import aiohttp
 
 from dicomnode.errors import NodeError
+from dicomnode.sync.faults import reason
 from dicomnode.sync.http import Progress, read_bounded, watched
 from dicomnode.sync.reply import Fate, Verdict, judge, retry_after_seconds
 from dicomnode.sync.stow import (
@@ -63,7 +64,7 @@ async def send_records(
     try:
         status, data, wait = await watched(request(), progress, stall_seconds)
     except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
-        cause = f"the endpoint cannot be reached: {type(error).__name__}"
+        cause = f"the endpoint cannot be reached: {reason(error)}"
         return answer_of(dict.fromkeys(keys, Verdict(Fate.retry, cause)), None)
     except NodeError as error:
         return answer_of(dict.fromkeys(keys, Verdict(Fate.retry, error.cause)), None)

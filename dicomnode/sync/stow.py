@@ -14,6 +14,7 @@ import aiohttp
 
 from dicomnode.errors import NodeError
 from dicomnode.index.database import Row
+from dicomnode.sync.faults import reason
 from dicomnode.sync.http import Progress, read_bounded, watched
 from dicomnode.sync.reply import (
     OUT_OF_RESOURCES,
@@ -128,7 +129,7 @@ async def store(
         for uid, fault in unread.items():  # nobody was asked for the others
             folder = next(p.path for p in parts if p.uid == uid).parent
             return Answer({uid: Verdict(Fate.retry, disk_trouble(fault, folder), disk=True)}, heard=False)
-        cause = f"the endpoint cannot be reached: {type(error).__name__}"
+        cause = f"the endpoint cannot be reached: {reason(error)}"
         return answer_of(dict.fromkeys(uids, Verdict(Fate.retry, cause)), None)
     except NodeError as error:
         return answer_of(dict.fromkeys(uids, Verdict(Fate.retry, error.cause)), None)

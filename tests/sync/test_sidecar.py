@@ -10,15 +10,17 @@ from pathlib import Path
 
 import pytest
 from aiohttp import ClientSession, web
+from typer.testing import CliRunner
 
 from dicomnode import doorbell
 from dicomnode.admin.server import AdminServer
+from dicomnode.cli import app
 from dicomnode.errors import OperatorError
 from dicomnode.index.database import Database
 from dicomnode.index.operation import Models, Processes
 from dicomnode.sidecar import run_sidecar
 from tests.sync.cloud_fake import FakeCloud, served
-from tests.sync.index_case import add_results, make_settings, states
+from tests.sync.index_case import add_results, as_they_are, make_settings, states
 from tests.sync.test_archive import GOOD, tar_gz
 
 
@@ -136,5 +138,34 @@ def test_a_port_that_is_taken_is_told(tmp_path: Path) -> None:
             with pytest.raises(OperatorError, match=str(port)):
                 await run_sidecar(settings, db, verify=lambda _: None, stop=asyncio.Event())
             db.close()
+
+    asyncio.run(main())
+
+
+def test_a_retry_by_hand_waits_for_no_back_off(tmp_path: Path) -> None:
+    """The token was wrong for a night; who has mended it does not wait for a quarter of an hour."""
+
+    async def main() -> None:
+        db = Database(tmp_path)
+        cloud = FakeCloud(script=[lambda *_: web.Response(status=401)])
+        add_results(db, tmp_path)
+        as_they_are(db)
+        async with served(cloud.handle) as stow_url:
+            settings = make_settings(
+                tmp_path,
+                cloud={"stow_url": stow_url},
+                delivery={"backoff_seconds": 500.0, "backoff_max_seconds": 500.0},
+            )
+            stop = asyncio.Event()
+            task = asyncio.create_task(run_sidecar(settings, db, verify=lambda _: None, stop=stop))
+            await until(lambda: task.done() or db.value("SELECT last_error FROM sync_items"))
+            config = tmp_path / "node.toml"
+            config.write_text(f'[node]\ndata_dir = "{tmp_path}"\n')
+            run = await asyncio.to_thread(CliRunner().invoke, app, ["sync", "retry", "1", "--config", str(config)])
+            assert run.exit_code == 0, run.output
+            await until(lambda: task.done() or states(db) == ["stored"])
+            stop.set()
+            await task
+        db.close()
 
     asyncio.run(main())
