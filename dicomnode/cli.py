@@ -21,7 +21,7 @@ from dicomnode.cli_common import settings_of as _settings
 from dicomnode.cli_common import table as _table
 from dicomnode.cli_conformance import conformance
 from dicomnode.cli_delivery import alerts_app, commitments_app, deliveries_app, notifications_app
-from dicomnode.cli_fleet import desired_app, fleet_lines
+from dicomnode.cli_fleet import cloud_waits, desired_app, fleet_lines
 from dicomnode.cli_models_import import models_import
 from dicomnode.cli_records import conflicts_app, records_app
 from dicomnode.cli_sync import sync_app
@@ -179,6 +179,8 @@ def status(config: Config = None, as_json: Json = False) -> None:
             coming = f", {models['coming_mb']} MiB on their way" if models["coming_mb"] else ""
             console.print(f"pulled models: {models['versions']} versions, {models['mb']} MiB on the disk{coming}")
         console.print(f"cloud: {_cloud_line(data['cloud'])}")
+        if waits := cloud_waits(data["cloud"]):
+            console.print(f"  waiting for it: {waits}")
         for line in fleet_lines(data):
             console.print(line)
         console.print(f"TLS: {_tls_line(data['tls'])}")

@@ -12,6 +12,25 @@ from dicomnode.cli_common import Config, Json, console, index, output, settings_
 desired_app = typer.Typer(no_args_is_help=True, help="What the cloud desires of this node: show, clear.")
 
 
+def cloud_waits(cloud: Mapping[str, Any]) -> str:
+    """What is not at the cloud yet, and what that holds up; empty when nothing waits."""
+    items = sum(lane["count"] for lane in cloud["waiting"])
+    if not items:
+        return ""
+    oldest = max(lane["oldest_seconds"] for lane in cloud["waiting"])
+    text = f"{items} items, {cloud['waiting_bytes'] / (1 << 20):.1f} MiB, the oldest for {_long(oldest)}"
+    if cloud["spool_full"]:
+        text += f"; sync.spool_mb is {cloud['spool_bytes'] >> 20}: jobs of priority batch wait until less does"
+    return text
+
+
+def _long(seconds: float) -> str:
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
 def fleet_lines(data: Mapping[str, Any]) -> Iterator[str]:
     """Lines of ``dicomnode status``; ``data`` is its report."""
     push = data["remote_write"]

@@ -13,19 +13,24 @@ from dicomnode.settings import Settings
 
 
 def cloud_report(db: Database, settings: Settings, processes: Sequence[Row]) -> dict[str, Any]:
-    """``state`` is ``off`` where nothing is configured, ``unknown`` without a live sidecar."""
+    """``state`` is ``off`` where nothing is configured, ``unknown`` without a live sidecar.
+
+    ``spool_full``: more waits than may wait, jobs of priority batch are not begun.
+    """
     configured = bool(settings.cloud.stow_url)
     told: Any = next((r["detail"].get("cloud") for r in processes if r["name"] == "sidecar" and r["alive"]), None)
     known = dict(told) if configured and isinstance(told, Mapping) else {}
     waiting = lanes(db)
+    size = sum(w["bytes"] for w in waiting)
     return {
         "configured": configured,
         "state": known.get("state", "unknown" if configured else "off"),
         "mode": settings.sync.offline_mode,
         "endpoints": list(known.get("endpoints", ())),
         "waiting": waiting,
-        "waiting_bytes": sum(w["bytes"] for w in waiting),
+        "waiting_bytes": size,
         "spool_bytes": settings.sync.spool_bytes,
+        "spool_full": configured and 0 < settings.sync.spool_bytes <= size,
     }
 
 

@@ -267,6 +267,8 @@ def _cloud(view: View, w: Words) -> list[Markup]:
         parts.append(_table(["name", "state", "in_use", "latency", "error"], endpoints, w))
     if waiting:
         parts.append(_table(["class", "waiting", "size", "oldest"], waiting, w))
+    if cloud["spool_full"]:
+        parts.append(element("p", _pill("waiting", w), " " + w("spool_full").format(cloud["spool_bytes"] >> 20)))
     return parts
 
 

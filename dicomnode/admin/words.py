@@ -160,6 +160,10 @@ WORDS: Mapping[str, tuple[str, str]] = {
     "fleet": ("Fleet", "远程管理"),
     "metrics_push": ("Metrics (remote-write)", "指标推送 (remote-write)"),
     "untried": ("not tried yet", "尚未连接"),
+    "spool_full": (
+        "More waits than sync.spool_mb ({} MiB): jobs of priority batch wait until less does. Nothing is lost.",
+        "等待上传的数据超过 sync.spool_mb（{} MiB）：batch 优先级的任务暂缓，数据不会丢失。",
+    ),
     "offline_mode": ("offline mode", "离线模式"),
     "in_use": ("In use", "使用中"),
     "latency": ("Latency", "延迟"),

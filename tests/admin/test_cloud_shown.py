@@ -10,6 +10,7 @@ from aiohttp import ClientSession
 
 from dicomnode.admin.status import status_report
 from dicomnode.cli import _cloud_line
+from dicomnode.cli_fleet import cloud_waits
 from dicomnode.cloud_settings import CloudPlan, Sync
 from dicomnode.index.database import Database
 from dicomnode.index.operation import Processes
@@ -55,6 +56,7 @@ def test_status_says_what_is_used_and_what_waits(db: Database, tmp_path: Path, c
     assert cloud["waiting_bytes"] == waiting["normal"]["bytes"] > 0
     line = _cloud_line(cloud)
     assert line == "degraded, primary it cannot be reached (connection refused), second in use"
+    assert not cloud["spool_full"] and cloud_waits(cloud) == "4 items, 0.0 MiB, the oldest for 5 s"
     off = status_report(db, node(tmp_path))["cloud"]
     assert off["state"] == "off" and _cloud_line(off) == "off, nothing leaves"
 
@@ -84,3 +86,23 @@ def test_dashboard_metrics_and_items(db: Database, tmp_path: Path) -> None:
             assert (await answer.json())["items"] == []
 
     drive(db, node(tmp_path, cloud=CLOUD), body)
+
+
+def test_what_back_pressure_holds_up_is_said(db: Database, tmp_path: Path, clock: FakeClock) -> None:
+    """Jobs that wait for the cloud look like jobs that nobody does; the operator has to see why."""
+    db._connection().execute("UPDATE sync_items SET size = 2 << 20")
+    clock.now += 3 * 86400
+    settings = node(tmp_path, cloud=CLOUD, sync={"spool_mb": 3})
+    cloud = status_report(db, settings)["cloud"]
+    assert cloud["spool_full"]
+    assert cloud_waits(cloud) == (
+        "4 items, 8.0 MiB, the oldest for 3 days; sync.spool_mb is 3: jobs of priority batch wait until less does"
+    )
+    assert not status_report(db, node(tmp_path, cloud=CLOUD))["cloud"]["spool_full"], "without a cap"
+    assert not status_report(db, node(tmp_path, sync={"spool_mb": 3}))["cloud"]["spool_full"], "nothing is held up"
+
+    async def body(client: ClientSession) -> None:
+        async with client.get("/") as answer:
+            assert "More waits than sync.spool_mb (3 MiB)" in await answer.text()
+
+    drive(db, settings, body)
