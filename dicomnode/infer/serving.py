@@ -45,6 +45,9 @@ def resolve(
     if not candidates:
         known = ", ".join(f"{f.name}@{f.version}" for f in folders) or "none"
         wanted = f"{name}@{version}" if version else name
+        if idle := ", ".join(f"{f.name}@{f.version}" for f in folders if f.name == name and f.version in held):
+            cause = f"no version of {name} serves: {idle} is staged, on trial or retired"
+            raise BundleError("find model", cause, f"'dicomnode models activate {name}@VERSION' lets one serve")
         raise BundleError("find model", f"there is no bundle {wanted}", f"Present: {known}. See inference.models_dir")
     releases = [f for f in candidates if "-" not in f.version] or candidates
     best = releases[0]

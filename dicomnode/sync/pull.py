@@ -133,6 +133,7 @@ class ModelPuller:
         self.offered = offered
         self.cloud = settings.cloud
         self.data_dir = settings.node.data_dir
+        self._own = settings.inference.models_dir
         self.reserve = settings.node.reserve_mb * MEBIBYTE
         self.longest = settings.delivery.backoff_max_seconds
         self.db = db
@@ -236,7 +237,7 @@ class ModelPuller:
         try:
             await self._download(wanted, place)
             async with self._installing:
-                await in_daemon_thread(self._install, wanted, place)
+                new = await in_daemon_thread(self._install, wanted, place)
         except transfer.WrongDigest as error:
             if wanted.signed:  # what is true is signed; the bytes may come right the next time
                 await asyncio.to_thread(self._again, wanted, attempts, error.cause, None)
@@ -258,7 +259,7 @@ class ModelPuller:
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError, MemoryError, RuntimeError) as error:
             await asyncio.to_thread(self._again, wanted, attempts, f"{type(error).__name__} while pulling", None)
             return False
-        await asyncio.to_thread(self._activated, wanted, place, attempts)
+        await asyncio.to_thread(self._activated, wanted, place, attempts, new)
         return True
 
     async def _download(self, wanted: Wanted, place: Places) -> None:
@@ -275,11 +276,12 @@ class ModelPuller:
                 "pull model", "the disk is at its reserve", "Free space on the volume of data_dir", retryable=True
             )
 
-    def _install(self, wanted: Wanted, place: Places) -> None:
+    def _install(self, wanted: Wanted, place: Places) -> bool:
         """Unpack, verify in staging under the final names, then move into place. Blocking.
 
         The worker picks the newest version in data_dir/models, so nothing unverified may
-        ever stand there.
+        ever stand there. False when the operator has the very same in ``inference.models_dir``: it may be
+        what serves by default, and to hold it back would leave nobody to serve.
         """
         durable.remove_tree(place.work)
         durable.make_directory(place.work)
@@ -291,8 +293,11 @@ class ModelPuller:
             durable.make_directory(candidate.parent)
             durable.rename_into_place(unpacked, candidate)
             self.verify(candidate)
+            if _same(candidate, self._own / wanted.name / wanted.version):
+                return False
             self._hold_back(wanted)
             self._place(candidate, place.final)
+            return True
         finally:
             durable.remove_tree(place.work)
 
@@ -305,27 +310,26 @@ class ModelPuller:
 
     def _place(self, candidate: Path, final: Path) -> None:
         durable.make_directory(final.parent)
-        if final.exists():
-            if _digests(final) == _digests(candidate):
-                durable.sync_directory(final.parent)  # placed before a crash, maybe not durably
-                return
-            raise BundleError(
-                "place model",
-                f"another bundle is there already as {final.parent.name} {final.name}",
-                "Give the changed bundle a new version",
-            )
+        if _same(candidate, final):
+            durable.sync_directory(final.parent)  # placed before a crash, maybe not durably
+            return
         durable.sync_directory(candidate.parent)
         durable.rename_into_place(candidate, final)
         durable.sync_directory(final.parent)
 
-    def _activated(self, wanted: Wanted, place: Places, attempts: int) -> None:
+    def _activated(self, wanted: Wanted, place: Places, attempts: int, new: bool) -> None:
         outcome: PullOutcome = "activated" if wanted.plan.at_once else "placed"
         if wanted.plan.at_once:
             self.models.activate(wanted.name, wanted.version, SYNC, _pulled(wanted))
         self._record(wanted, outcome, attempts, 0.0, None)
         transfer.drop(place.archive)
         doorbell.ring(self.data_dir, "worker")
-        Events(self.db).add("info", "model", f"{wanted.name}@{wanted.version}", f"pulled, verified and {outcome}")
+        text = f"pulled, verified and {outcome}"
+        if not new:
+            text = (
+                f"the same is in inference.models_dir already: {outcome if wanted.plan.at_once else 'nothing changes'}"
+            )
+        Events(self.db).add("info", "model", f"{wanted.name}@{wanted.version}", text)
         self._log.info(f"model {outcome}", model=wanted.name, version=wanted.version, digest=wanted.sha256[:16])
         metrics.model_pull(outcome)
 
@@ -364,6 +368,19 @@ class ModelPuller:
 
 def _pulled(wanted: Wanted) -> str:
     return f"pulled, SHA-256 {wanted.sha256[:16]}…"
+
+
+def _same(candidate: Path, there: Path) -> bool:
+    """Whether the bundle stands ``there`` already; False when nothing does, BundleError when another one does."""
+    if not there.exists():
+        return False
+    if _digests(there) == _digests(candidate):
+        return True
+    raise BundleError(
+        "place model",
+        f"another bundle is there already as {there.parent.name} {there.name}",
+        "Give the changed bundle a new version",
+    )
 
 
 def _digests(folder: Path) -> dict[str, str]:

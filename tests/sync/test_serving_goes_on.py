@@ -41,6 +41,7 @@ class Site:
         (folder / "root.json").write_bytes(self.repository.trusted_root)
         self.verdict: Exception | None = None
         self.mode = "auto"
+        self.policy = "activate"
         self.jobs = 0
 
     def offer(self, version: str) -> None:
@@ -49,7 +50,12 @@ class Site:
 
     def settings(self, base: str = "http://127.0.0.1:1") -> Settings:
         repository = {"metadata_url": f"{base}/metadata", "root_file": self.folder / "root.json"}
-        cloud = {"models": [{"name": NAME}], "repository": repository, "timeout_seconds": 2, "keep_retired": 0}
+        cloud = {
+            "models": [{"name": NAME, "policy": self.policy}],
+            "repository": repository,
+            "timeout_seconds": 2,
+            "keep_retired": 0,
+        }
         return settings_of(self.folder, cloud=cloud, sync={"offline_mode": self.mode})
 
     def verify(self, _: Path) -> None:
@@ -159,4 +165,28 @@ def test_no_trouble_of_the_way_in_stops_inference(tmp_path: Path, monkeypatch: p
     site.look()
     site.analysed_by(worker_on(site.settings(), site.db), "1.1.0")  # also after a restart
     assert [v.name for v in (tmp_path / "data" / "models" / NAME).iterdir()] == ["1.1.0"]
+    site.db.close()
+
+
+@pytest.mark.parametrize("policy", ["stage", "activate"])
+def test_a_repository_that_offers_what_serves_by_default_takes_nothing_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str
+) -> None:
+    """The first thing that is published is what the node came with; staged, nobody would be left to serve."""
+    monkeypatch.setattr(ReadyModel, "analyse", boxes)
+    site = Site(tmp_path)
+    site.policy = policy
+    site.repository = TufRepository()
+    site.repository.add(f"{NAME}/1.0.0.tar.gz", pack(tmp_path / "models" / NAME / "1.0.0"))
+    site.repository.publish()
+    (tmp_path / "root.json").write_bytes(site.repository.trusted_root)
+    worker = worker_on(site.settings(), site.db)
+    site.analysed_by(worker, "1.0.0")
+    site.look()
+    site.analysed_by(worker, "1.0.0")
+    [pull] = Models(site.db).pulls()
+    assert pull["state"] == ("placed" if policy == "stage" else "activated")
+    assert not (tmp_path / "data" / "models" / NAME).exists(), "there are not two of it"
+    text = site.db.value("SELECT text FROM events WHERE kind = 'model' ORDER BY id DESC LIMIT 1")
+    assert "in inference.models_dir already" in str(text)
     site.db.close()
