@@ -178,9 +178,7 @@ def status(config: Config = None, as_json: Json = False) -> None:
         if (models := data["models"]["disk"])["versions"]:
             coming = f", {models['coming_mb']} MiB on their way" if models["coming_mb"] else ""
             console.print(f"pulled models: {models['versions']} versions, {models['mb']} MiB on the disk{coming}")
-        console.print(f"cloud: {_cloud_line(data['cloud'])}")
-        if waits := cloud_waits(data["cloud"]):
-            console.print(f"  waiting for it: {waits}")
+        console.print(f"cloud: {_cloud_line(data['cloud'])}{cloud_waits(data['cloud'])}")
         for line in fleet_lines(data):
             console.print(line)
         console.print(f"TLS: {_tls_line(data['tls'])}")

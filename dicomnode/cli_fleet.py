@@ -18,7 +18,8 @@ def cloud_waits(cloud: Mapping[str, Any]) -> str:
     if not items:
         return ""
     oldest = max(lane["oldest_seconds"] for lane in cloud["waiting"])
-    text = f"{items} items, {cloud['waiting_bytes'] / (1 << 20):.1f} MiB, the oldest for {_long(oldest)}"
+    size = cloud["waiting_bytes"] / (1 << 20)
+    text = f"\n  waiting for it: {items} items, {size:.1f} MiB, the oldest for {_long(oldest)}"
     if cloud["spool_full"]:
         text += f"; sync.spool_mb is {cloud['spool_bytes'] >> 20}: jobs of priority batch wait until less does"
     return text

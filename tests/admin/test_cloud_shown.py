@@ -56,7 +56,7 @@ def test_status_says_what_is_used_and_what_waits(db: Database, tmp_path: Path, c
     assert cloud["waiting_bytes"] == waiting["normal"]["bytes"] > 0
     line = _cloud_line(cloud)
     assert line == "degraded, primary it cannot be reached (connection refused), second in use"
-    assert not cloud["spool_full"] and cloud_waits(cloud) == "4 items, 0.0 MiB, the oldest for 5 s"
+    assert not cloud["spool_full"] and cloud_waits(cloud) == "\n  waiting for it: 4 items, 0.0 MiB, the oldest for 5 s"
     off = status_report(db, node(tmp_path))["cloud"]
     assert off["state"] == "off" and _cloud_line(off) == "off, nothing leaves"
 
@@ -96,7 +96,8 @@ def test_what_back_pressure_holds_up_is_said(db: Database, tmp_path: Path, clock
     cloud = status_report(db, settings)["cloud"]
     assert cloud["spool_full"]
     assert cloud_waits(cloud) == (
-        "4 items, 8.0 MiB, the oldest for 3 days; sync.spool_mb is 3: jobs of priority batch wait until less does"
+        "\n  waiting for it: 4 items, 8.0 MiB, the oldest for 3 days;"
+        " sync.spool_mb is 3: jobs of priority batch wait until less does"
     )
     assert not status_report(db, node(tmp_path, cloud=CLOUD))["cloud"]["spool_full"], "without a cap"
     assert not status_report(db, node(tmp_path, sync={"spool_mb": 3}))["cloud"]["spool_full"], "nothing is held up"
