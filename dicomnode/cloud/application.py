@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 from aiohttp import web
 
 from dicomnode import __version__, logs, strict_json
 from dicomnode.cloud import content, page, series, shapes, stow
+from dicomnode.cloud.admission import is_anothers, is_here, is_page, token_of
 from dicomnode.cloud.callers import ADMINISTRATOR, Caller, Callers
 from dicomnode.cloud.models import ModelFiles
 from dicomnode.cloud.storage import Storage
@@ -55,24 +54,19 @@ class Cloud:
     async def blocking(self, function: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.to_thread(function, *arguments)
 
-    def refused(self, request: web.Request) -> int:
-        """0, or the HTTP status with which a caller is turned away; ``request[CALLER]`` is who it is.
-
-        Without a token only this machine is served, and by a loopback name, which ends DNS rebinding;
-        the page is never shown elsewhere.
-        """
-        known = self.callers.find(request.headers.get("Authorization", ""))
+    async def refused(self, request: web.Request) -> int:
+        """0, or the HTTP status with which a caller is turned away; ``request[CALLER]`` is who it is."""
+        page = is_page(request.method, request.path)
+        token = token_of(request.headers.get("Authorization", ""), page=page)
+        await self.callers.follow(token)
+        known = self.callers.find(token)
         request[CALLER] = known or ADMINISTRATOR
-        if known is not None:
-            return 0
-        local = is_loopback(request.remote or "") and is_loopback(_host(request.headers.get("Host", "")))
-        shown = request.path in {"/", "/style.css"} or request.path.startswith("/objects/")
-        if request.path == "/health" or (local and shown and request.method == "GET"):
+        if known is not None or request.path == "/health":
             return 0
         if self.callers:
             return 401
-        cross_site = request.headers.get("Sec-Fetch-Site", "none") not in {"none", "same-origin"}
-        return 0 if local and not cross_site and "Origin" not in request.headers else 403
+        here = is_here(request.remote or "", request.headers)
+        return 0 if here and (page or not is_anothers(request.headers)) else 403
 
     def site(self, request: web.Request) -> str:
         """Whose data this request is about: a node's own site always, what the administrator names else."""
@@ -267,9 +261,13 @@ def make_app(
     token: str | None = None,
     models: Path | None = None,
     nodes: Mapping[str, Caller] | None = None,
+    nodes_dir: Path | None = None,
 ) -> web.Application:
-    """``token``: the administrator's, ``nodes``: those of nodes; ``models``: folder of a signed repository to serve."""
-    cloud = Cloud(storage, Callers.of(token, nodes), models)
+    """``token``: the administrator's, ``nodes``: those of nodes, in ``nodes_dir`` where they are followed.
+
+    ``models``: folder of a signed repository to serve.
+    """
+    cloud = Cloud(storage, Callers(token, nodes, nodes_dir), models)
     app = web.Application(client_max_size=series.MAX_BODY_BYTES, middlewares=[_errors, _guard(cloud)])
     add = app.router
     add.add_get("/", cloud.administrator(cloud.page))
@@ -313,30 +311,18 @@ async def _json(request: web.Request) -> Any:
         raise OperatorError("read request", f"the body: {error}", "See config/cloud-api.yaml") from None
 
 
-def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
-
-
-def _host(header: str) -> str:
-    try:
-        return urlsplit(f"//{header}").hostname or ""
-    except ValueError:
-        return ""
-
-
 def _guard(cloud: Cloud) -> Any:
     @web.middleware
     async def guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
-        status = cloud.refused(request)
+        status = await cloud.refused(request)
         if status == 401:
-            answer = stow.problem(401, OperatorError("answer request", "the bearer token is missing or wrong"))
-            answer.headers["WWW-Authenticate"] = "Bearer"
+            page = is_page(request.method, request.path)
+            hint = "Pages take the administrator's (--token-file) as the password, with any name" if page else ""
+            answer = stow.problem(401, OperatorError("answer request", "the token is missing or wrong", hint))
+            answer.headers["WWW-Authenticate"] = 'Basic realm="dicomnode cloud"' if page else "Bearer"
             return answer
         if status:
-            hint = "Start it with --token-file to serve other machines"
+            hint = "Start it with --token-file to serve other machines, or behind a proxy"
             return stow.problem(403, OperatorError("answer request", "only this machine is served", hint))
         return await handler(request)
 

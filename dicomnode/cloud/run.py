@@ -7,11 +7,13 @@ import signal
 import ssl
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from aiohttp import web
 
 from dicomnode import logs
-from dicomnode.cloud.application import is_loopback, make_app
+from dicomnode.cloud.admission import is_loopback
+from dicomnode.cloud.application import make_app
 from dicomnode.cloud.callers import Caller, read_nodes, read_token
 from dicomnode.cloud.storage import Storage
 from dicomnode.errors import OperatorError
@@ -26,11 +28,12 @@ async def serve(
     tls: ssl.SSLContext | None = None,
     models: Path | None = None,
     nodes: Mapping[str, Caller] | None = None,
+    nodes_dir: Path | None = None,
     stop: asyncio.Event,
     started: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Serve until ``stop``. ``started`` gets the address. Raises OperatorError when the port cannot be had."""
-    runner = web.AppRunner(make_app(storage, token, models, nodes), access_log=None, shutdown_timeout=2.0)
+    runner = web.AppRunner(make_app(storage, token, models, nodes, nodes_dir), access_log=None, shutdown_timeout=2.0)
     await runner.setup()
     try:
         try:
@@ -75,7 +78,8 @@ def run_cloud(
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        await serve(storage, host, port, token=token, tls=tls, models=models, nodes=nodes, stop=stop, started=started)
+        how: dict[str, Any] = {"token": token, "tls": tls, "models": models, "nodes": nodes, "nodes_dir": nodes_dir}
+        await serve(storage, host, port, **how, stop=stop, started=started)
 
     try:
         asyncio.run(main())

@@ -16,11 +16,17 @@ from dicomnode.cloud.storage import Storage
 
 @contextlib.asynccontextmanager
 async def endpoint(
-    folder: Path, token: str | None = None, port: int = 0, models: Path | None = None, nodes: Any = None, **options: Any
+    folder: Path,
+    token: str | None = None,
+    port: int = 0,
+    models: Path | None = None,
+    nodes: Any = None,
+    nodes_dir: Path | None = None,
+    **options: Any,
 ) -> AsyncIterator[tuple[str, Storage]]:
     """Its address without a path, and its storage."""
     storage = Storage(folder, reserve_mb=1)
-    runner = web.AppRunner(make_app(storage, token, models, nodes), shutdown_timeout=0.5)
+    runner = web.AppRunner(make_app(storage, token, models, nodes, nodes_dir), shutdown_timeout=0.5)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", port, **options).start()
     try:

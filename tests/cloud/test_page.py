@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import io
+import ssl
 import struct
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from aiohttp import ClientSession
+from aiohttp import ClientSession, TCPConnector
 from PIL import Image
 
 from dicomnode import wire
@@ -22,9 +24,11 @@ from dicomnode.cloud.storage import Storage
 from dicomnode.encode import encode_results
 from dicomnode.orders import order_for
 from dicomnode.sync.remote_write import Collection, snappy, write_request
+from tests.certificates import Authority
 from tests.cloud.endpoint import endpoint, multipart, record
 from tests.cloud.test_sites import ADMIN, TOKENS, A, bearer
 from tests.encode.source_case import SOURCES, case_of
+from tests.sync.fault_proxy import fault_proxy
 from tests.sync.index_case import secondary_capture
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,6 +41,23 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, by
     order = order_for(["pacs"], ["SEG", "SR", "SC"], "binary")
     made = encode_results(case.analysis, case.identity, case.model, case.sources, station=case.station, order=order)
     return {m.kind: (m.sop_instance_uid, m.part10) for m in made}
+
+
+TrustedProxy = tuple[Path, ssl.SSLContext]
+
+
+@pytest.fixture(scope="module")
+def trusted(tmp_path_factory: pytest.TempPathFactory) -> TrustedProxy:
+    """Authority to trust, and what a TLS proxy shows."""
+    authority = Authority(tmp_path_factory.mktemp("proxy") / "ca")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*authority.issue("cloud", dns=["localhost"]).files)
+    return authority.ca_file, context
+
+
+def password(token: str) -> dict[str, str]:
+    """As a browser gives it."""
+    return {"Authorization": f"Basic {base64.b64encode(f'me:{token}'.encode()).decode()}"}
 
 
 def drive(
@@ -88,11 +109,40 @@ def test_a_node_and_a_stranger_see_no_page(tmp_path: Path, results: dict[str, tu
         for path in ("/", f"/objects/{uid}", f"/objects/{uid}/picture"):
             await page(client, path, 403, **bearer(A))
             await page(client, path, 401, Host="cloud.example")
+            await page(client, path, 401)
         assert "Volume" in await page(client, f"/objects/{uid}?site=north", **bearer(ADMIN))
         await page(client, f"/objects/{uid}", 404, **bearer(ADMIN))
-        assert f"/objects/{uid}?site=north" in await page(client), "of all sites, on this machine"
+        assert f"/objects/{uid}?site=north" in await page(client, **password(ADMIN)), "of all sites"
+        await page(client, "/", 403, **password(A))
+        await page(client, "/", 401, **password("wrong-0123456789abcdef"))
+        async with client.get("/") as answer:
+            assert answer.headers["WWW-Authenticate"].startswith("Basic ")
+        async with client.get("/v1/records", headers=password(ADMIN)) as answer:
+            assert answer.status == 401, "a browser would also send it for a page of another site"
 
     drive(tmp_path, body, token=ADMIN, nodes=TOKENS)
+
+
+@pytest.mark.parametrize("tokens", [True, False])
+def test_a_proxy_on_this_host_opens_no_page(tmp_path: Path, trusted: TrustedProxy, tokens: bool) -> None:
+    """It calls from loopback; one as simple as this passes nothing on but bytes, so no header tells of it."""
+    authority, context = trusted
+
+    async def main() -> None:
+        async with endpoint(tmp_path, ADMIN if tokens else None) as (url, _), ClientSession(url) as here:
+            port = int(url.rsplit(":", 1)[1])
+            async with fault_proxy(("127.0.0.1", port), context) as proxy:
+                connector = TCPConnector(ssl=ssl.create_default_context(cafile=authority))
+                async with ClientSession(f"https://localhost:{proxy.port}", connector=connector) as outside:
+                    if tokens:
+                        await page(outside, "/", 401)
+                        await page(outside, "/", 200, **password(ADMIN))
+                    for name in ("X-Forwarded-For", "X-Forwarded-Proto", "Forwarded", "Via", "X-Real-IP"):
+                        await page(outside, "/", 401 if tokens else 403, **{name: "192.0.2.1"})
+                    await page(outside, "/", 401 if tokens else 403, Host="cloud.example")
+            await page(here, "/", 401 if tokens else 200)
+
+    asyncio.run(main())
 
 
 def test_what_cannot_be_read_is_told_and_runs_nothing() -> None:

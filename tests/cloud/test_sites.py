@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,8 +13,9 @@ import apsw
 import pytest
 from aiohttp import ClientSession
 
+from dicomnode.cloud import callers as callers_module
 from dicomnode.cloud import schema
-from dicomnode.cloud.callers import Caller, read_nodes
+from dicomnode.cloud.callers import Caller, Callers, read_nodes
 from dicomnode.cloud.run import run_cloud
 from dicomnode.cloud.storage import Storage
 from dicomnode.errors import OperatorError
@@ -203,6 +205,75 @@ def test_tokens_come_from_a_folder_for_each_site(tmp_path: Path) -> None:
     (tmp_path / "admin").write_text(B)
     with pytest.raises(OperatorError, match="also that of a node"):
         run_cloud(tmp_path / "cloud", "127.0.0.1", 0, token_file=tmp_path / "admin", nodes_dir=tmp_path)
+
+
+def test_the_folder_of_tokens_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """New, changed and removed files count without a restart; what is wrong with one hits no other."""
+    monkeypatch.setattr(callers_module, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(callers_module, "UNKNOWN_SECONDS", 0.0)
+    folder = tmp_path / "nodes"
+
+    def put(site: str, node: str, token: str) -> None:
+        (folder / site).mkdir(parents=True, exist_ok=True)
+        (folder / site / node).write_text(token)
+
+    async def main() -> None:
+        put("north", "CT-A", A)
+        nodes = read_nodes(folder)
+        async with (
+            endpoint(tmp_path / "cloud", ADMIN, nodes=nodes, nodes_dir=folder) as (url, _),
+            ClientSession(url) as client,
+        ):
+
+            async def who(token: str) -> str:
+                async with client.get("/v1/records", headers=bearer(token) if token else {}) as answer:
+                    page = await answer.json()
+                    return f"{page['site']}/{page['node']}" if answer.status == 200 else str(answer.status)
+
+            assert (await who(A), await who(B), await who(ADMIN)) == ("north/CT-A", "401", "/")
+            put("south", "CT-B", B)
+            assert (await who(A), await who(B)) == ("north/CT-A", "south/CT-B"), "a new site"
+            put("north", "CT-A", A2)
+            assert (await who(A), await who(A2)) == ("401", "north/CT-A"), "another token, the same file"
+            put("north", "CT-A2", A2)
+            assert (await who(A2), await who(B)) == ("401", "south/CT-B"), "whose it is cannot be told"
+            put("north", "CT-A2", "half")
+            assert (await who(A2), await who("half")) == ("north/CT-A", "401")
+            put("north", "CT-A2", ADMIN)
+            assert (await who(ADMIN), await who(A2)) == ("/", "north/CT-A"), "and never a node's"
+            (folder / "north" / "CT-A2").unlink()
+            (folder / "north" / "CT-A").unlink()
+            assert (await who(A2), await who(B)) == ("401", "south/CT-B")
+            shutil.rmtree(folder)
+            assert (await who(B), await who(""), await who(ADMIN)) == ("401", "401", "/"), "that opens nothing"
+
+    asyncio.run(main())
+
+
+def test_the_folder_is_looked_at_once_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "north").mkdir()
+    (tmp_path / "north" / "CT-A").write_text(A)
+    now, looks = [0.0], 0
+    real = callers_module._stamps
+
+    def counted(folder: Path) -> Any:
+        nonlocal looks
+        looks += 1
+        return real(folder)
+
+    monkeypatch.setattr(callers_module, "_stamps", counted)
+    callers = Callers(None, {A: TOKENS[A]}, tmp_path, lambda: now[0])
+
+    async def ask(token: str, times: int) -> int:
+        before = looks
+        for _ in range(times):
+            now[0] += 0.015625
+            await callers.follow(token)
+        return looks - before
+
+    assert asyncio.run(ask(A, 640)) == 10, "of one that is known, 10 seconds"
+    assert 50 <= asyncio.run(ask(B, 640)) <= 100, "of one that is not"
+    assert callers.find(A) == TOKENS[A] and callers.find(B) is None
 
 
 def test_data_of_an_earlier_version_stays_and_belongs_to_no_site(
