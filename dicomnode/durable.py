@@ -254,6 +254,15 @@ def set_aside(folder: Path, into: Path) -> Path:
     return aside
 
 
+def mark_of(folder: Path) -> str:
+    """By which a folder is known from one that is put in its place; empty where there is none."""
+    try:
+        stat = folder.stat()
+    except OSError:
+        return ""
+    return f"{stat.st_ino}.{stat.st_ctime_ns}"
+
+
 def size_of(folder: Path) -> int:
     """Bytes of the files in a folder; what goes meanwhile counts nothing."""
     total = 0

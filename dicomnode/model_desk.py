@@ -10,14 +10,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from dicomnode import doorbell, durable
+from dicomnode import doorbell, model_removal
 from dicomnode.errors import BundleError, OperatorError
 from dicomnode.index.database import Database, Row
 from dicomnode.index.desired import ServingRules
 from dicomnode.index.life import Change, Life
-from dicomnode.index.model_space import aside_of, fetched_again
+from dicomnode.index.model_space import fetched_again
 from dicomnode.index.model_states import ModelState
 from dicomnode.index.operation import Events, Models
+from dicomnode.index.removals import Removals
 from dicomnode.index.runs import Runs
 from dicomnode.infer.bundle import BundleFolder
 from dicomnode.infer.purpose import check_clinical_at
@@ -44,6 +45,7 @@ class ModelDesk:
         self._verify = verify
         self._life = Life(db)
         self._pointer = Models(db)
+        self._removals = Removals(db)
         self._rules = ServingRules(settings, db)
 
     def folders(self) -> list[BundleFolder]:
@@ -185,10 +187,11 @@ class ModelDesk:
         if not any(f.path == folder for f in self.folders()):
             raise OperatorError(operation, "it is not among the pulled ones", "What came with the node stays")
         with self._db.transaction():
-            self._pointer.gone(name, version)
-            self._life.removed(name, version, who="operator", why="deleted by hand")
-            aside = durable.set_aside(folder, aside_of(self._settings.node.data_dir))
-        durable.remove_tree(aside)
+            why = {"who": "operator", "why": "deleted by hand"}
+            model_removal.begin(self._removals, self._settings.node.data_dir, name, version, **why, automatic=False)
+        for removal in self._removals.open():
+            if (removal.name, removal.version) == (name, version):
+                model_removal.finish(self._removals, self._settings.node.data_dir, removal)
 
     def history(self, name: str | None = None, limit: int = 100) -> list[Row]:
         return self._life.history(name, limit)
@@ -198,6 +201,9 @@ class ModelDesk:
 
     def _path(self, name: str, version: str) -> Path:
         """Where a version is. Raises OperatorError for one that was removed, BundleError for one that is not here."""
+        if self._removals.begun(name, version):
+            hint = f"'dicomnode models delete {name}@{version}' ends it, where the sidecar does not"
+            raise OperatorError(f"use {name}@{version}", "its folder is being removed to free space", hint)
         try:
             return resolve(self.folders(), f"{name}@{version}", {}).path
         except BundleError:

@@ -178,7 +178,7 @@ class Life:
             return self._move(name, version, ModelEvent.retire, Change(who, why))
 
     def removed(self, name: str, version: str, *, who: str, why: str, automatic: bool = False) -> None:
-        """Its folder leaves the disk; call it in the transaction of that."""
+        """Its folder has left the disk; inside a transaction."""
         row = self._row(name, version)
         if row is not None:
             state = ModelState(row["state"])

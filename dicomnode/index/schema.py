@@ -18,7 +18,7 @@ from dicomnode.index.schema_cloud import create_cloud_outbox, create_issuers
 from dicomnode.index.schema_commitment import create_commitments
 from dicomnode.index.schema_desired import create_desired
 from dicomnode.index.schema_figures import create_figures
-from dicomnode.index.schema_life import create_model_life
+from dicomnode.index.schema_life import create_model_life, create_removals
 from dicomnode.index.schema_priors import create_companions, create_priors
 from dicomnode.index.schema_records import create_corrected, create_records, create_refused
 from dicomnode.index.schema_trust import create_trust
@@ -497,3 +497,9 @@ def m0040_sharing(db: Database) -> None:
 @migrations()
 def m0041_issuers(db: Database) -> None:
     create_issuers(db)
+
+
+@migrations()
+def m0041_removals(db: Database) -> None:
+    """Versions of models whose folders are on their way off the disk; see :mod:`dicomnode.index.removals`."""
+    create_removals(db)

@@ -97,3 +97,11 @@ def create_model_life(db: Database) -> None:
         db["model_versions"].insert(
             {"name": name, "version": version, "state": "active", "since_at": 0.0, "since_time": activated}
         )
+
+
+def create_removals(db: Database) -> None:
+    db["model_removals"].create(
+        {"name": str, "version": str, "folder": str, "who": str, "why": str, "automatic": int},
+        pk=("name", "version"),
+        not_null={"folder", "who", "why", "automatic"},
+    )

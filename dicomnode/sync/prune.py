@@ -1,21 +1,25 @@
 """Pulled versions that nobody needs any more leave the disk: atomically, told, and never one that could serve.
 
-A folder is renamed out of ``models`` in the transaction that finds that nothing names it, so that who activates
-it at the same moment finds it whole, or finds it gone; then it is deleted. A process that is killed in between
-leaves a folder in ``staging/removed``, where nothing looks for bundles, and the next start deletes it.
+That a version goes is committed first, in the transaction that finds that nothing names it; from then on nobody takes
+it up. Then its folder is renamed out of ``models`` and deleted. A process that is killed in between, or a disk that
+refuses, leaves the row, with which the next look or start goes on, and maybe a folder in ``staging/removed``, where
+nothing looks for bundles, and which the next start deletes. Where the commit fails nothing has been touched.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Iterable
 
-from dicomnode import durable, logs
+from dicomnode import durable, logs, model_removal
+from dicomnode.errors import StorageError
 from dicomnode.index.database import Database
 from dicomnode.index.desired import DesiredStates, ServingRules
 from dicomnode.index.life import Life
 from dicomnode.index.model_space import Version, aside_of, fetched_again, named_by_jobs, removable
 from dicomnode.index.operation import Events, Models
+from dicomnode.index.removals import Removal, Removals
 from dicomnode.settings import Settings
 from dicomnode.sync.pull import SYNC
 
@@ -26,13 +30,15 @@ HERE = ("placed", "activated")
 class Pruner:
     def __init__(self, settings: Settings, db: Database) -> None:
         self._settings, self._db = settings, db
-        self._models, self._life = Models(db), Life(db)
+        self._models, self._life, self._removals = Models(db), Life(db), Removals(db)
         self._rules = ServingRules(settings, db, tell=False)
         self._data_dir = settings.node.data_dir
         self._log = logs.get()
 
     def start(self) -> None:
-        """Finish what a former life was killed in."""
+        """Finish what a former life was killed in; a disk that refuses is asked again with the next look."""
+        with contextlib.suppress(StorageError):
+            self._finish()
         aside = aside_of(self._data_dir)
         for left in aside.iterdir() if aside.is_dir() else ():
             durable.remove_tree(left)
@@ -42,7 +48,9 @@ class Pruner:
         return await asyncio.to_thread(self._look)
 
     def _look(self) -> int:
-        return sum(self._remove(version) for version in self._idle())
+        for version in self._idle():
+            self._begin(version)
+        return self._finish()
 
     def _idle(self) -> list[Version]:
         pulled = {(str(p["name"]), str(p["version"])) for p in self._models.pulls() if p["state"] in HERE}
@@ -67,23 +75,35 @@ class Pruner:
         served = self._life.served_before(name)
         return next(((name, v) for v in served if any((place / v).is_dir() for place in places)), None)
 
-    def _remove(self, which: Version) -> bool:
-        name, version = which
-        folder = self._data_dir / "models" / name / version
-        size = durable.size_of(folder)
+    def _begin(self, which: Version) -> None:
         why = f"retired and named by nobody (cloud.keep_retired = {self._settings.cloud.keep_retired})"
         with self._db.transaction():
-            if which not in self._idle():
-                return False
-            self._models.gone(name, version)
-            self._life.removed(name, version, who=SYNC, why=why, automatic=True)
-            aside = durable.set_aside(folder, aside_of(self._data_dir)) if folder.is_dir() else None
-        if aside is not None:
-            durable.remove_tree(aside)
-        text = f"its folder was removed, {size / MEBIBYTE:.1f} MiB: {why}. To have it back: {fetched_again(*which)}"
-        Events(self._db).add("info", "model-removed", f"{name}@{version}", text)
-        self._log.info("model removed", model=name, version=version, bytes=size)
-        return True
+            if which in self._idle():
+                model_removal.begin(self._removals, self._data_dir, *which, who=SYNC, why=why, automatic=True)
+
+    def _finish(self) -> int:
+        """How many are gone. Raises StorageError where the disk refuses one, behind the others."""
+        done, refused = 0, None
+        for removal in self._removals.open():
+            size = durable.size_of(model_removal.folder_of(self._data_dir, removal.name, removal.version))
+            try:
+                ended = model_removal.finish(self._removals, self._data_dir, removal)
+            except StorageError as error:
+                refused = error
+                continue
+            if ended:
+                done += 1
+                self._tell(removal, size)
+        if refused is not None:
+            raise refused
+        return done
+
+    def _tell(self, removal: Removal, size: int) -> None:
+        which = (removal.name, removal.version)
+        back = f"To have it back: {fetched_again(*which)}"
+        text = f"its folder was removed, {size / MEBIBYTE:.1f} MiB: {removal.why}. {back}"
+        Events(self._db).add("info", "model-removed", "@".join(which), text)
+        self._log.info("model removed", model=removal.name, version=removal.version, bytes=size)
 
 
 def _pins(references: Iterable[str]) -> Iterable[Version]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import signal
@@ -14,13 +15,14 @@ from typing import Any
 
 import pytest
 
-from dicomnode import durable
+from dicomnode import durable, model_removal
 from dicomnode.admin.status import models_disk
 from dicomnode.errors import BundleError, OperatorError, StorageError
 from dicomnode.index.database import Database
 from dicomnode.index.life import Life
 from dicomnode.index.model_space import GRACE_SECONDS, aside_of, removable
 from dicomnode.index.operation import Events, Models
+from dicomnode.index.removals import Removals
 from dicomnode.ladder import Plan
 from dicomnode.model_desk import ModelDesk
 from dicomnode.settings import Settings
@@ -239,7 +241,53 @@ def test_a_disk_that_refuses_leaves_it_whole_or_gone(case: Case, step: str, monk
     assert {p["version"]: p["state"] for p in Models(case.db).pulls()}["1.0.0"] == "removed"
 
 
-KILLED_AT = ("renamed", "committed", "half deleted")
+@pytest.mark.parametrize("which", [1, 2])
+def test_an_index_that_refuses_leaves_it_whole_or_to_be_ended(
+    case: Case, which: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No room for the commit that begins a removal, or that ends it."""
+    case.settings = make_settings(case.data_dir, cloud={"keep_retired": 0})
+    case.served("1.0.0", "2.0.0", "3.0.0")
+    real, commits = case.db.transaction, 0
+
+    @contextlib.contextmanager
+    def refuses(**how: Any) -> Iterator[None]:
+        nonlocal commits
+        with real(**how):
+            yield
+            commits += 1
+            if commits == which:
+                raise StorageError("commit to the index", "no space left")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(case.db, "transaction", refuses)
+        with pytest.raises(StorageError, match="no space left"):
+            case.prune()
+    pull = {p["version"]: p["state"] for p in Models(case.db).pulls()}["1.0.0"]
+    assert ("1.0.0" in case.here, pull) == (which == 1, "placed")
+    Pruner(case.settings, case.db).start()
+    case.prune()
+    assert case.here == ["2.0.0", "3.0.0"] and not list(aside_of(case.data_dir).iterdir())
+    assert {p["version"]: p["state"] for p in Models(case.db).pulls()}["1.0.0"] == "removed"
+    assert [h["event"] for h in case.life.history(NAME) if h["version"] == "1.0.0"].count("remove") == 1
+
+
+def test_what_was_put_in_its_place_stays(case: Case) -> None:
+    """The sidecar was killed before it could tell that the folder is gone, and the version was imported by hand."""
+    case.settings = make_settings(case.data_dir, cloud={"keep_retired": 0})
+    case.served("1.0.0", "2.0.0", "3.0.0")
+    folder, removals = case.data_dir / "models" / NAME / "1.0.0", Removals(case.db)
+    with case.db.transaction():
+        model_removal.begin(removals, case.data_dir, NAME, "1.0.0", who="sync", why="", automatic=True)
+    shutil.copytree(folder, folder.with_name("new"))
+    shutil.rmtree(folder)
+    folder.with_name("new").rename(folder)
+    Pruner(case.settings, case.db).start()
+    assert case.prune() == 0 and "1.0.0" in case.here and removals.open() == []
+    case.desk().change("activate", NAME, "1.0.0", who="cli")
+
+
+KILLED_AT = ("marked", "renamed", "committed", "half deleted")
 
 
 @pytest.mark.parametrize("phase", KILLED_AT)
@@ -250,8 +298,10 @@ def test_killed_in_the_middle(case: Case, phase: str) -> None:
         stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=120,
     )  # fmt: skip
     assert child.returncode == -signal.SIGKILL, child.stderr.decode()
-    assert case.here == ["2.0.0", "3.0.0"]
+    assert case.here == (["1.0.0"] if phase == "marked" else []) + ["2.0.0", "3.0.0"]
     assert Models(case.db).active() == {NAME: "3.0.0"}
+    with pytest.raises(OperatorError, match="removed"):
+        case.desk().change("activate", NAME, "1.0.0", who="cli")
     settings = make_settings(case.data_dir, cloud={"keep_retired": 0})
     pruner = Pruner(settings, case.db)
     pruner.start()
@@ -274,6 +324,8 @@ def _killed(folder: Path, phase: str) -> None:
     aside, tree = durable.set_aside, durable.remove_tree
 
     def set_aside(path: Path, into: Path) -> Path:
+        if phase == "marked":
+            _die()
         found = aside(path, into)
         if phase == "renamed":
             _die()
