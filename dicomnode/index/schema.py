@@ -500,6 +500,6 @@ def m0041_issuers(db: Database) -> None:
 
 
 @migrations()
-def m0041_removals(db: Database) -> None:
+def m0042_removals(db: Database) -> None:
     """Versions of models whose folders are on their way off the disk; see :mod:`dicomnode.index.removals`."""
     create_removals(db)
