@@ -90,7 +90,8 @@ class Callers:
         settled = time.time_ns() - newest > SETTLED_NS  # else it may change once more without showing it
         self._stamps = stamps if settled else None
         nodes, faults = _read(folder)
-        if self._token is not None and nodes.pop(self._token, None):
+        if self._token is not None and self._token in nodes:
+            del nodes[self._token]
             faults.append("the administrator's token is also that of a node")
         before = self._by_digest
         self._take(nodes)
