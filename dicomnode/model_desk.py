@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from dicomnode import doorbell, model_removal
+from dicomnode import doorbell
 from dicomnode.errors import BundleError, OperatorError
 from dicomnode.index.database import Database, Row
 from dicomnode.index.desired import ServingRules
@@ -187,11 +187,10 @@ class ModelDesk:
         if not any(f.path == folder for f in self.folders()):
             raise OperatorError(operation, "it is not among the pulled ones", "What came with the node stays")
         with self._db.transaction():
-            why = {"who": "operator", "why": "deleted by hand"}
-            model_removal.begin(self._removals, self._settings.node.data_dir, name, version, **why, automatic=False)
+            self._removals.begin(name, version, who="operator", why="deleted by hand")
         for removal in self._removals.open():
             if (removal.name, removal.version) == (name, version):
-                model_removal.finish(self._removals, self._settings.node.data_dir, removal)
+                self._removals.finish(removal)
 
     def history(self, name: str | None = None, limit: int = 100) -> list[Row]:
         return self._life.history(name, limit)

@@ -7,10 +7,13 @@ then the row. Who is killed in between, or whose disk refuses, goes on from the 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from dicomnode import durable
 from dicomnode.index.database import Database, Row
 from dicomnode.index.life import Life
+from dicomnode.index.model_space import aside_of
 from dicomnode.index.operation import Models
 
 
@@ -35,8 +38,12 @@ class Removals:
     def __init__(self, db: Database) -> None:
         self.db = db
 
-    def begin(self, removal: Removal) -> None:
-        """Inside the transaction that finds that nobody needs it."""
+    def folder(self, name: str, version: str) -> Path:
+        return self.db.data_dir / "models" / name / version
+
+    def begin(self, name: str, version: str, *, who: str, why: str, automatic: bool = False) -> None:
+        """Inside the transaction that finds that nobody needs it; nothing is touched before that has committed."""
+        removal = Removal(name, version, durable.mark_of(self.folder(name, version)), who, why, automatic)
         row = {key: getattr(removal, key) for key in removal.__slots__}
         self.db.insert("model_removals", {**row, "automatic": int(removal.automatic)}, conflict="OR REPLACE")
 
@@ -47,7 +54,25 @@ class Removals:
     def open(self) -> list[Removal]:
         return [Removal.of(r) for r in self.db.rows("SELECT * FROM model_removals ORDER BY name, version")]
 
-    def end(self, removal: Removal, *, removed: bool) -> bool:
+    def finish(self, removal: Removal) -> bool:
+        """Whether it is gone now; False where another folder stands in its place, or somebody else ended it.
+
+        Raises StorageError where the disk refuses; then it stays begun.
+        """
+        folder = self.folder(removal.name, removal.version)
+        mark, aside = durable.mark_of(folder), None
+        if mark and mark != removal.folder:  # put there since
+            return self._end(removal, removed=False)
+        if mark:
+            aside = durable.set_aside(folder, aside_of(self.db.data_dir))
+        elif folder.parent.is_dir():
+            durable.sync_directory(folder.parent)  # who set it aside may not have lived to do it
+        ended = self._end(removal, removed=True)
+        if aside is not None:
+            durable.remove_tree(aside)
+        return ended
+
+    def _end(self, removal: Removal, *, removed: bool) -> bool:
         """Its folder is not there any more; ``removed``: it went, and no other one was put in its place.
 
         False where somebody else has ended it.

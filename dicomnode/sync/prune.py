@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 from collections.abc import Iterable
 
-from dicomnode import durable, logs, model_removal
+from dicomnode import durable, logs
 from dicomnode.errors import StorageError
 from dicomnode.index.database import Database
 from dicomnode.index.desired import DesiredStates, ServingRules
@@ -79,15 +79,15 @@ class Pruner:
         why = f"retired and named by nobody (cloud.keep_retired = {self._settings.cloud.keep_retired})"
         with self._db.transaction():
             if which in self._idle():
-                model_removal.begin(self._removals, self._data_dir, *which, who=SYNC, why=why, automatic=True)
+                self._removals.begin(*which, who=SYNC, why=why, automatic=True)
 
     def _finish(self) -> int:
         """How many are gone. Raises StorageError where the disk refuses one, behind the others."""
         done, refused = 0, None
         for removal in self._removals.open():
-            size = durable.size_of(model_removal.folder_of(self._data_dir, removal.name, removal.version))
+            size = durable.size_of(self._removals.folder(removal.name, removal.version))
             try:
-                ended = model_removal.finish(self._removals, self._data_dir, removal)
+                ended = self._removals.finish(removal)
             except StorageError as error:
                 refused = error
                 continue

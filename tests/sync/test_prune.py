@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from dicomnode import durable, model_removal
+from dicomnode import durable
 from dicomnode.admin.status import models_disk
 from dicomnode.errors import BundleError, OperatorError, StorageError
 from dicomnode.index.database import Database
@@ -278,7 +278,7 @@ def test_what_was_put_in_its_place_stays(case: Case) -> None:
     case.served("1.0.0", "2.0.0", "3.0.0")
     folder, removals = case.data_dir / "models" / NAME / "1.0.0", Removals(case.db)
     with case.db.transaction():
-        model_removal.begin(removals, case.data_dir, NAME, "1.0.0", who="sync", why="", automatic=True)
+        removals.begin(NAME, "1.0.0", who="sync", why="", automatic=True)
     shutil.copytree(folder, folder.with_name("new"))
     shutil.rmtree(folder)
     folder.with_name("new").rename(folder)
