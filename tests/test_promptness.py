@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from dicomnode import promptness
-from dicomnode.promptness import _ATTRIBUTES, _SCHED_SETATTR, SLICE_NANOSECONDS, ask_for_short_turns, giving_way
+from dicomnode.promptness import _ATTRIBUTES, _SCHED_SETATTR, ANSWER_NANOSECONDS, ask_for_short_turns, giving_way
 
 _SCHED_GETATTR = {"x86_64": 315, "aarch64": 275}
 
@@ -53,8 +53,8 @@ def test_one_thread_gets_them_and_nobody_that_it_starts() -> None:
         thread = threading.Thread(target=target)
         thread.start()
         thread.join()
-    assert seen.pop("asked") == SLICE_NANOSECONDS
-    assert set(seen.values()) == {seen["before"]} and seen["before"] != SLICE_NANOSECONDS
+    assert seen.pop("asked") == ANSWER_NANOSECONDS
+    assert set(seen.values()) == {seen["before"]} and seen["before"] != ANSWER_NANOSECONDS
     assert slice_now() == mine and os.getpriority(os.PRIO_PROCESS, 0) == nice
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dicomnode.errors import OperatorError
+from dicomnode.promptness import INTAKE_NANOSECONDS, ask_for_short_turns
 from dicomnode.receive.guard import ConnectionCounter
 
 BUSY_SECONDS = 0.05
@@ -138,6 +139,7 @@ class Acceptor:
             time.sleep(BUSY_SECONDS)
 
     def _run(self, sock: socket.socket, address: Any, door: Door) -> None:
+        ask_for_short_turns(INTAKE_NANOSECONDS)
         try:
             self._serve(sock, address, door)
         finally:
