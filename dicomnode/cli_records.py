@@ -83,7 +83,10 @@ def records_show(kind: Kind, name: Name, config: Config = None, as_json: Json = 
 def records_set(
     kind: Kind,
     name: Name,
-    fields: Annotated[list[str], typer.Argument(help="FIELD=VALUE ...; an empty value takes the field away")],
+    fields: Annotated[
+        list[str] | None, typer.Argument(help="FIELD=VALUE ...; an empty value takes the correction back")
+    ] = None,
+    blank: Annotated[list[str] | None, typer.Option(help="field that has no value, whatever was received")] = None,
     config: Config = None,
     as_json: Json = False,
     issuer: Issuer = "",
@@ -92,7 +95,9 @@ def records_set(
     from dicomnode.record_shapes import read_field
 
     changes: dict[str, Any] = {}
-    for field in fields:
+    if not fields and not blank:
+        raise typer.BadParameter("name a FIELD=VALUE, or --blank FIELD")
+    for field in fields or ():
         key, separator, text = field.partition("=")
         if not separator:
             raise OperatorError("change record", "an argument is not FIELD=VALUE", "See 'dicomnode records set --help'")
@@ -106,7 +111,9 @@ def records_set(
             begin = demographics(db, name, issuer)
             name = _patient(db, settings, name, issuer)
         identified = settings.sync.patients_identity == "kept"
-        version = _reviews(db, settings).change(kind, name, changes, begin=begin, identified=identified)
+        version = _reviews(db, settings).change(
+            kind, name, changes, begin=begin, identified=identified, blank=blank or ()
+        )
     _ring(settings)
     done = {"type": kind, "record_id": name, "version": version or None}
     output(done, as_json, lambda _: console.print(f"version {version}" if version else "nothing has changed"))

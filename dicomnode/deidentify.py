@@ -308,8 +308,8 @@ def deidentify_record(
 ) -> tuple[dict[str, Any], dict[tuple[str, str], str]]:
     """Content of a record as it may leave, and the mapping.
 
-    ``patient``: PatientID, IssuerOfPatientID and PatientName and AccessionNumber of its study, and under other
-    names what was corrected: none of their words leaves in a text;
+    ``patient``: PatientID, IssuerOfPatientID and what else names patient and study, and under other names what
+    was corrected: none of their words leaves in a text;
     ``uids``: of that study, exchanged in texts whatever they look like. A type that concerns a patient
     and is not known here leaves empty.
     """

@@ -91,6 +91,13 @@ FIELDS: Mapping[str, Mapping[str, tuple[Check, str]]] = {
 }
 """Type -> field -> check, and what would be right."""
 
+MAY_BE_EMPTY: Mapping[str, frozenset[str]] = {
+    "patient": frozenset({"PatientBirthDate", "PatientSex"}),
+    "study": frozenset(FIELDS["study"]),
+}
+"""Attributes that a decision may empty, since what was received is wrong and nobody knows what is right: Type 2, or 3,
+in PS3.3 C.7.1.1 and C.7.2.1. By whom results are (name, ID and its issuer) is never taken away."""
+
 _NAMES: Mapping[str, str] = {"preferences": DASHBOARD, "limits": WARNINGS}
 _OPEN = frozenset({"study", "ai-result", "settings"})
 """The node tells more in these than people may change; what comes along is kept."""

@@ -50,16 +50,19 @@ class RecordsApi:
         )
 
     async def change(self, request: web.Request) -> web.Response:
-        body = await _body(request, {"changes"})
+        body = await _body(request, {"changes"}, {"blank"})
+        blank = body.get("blank", [])
         kind, name, changes = request.match_info["type"], request.match_info["name"], body["changes"]
         if not isinstance(changes, dict):
             raise OperatorError(
                 "read request", "changes is not an object", f"Fields: {', '.join(FIELDS.get(kind, ()))}"
             )
+        if not isinstance(blank, list) or not all(isinstance(one, str) for one in blank):
+            raise OperatorError("read request", "blank is not a list of names", "Fields that are to have no value")
         identified = self._settings.sync.patients_identity == "kept"
 
         def run() -> int:
-            return self._reviews.change(kind, name, changes, identified=identified)
+            return self._reviews.change(kind, name, changes, identified=identified, blank=blank)
 
         version = await asyncio.to_thread(run)
         self._ring()

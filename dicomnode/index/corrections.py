@@ -17,12 +17,12 @@ from dicomnode.conflicts import moment
 from dicomnode.index.database import Database
 from dicomnode.index.keys import PATIENT_KEYS
 from dicomnode.index.mapping import patient_of
-from dicomnode.record_shapes import FIELDS, fault
+from dicomnode.record_shapes import FIELDS, MAY_BE_EMPTY, fault
 from dicomnode.settings import Settings
 
 STUDY_FIELDS = tuple(FIELDS["study"])
 Values = Mapping[str, str]
-"""Keyword -> corrected value, none of them empty."""
+"""Keyword -> corrected value; of :data:`dicomnode.record_shapes.MAY_BE_EMPTY` it may be decided that it is empty."""
 
 CORRECTED_STUDIES = (
     "SELECT r.type, r.record_id, r.data, r.reported, st.id FROM records r INDEXED BY idx_records_corrected"
@@ -141,10 +141,14 @@ def _differing(
     keywords: Iterable[str],
     disputed: Mapping[tuple[str, str], frozenset[str]],
 ) -> Values:
-    """What a record says that was not received so. One that is not as it has to be corrects nothing."""
+    """What a record says that was not received so. One that is not as it has to be corrects nothing.
+
+    An empty text says that there is no value, null says nothing, as a field that is not there.
+    """
     kind, name = str(record["type"]), str(record["record_id"])
     data = json.loads(record["data"])
     waiting = disputed.get((kind, name), frozenset())
-    said = {k: str(data[k] or "").strip() for k in keywords if k in data and k not in waiting}
-    values = {k: v for k, v in said.items() if v and v != str(received.get(k) or "").strip()}
+    said = {k: str(data[k]).strip() for k in keywords if data.get(k) is not None and k not in waiting}
+    told = {k: v for k, v in said.items() if v or k in MAY_BE_EMPTY[kind]}
+    values = {k: v for k, v in told.items() if v != str(received.get(k) or "").strip()}
     return {} if values and fault(kind, name, values) else values

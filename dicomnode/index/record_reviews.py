@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 from dicomnode.clock import iso
@@ -14,7 +14,7 @@ from dicomnode.index.cloud_rows import PATIENT_KEYS, put_record
 from dicomnode.index.database import Database, Row
 from dicomnode.index.mapping import patient_of
 from dicomnode.index.operation import Events
-from dicomnode.record_shapes import FIELDS, fault
+from dicomnode.record_shapes import FIELDS, MAY_BE_EMPTY, fault
 
 Take = Literal["cloud", "edge", "merged"]
 TAKES: tuple[Take, ...] = ("cloud", "edge", "merged")
@@ -117,14 +117,20 @@ class Reviews:
         *,
         begin: Mapping[str, Any] | None = None,
         identified: bool = False,
+        blank: Collection[str] = (),
     ) -> int:
         """Set fields of a record of people; an empty value takes a field away. The version, 0 when nothing changed.
 
-        ``begin``: content of a record that does not exist yet. Raises OperatorError for what must not be.
+        ``begin``: content of a record that does not exist yet. ``blank``: fields that have no value from now on,
+        whatever was received. Raises OperatorError for what must not be.
         """
         db, operation = self.db, "change record"
         if kind not in FIELDS:
             raise OperatorError(operation, "people do not change records of this type", f"Types: {', '.join(FIELDS)}")
+        may = MAY_BE_EMPTY.get(kind, frozenset())
+        if not may.issuperset(blank):
+            hint = f"Fields of {kind} that may: {', '.join(sorted(may)) or 'none'}"
+            raise OperatorError(operation, "a field must not be empty", hint)
         unknown = sorted(changes.keys() - FIELDS[kind].keys())
         if unknown:
             raise OperatorError(operation, "a field is unknown", f"Fields of {kind}: {', '.join(FIELDS[kind])}")
@@ -138,7 +144,7 @@ class Reviews:
                 raise OperatorError(operation, "no patient is known by this pseudonym", hint)
             known = json.loads(held) if held is not None else begin or {}
             data = {**known, **changes}
-            data = {k: v for k, v in data.items() if k not in changes or not empty(v)}
+            data = {k: v for k, v in data.items() if k not in changes or not empty(v)} | dict.fromkeys(blank, "")
             wrong = fault(kind, name, data, known)
             if wrong:
                 raise OperatorError(operation, wrong, "Give another value")

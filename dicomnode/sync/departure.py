@@ -14,6 +14,7 @@ from dicomnode.deidentify import PATIENT_TYPES, Departure, deidentify_record
 from dicomnode.errors import MalformedDataSet
 from dicomnode.index.database import Database, Row
 from dicomnode.index.desired import ServingRules
+from dicomnode.index.known_names import known_names
 from dicomnode.index.mapping import PseudonymRows
 from dicomnode.index.record_reviews import is_pseudonym
 from dicomnode.metrics_cloud import DEPARTED
@@ -25,8 +26,9 @@ from dicomnode.sync.aside import leave
 TakeAway = Callable[[Path, bytes, bool], Departure]
 MOST_REMEMBERED = 20_000
 _PATIENT = (
-    "SELECT p.PatientID, p.IssuerOfPatientID, st.PatientName, st.AccessionNumber, st.StudyInstanceUID"
-    " FROM studies st JOIN patients p ON p.id = st.patient_id WHERE st.id = ?"
+    "SELECT p.PatientID, p.IssuerOfPatientID, st.PatientName, p.PatientBirthDate, st.AccessionNumber, st.StudyID,"
+    " st.ReferringPhysicianName, st.StudyInstanceUID FROM studies st"
+    " JOIN patients p ON p.id = st.patient_id WHERE st.id = ?"
 )
 
 
@@ -84,7 +86,7 @@ class Departures:
         if not self._identified(item) and (patient is not None or item["type"] in PATIENT_TYPES):
             codec = self._codec()
             known = {k: str(v or "") for k, v in (patient or {}).items()}
-            known |= self._corrected(codec.patient(known["PatientID"], known["IssuerOfPatientID"])) if known else {}
+            known |= self._corrected(known, codec) if known else {}
             uids = {known.get("StudyInstanceUID", "")}
             if patient is not None:
                 uids |= {str(r["uid"]) for r in self._db.rows(_UIDS, (item["study_id"],))}
@@ -118,11 +120,11 @@ class Departures:
         kept = {rule.name for rule in self._rules() if rule.cloud_identity == "kept"}
         return bool(names) and kept.issuperset(names)
 
-    def _corrected(self, pseudonym: str) -> dict[str, str]:
-        """By what else the patient is known since a correction: people write that in a text, too."""
-        text = self._db.value("SELECT data FROM records WHERE type = 'patient' AND record_id = ?", (pseudonym,))
-        data = json.loads(text) if text else {}
-        return {f"corrected {k}": str(data[k]) for k in ("PatientID", "PatientName") if data.get(k)}
+    def _corrected(self, known: Mapping[str, str], codec: Pseudonyms) -> dict[str, str]:
+        """By what else patient and study are known since a correction: people write that in a text, too."""
+        whose = codec.patient(known["PatientID"], known["IssuerOfPatientID"])
+        names = known_names(self._db, "patient", whose) | known_names(self._db, "study", known["StudyInstanceUID"])
+        return {f"corrected {n}": name for n, name in enumerate(sorted(names))}
 
     def _name(self, kind: str, name: str) -> str:
         """A patient's record is known by a pseudonym at home, too; a review goes by the name of its result.

@@ -120,6 +120,10 @@ def test_preferences_and_limits_are_what_the_dashboard_does(db: Database, tmp_pa
         for path, changes in (("limits/other", {"disk_free_mb": 1}), ("limits/warnings", {"colour": 1}), ("job/1", {})):
             await put(client, path, 400, **changes)
         await put(client, "study/1.2.3", 404, StudyDescription="x")
+        for blank in ("StudyDate", [1], ["open_reviews"]):
+            request = {"changes": {}, "blank": blank}
+            async with client.put("/api/v1/records/limits/warnings", json=request, headers=HEADER) as answer:
+                assert answer.status == 400
 
     drive(db, node(tmp_path), body)
 
@@ -146,6 +150,10 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert CANARY not in call("records", "list") and done["record_id"] in call("records", "list", "--type", "patient")
     call("records", "set", "patient", done["record_id"], "PatientSex=M")
     assert "nothing has changed" in call("records", "set", "patient", CANARY_ID, "PatientSex=M")
+    call("records", "set", "patient", CANARY_ID, "--blank", "PatientSex")
+    assert serving(db, "patient", done["record_id"])["PatientSex"] == ""
+    call("records", "set", "patient", CANARY_ID, "--blank", "PatientID", code=1)
+    call("records", "set", "patient", CANARY_ID, code=2)
     call("records", "set", "limits", "warnings", "disk_free_mb=500")
     assert serving(db, "limits", "warnings") == {"disk_free_mb": 500}
     number = conflict(db)

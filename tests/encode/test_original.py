@@ -12,6 +12,7 @@ from pydicom.dataset import Dataset
 
 from dicomnode.encode import Correction, Failure, encode_failure, encode_results
 from dicomnode.orders import Order
+from dicomnode.record_shapes import MAY_BE_EMPTY
 from tests.encode.encode_case import Case, program, read
 
 CORRECTION = Correction(
@@ -58,6 +59,28 @@ def test_every_result_has_the_corrected_patient_and_the_former_values(
         [former] = item.ModifiedAttributesSequence
         assert (str(former.PatientName), former.PatientID) == ("Example^Test", "ID-1")
         assert former.PatientBirthDate == "19700101" and "PatientSex" not in former, "what is the same is no correction"
+        path = tmp_path / f"{kind}.dcm"
+        path.write_bytes(part10)
+        done = subprocess.run([program("dciodvfy"), "-new", path], capture_output=True, text=True, check=False)
+        assert [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("Error")] == [], kind
+
+
+EMPTY = (
+    "StudyDate", "StudyTime", "AccessionNumber", "StudyID", "ReferringPhysicianName", "StudyDescription",
+    "PatientBirthDate", "PatientSex",
+)  # fmt: skip
+
+
+def test_what_is_decided_to_be_empty_is_empty_in_valid_results(make_case: Callable[..., Case], tmp_path: Path) -> None:
+    assert set(EMPTY) == {k for fields in MAY_BE_EMPTY.values() for k in fields}
+    for kind, part10 in made(
+        make_case(change=with_pixels), replace(CORRECTION, values=dict.fromkeys(EMPTY, ""))
+    ).items():
+        ds = read(part10)
+        [former] = ds.OriginalAttributesSequence[0].ModifiedAttributesSequence
+        assert {k: str(ds.get(k) or "") for k in EMPTY} == dict.fromkeys(EMPTY, "")
+        assert former.AccessionNumber == "A1" and former.PatientBirthDate == "19700101"
+        assert (str(ds.PatientName), ds.PatientID) == ("Example^Test", "ID-1")
         path = tmp_path / f"{kind}.dcm"
         path.write_bytes(part10)
         done = subprocess.run([program("dciodvfy"), "-new", path], capture_output=True, text=True, check=False)

@@ -39,11 +39,11 @@ class Corrected:
         begin = demographics(self.db, number, "")
         Reviews(self.db, OFF).change("patient", f"pseudo-{number}", values, begin=begin)
 
-    def correct_study(self, uid: str, **values: str) -> None:
+    def correct_study(self, uid: str, *blank: str, **values: str) -> None:
         study = int(self.db.value("SELECT id FROM studies WHERE StudyInstanceUID = ?", (uid,)))
         with self.db.transaction():
             put_record(self.db, OFF, "study", uid, study_metadata(self.db, study))
-        Reviews(self.db, OFF).change("study", uid, values)
+        Reviews(self.db, OFF).change("study", uid, values, blank=blank)
 
     def find(self, folder: Path, *keys: str, model: str = "-S") -> list[pydicom.Dataset]:
         folder.mkdir(exist_ok=True)
@@ -68,6 +68,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Corrected]:
     found = Corrected(node, Database(node.data_dir))
     found.correct("P1", PatientName=NAME, PatientBirthDate="19700203", PatientID="P4")
     found.correct_study(STUDY_B, AccessionNumber="B77", StudyDate="20240211")
+    found.correct_study(STUDY_C, "AccessionNumber", "StudyDate")
     yield found
     found.db.close()
     assert node.stop() == 0  # looks for the canary in the log
@@ -92,6 +93,19 @@ def test_answers_and_matches_are_those_that_serve(site: Corrected, tmp_path: Pat
     assert site.studies(folder, "AccessionNumber=A21") == set()
     assert site.studies(folder, "StudyDate=20240211") == {STUDY_B}
     assert site.studies(folder, "StudyDate=20240210") == set()
+
+
+def test_what_is_decided_to_be_empty_is_answered_empty_and_not_found_by_what_was_received(
+    site: Corrected, tmp_path: Path
+) -> None:
+    [was] = site.db.rows("SELECT AccessionNumber, StudyDate FROM studies WHERE StudyInstanceUID = ?", (STUDY_C,))
+    assert was["AccessionNumber"] and was["StudyDate"]
+    keys = ("QueryRetrieveLevel=STUDY", f"StudyInstanceUID={STUDY_C}", "AccessionNumber", "StudyDate", "StudyTime")
+    [ds] = site.find(tmp_path / "f", *keys)
+    assert (ds.AccessionNumber, ds.StudyDate) == ("", "") and ds.StudyTime
+    folder = tmp_path / "g"
+    assert STUDY_C not in site.studies(folder, f"AccessionNumber={was['AccessionNumber']}")
+    assert STUDY_C not in site.studies(folder, f"StudyDate={was['StudyDate']}")
 
 
 def test_two_patients_who_are_one_since_are_one_answer(site: Corrected, tmp_path: Path) -> None:

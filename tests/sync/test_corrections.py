@@ -105,6 +105,125 @@ def test_a_corrected_name_does_not_leave_in_a_text(tmp_path: Path) -> None:
     run(tmp_path, body)
 
 
+OLD = {"AccessionNumber": "OLD-77", "ReferringPhysicianName": "Former^Doctor", "StudyID": "OLD-ID"}
+
+
+def test_who_a_study_is_of_does_not_leave_in_a_text_whatever_it_was_when(tmp_path: Path) -> None:
+    """What was received, what is corrected, and what was correct in between."""
+
+    async def body(cloud: Cloud, node: Node) -> None:
+        add_results(node.db, node.settings.node.data_dir, cloud=node.settings.cloud_plan)
+        with node.db.transaction():
+            node.db.execute(f"UPDATE studies SET {', '.join(f'{k} = ?' for k in OLD)}", tuple(OLD.values()))
+            node.db.execute("UPDATE patients SET PatientBirthDate = '19700102'")
+        await node.exchange()
+        study = str(node.db.value("SELECT record_id FROM records WHERE type = 'study'"))
+        node.reviews.change("study", study, {"AccessionNumber": "MID-88", "ReferringPhysicianName": "Middle^Person"})
+        node.reviews.change("study", study, {"AccessionNumber": "NEW-99", "ReferringPhysicianName": "Later^Colleague"})
+        result = str(node.db.value("SELECT record_id FROM records WHERE type = 'ai-result'"))
+        words = "Former, OLD-77, OLD-ID, 19700102, Middle, MID-88, Colleague, NEW-99"
+        node.reviews.change("result-review", result, {"reason": f"seen by {words}"})
+        await node.exchange()
+        [left] = cloud.storage.rows("SELECT data FROM records WHERE type = 'result-review'")
+        assert json.loads(left["data"])["reason"] == f"seen by {', '.join(['***'] * 8)}"
+
+    run(tmp_path, body)
+
+
+def test_an_object_leaves_without_the_corrected_and_the_former_numbers_in_its_texts(
+    make_case: Callable[..., Case],  # noqa: F811
+) -> None:
+    case = make_case()
+    correction = Correction(
+        {"AccessionNumber": "NEW-99", "ReferringPhysicianName": "Later^Colleague"}, "2026-11-29T10:00:00+00:00", "N"
+    )
+    arguments = (case.analysis, case.identity, case.model, case.sources)
+    for result in encode_results(*arguments, station=case.station, correction=correction):
+        ds = read(result.part10)
+        [former] = ds.OriginalAttributesSequence[0].ModifiedAttributesSequence
+        former.AccessionNumber, former.ReferringPhysicianName = "OLD-77", "Former^Doctor"
+        ds.SeriesDescription = "for Colleague, Former: NEW-99, OLD-77"
+        buffer = BytesIO()
+        ds.save_as(buffer)
+        left = read(deidentify(buffer.getvalue(), Pseudonyms(b"k" * 32)).content)
+        assert left.SeriesDescription == "for ***, ***: ***, ***"
+
+
+def test_a_decision_may_leave_an_attribute_empty_and_be_taken_back(tmp_path: Path) -> None:
+    async def body(cloud: Cloud, node: Node) -> None:
+        add_results(node.db, node.settings.node.data_dir, cloud=node.settings.cloud_plan)
+        with node.db.transaction():  # as received
+            for column in ("data", "reported"):
+                node.db.execute(
+                    f"UPDATE records SET {column} = json_set(data, '$.AccessionNumber', 'A7', '$.StudyID', 'S7')"
+                    " WHERE type = 'study'"
+                )
+            node.db.execute("UPDATE sync_items SET identified = 1")
+            was = "(SELECT r.data FROM records r WHERE r.type = 'study')"
+            node.db.execute(f"UPDATE sync_items SET data = {was} WHERE type = 'study'")
+            node.db.execute("UPDATE patients SET PatientSex = 'M'")
+        await node.exchange()
+        study = str(node.db.value("SELECT record_id FROM records WHERE type = 'study'"))
+
+        def studies() -> list[Any]:
+            return list(read_corrections(node.db).studies.values())
+
+        node.reviews.change("study", study, {}, blank=["AccessionNumber"])
+        assert studies() == [{"AccessionNumber": ""}]
+        await node.exchange()
+        assert cloud.holds("study", study)["AccessionNumber"] == "", "the cloud knows the decision"
+        node.reviews.change("study", study, {"AccessionNumber": None})
+        assert studies() == [], "taken back"
+        await node.exchange()
+        await cloud.change("study", study, **{**cloud.holds("study", study), "StudyID": "", "AccessionNumber": None})
+        await node.exchange()
+        assert studies() == [{"StudyID": ""}], "of two fields the one that was decided; null says nothing"
+        PseudonymRows(node.db).keep({("patient", "PSEUDO"): CANARY_ID})
+        pseudonym = own_patient(node, PatientSex="F")
+        node.reviews.change("patient", pseudonym, {}, blank=["PatientSex"], identified=True)
+        assert patients(node) == [{"PatientSex": ""}]
+        await node.exchange()
+        held = cloud.holds("patient", pseudonym)
+        await cloud.change("patient", pseudonym, **{**held, "PatientID": "", "PatientName": "", "PatientSex": "O"})
+        await node.exchange()
+        assert patients(node) == [{"PatientSex": "O"}], "who it is is not taken away"
+        for kind, name, field in (
+            ("patient", pseudonym, "PatientID"), ("patient", pseudonym, "IssuerOfPatientID"),
+            ("patient", pseudonym, "PatientName"), ("limits", "warnings", "open_reviews"),
+        ):  # fmt: skip
+            with pytest.raises(OperatorError, match="must not be empty"):
+                node.reviews.change(kind, name, {}, blank=[field])
+
+    run(tmp_path, body, patients_identity="kept")
+
+
+@pytest.mark.parametrize(("strategy", "serves"), [("cloud", ""), ("newest", ""), ("merge", "here"), ("review", "")])
+def test_an_empty_side_of_a_conflict_serves_where_it_wins_and_not_by_merging(
+    tmp_path: Path, strategy: str, serves: str
+) -> None:
+    async def body(cloud: Cloud, node: Node) -> None:
+        add_results(node.db, node.settings.node.data_dir, cloud=node.settings.cloud_plan)
+        node.db._connection().execute("UPDATE sync_items SET identified = 1")
+        await node.exchange()
+        study = str(node.db.value("SELECT record_id FROM records WHERE type = 'study'"))
+        node.reviews.change("study", study, {"StudyDescription": "both"})
+        await node.exchange()
+        node.clock.now -= 60.0
+        node.reviews.change("study", study, {"StudyDescription": "here"})
+        node.clock.now += 60.0
+        await cloud.change("study", study, **{**cloud.holds("study", study), "StudyDescription": ""})
+        await node.exchange()
+        if strategy == "review":
+            [conflict] = node.reviews.listing(state="open")
+            node.reviews.decide(conflict["id"], "cloud", who="test")
+        await node.exchange()
+        assert (
+            node.holds("study", study)["StudyDescription"] == cloud.holds("study", study)["StudyDescription"] == serves
+        )
+
+    run(tmp_path, body, conflicts={"studies": strategy})
+
+
 UNFIT = {
     "PatientID": "ID\\2",
     "PatientName": "A=B=C=D",
