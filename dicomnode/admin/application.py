@@ -100,6 +100,7 @@ class Admin:
         def collect() -> str:
             preferences = serving(self.db, "preferences", DASHBOARD)
             asked = request.query.get("lang") or preferences.get("language") or None
+            reviews = Reviews(self.db, self.settings.cloud_plan)
             language = choose_language(asked, request.headers.get("Accept-Language", ""))
             view = page.View(
                 settings=self.settings,
@@ -114,7 +115,8 @@ class Admin:
                 model_figures=version_figures(self.db, self.settings.rollout),
                 model_history=self.desk.history(limit=RECENT),
                 model_comparisons=self.desk.comparisons(limit=RECENT),
-                conflicts=Reviews(self.db, self.settings.cloud_plan).listing(25),
+                conflicts=reviews.listing(25),
+                refused=reviews.refused(25),
                 limits=serving(self.db, "limits", WARNINGS),
                 refresh_seconds=round(preferences.get("refresh_seconds") or page.REFRESH_SECONDS),
                 language=language,

@@ -14,6 +14,7 @@ from dicomnode.admin.models_page import comparisons_table, history_table, versio
 from dicomnode.admin.phrases import phrase
 from dicomnode.admin.placement_cell import placement_cell
 from dicomnode.admin.ready import Check
+from dicomnode.admin.refused_page import refused_table
 from dicomnode.admin.tones import tone_of
 from dicomnode.admin.words import Language, word
 from dicomnode.conflicts import KIND_OF
@@ -46,6 +47,7 @@ class View:
     model_history: Sequence[Mapping[str, Any]] = ()
     model_comparisons: Sequence[Mapping[str, Any]] = ()
     conflicts: Sequence[Mapping[str, Any]] = ()
+    refused: Sequence[Mapping[str, Any]] = ()
     limits: Mapping[str, Any] = field(default_factory=dict)
     refresh_seconds: int = REFRESH_SECONDS
 
@@ -83,6 +85,7 @@ def render(view: View) -> str:
         "notifications": _notifications(view, w),
         "sync": _sync(view, w),
         "conflicts": _conflicts(view, w),
+        "refused_records": _refused(view, w),
         "fleet": _fleet(view, w),
         "peers": _peers(view, w),
         "tls": _tls(view, w),
@@ -277,6 +280,14 @@ def _conflicts(view: View, w: Words) -> Markup | None:
     if not view.conflicts:
         return None
     return _section("conflicts", w, conflicts_table(view.conflicts, w, pill=_pill, table=_table))
+
+
+def _refused(view: View, w: Words) -> Markup | None:
+    """Only where there are any."""
+    if not view.refused:
+        return None
+    table = refused_table(view.refused, w, table=_table, say=lambda text: phrase(text, view.language))
+    return _section("refused_records", w, table)
 
 
 def _identity(item: Mapping[str, Any], w: Words) -> str | None:

@@ -81,6 +81,21 @@ WORDS: Mapping[str, tuple[str, str]] = {
     "kind": ("Kind", "类型"),
     "conflicts": ("Records changed at both ends", "两端均有修改的记录"),
     "fields": ("Fields", "字段"),
+    "refused_records": ("Records of the cloud that were not taken", "未接收的云端记录"),
+    "refused_note": (
+        "Each was left out alone; those behind it were taken. Once it is changed at the cloud it comes again, and is no"
+        " longer listed here. More of them, with their ids:",
+        "仅跳过以下记录，其后的记录已正常接收。记录在云端修改后会重新下发，并从此处消失。完整列表（含编号）：",
+    ),
+    "record": ("Record", "记录"),
+    "feed_place": ("Place at the cloud (seq)", "云端序号 (seq)"),
+    "what_to_do": ("What to do", "处理方法"),
+    "not_right": ("{} is not {}", "{} 应为：{}"),
+    "mend_value": ("Correct the field at the cloud", "请在云端改正该字段"),
+    "mend_form": (
+        "Tell who runs the cloud: config/cloud-api.yaml has the form and the limits of records",
+        "请联系云端管理员：记录的格式与限制见 config/cloud-api.yaml",
+    ),
     "taken": ("Taken", "采用"),
     "open_reviews": ("Records to decide", "待裁决的记录"),
     "waiting_cloud": ("Waiting for the cloud", "等待上传云端"),

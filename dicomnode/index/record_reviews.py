@@ -91,11 +91,15 @@ class Reviews:
     def refused(self, limit: int = 100) -> list[Row]:
         """Records of the cloud that were not taken and why, the newest first; no values.
 
-        ``seq``: its place in the cloud's feed, 0 where it was looked at later; names are empty where they
-        could not be read.
+        One that was changed at the cloud since, and taken, is not among them. ``seq``: its place in the cloud's
+        feed, 0 where it was looked at later; names are empty where they could not be read.
         """
         return self.db.rows(
-            "SELECT seq, type, cloud_id, why, time FROM refused_records ORDER BY time DESC, seq DESC LIMIT ?", (limit,)
+            "SELECT seq, type, cloud_id, why, time FROM refused_records r WHERE NOT EXISTS"
+            " (SELECT 1 FROM cloud_records c WHERE c.type = r.type AND c.cloud_id = r.cloud_id"
+            " AND c.state = 'taken' AND c.seq > r.seq)"
+            " ORDER BY time DESC, seq DESC LIMIT ?",
+            (limit,),
         )
 
     def record(self, kind: str, name: str) -> Row:

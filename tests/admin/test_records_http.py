@@ -20,6 +20,17 @@ from tests.sync.index_case import CANARY, CANARY_ID, FakeClock, add_results, mak
 
 HEADER = {"X-Dicomnode": "1"}
 REFUSED = {"seq": 7, "type": "limits", "cloud_id": "", "why": "too deep", "time": "2026-01-02T00:00:00Z"}
+DEEP = "data: it is nested more than 32 deep"
+SAID_IN = {
+    "en": ("Records of the cloud that were not taken", DEEP, "Correct the field at the cloud", "too deep"),
+    "zh": (
+        "未接收的云端记录",
+        "data: 嵌套超过 32 层",
+        "PatientID 应为：不超过 64 个字符，且不含反斜杠",
+        "请在云端改正该字段",
+    ),
+}
+"""Of the section of refused records: reason and what to do."""
 
 
 @pytest.fixture
@@ -49,6 +60,9 @@ def conflict(db: Database, **more: Any) -> int:
 def test_values_are_shown_on_this_machine_only(db: Database, tmp_path: Path) -> None:
     number = conflict(db)
     with db.transaction():
+        for n, why in enumerate(("PatientID is not at most 64 characters without a backslash", DEEP)):
+            more = {"seq": 3 + n, "type": "patient", "cloud_id": CANARY_ID, "why": why, "time": "2026-01-01"}
+            db.insert("refused_records", REFUSED | more | {"address": ""})
         db.insert("refused_records", REFUSED | {"address": "https://cloud.example/v1"})
 
     async def body(client: ClientSession) -> None:
@@ -70,12 +84,12 @@ def test_values_are_shown_on_this_machine_only(db: Database, tmp_path: Path) -> 
             text = await answer.text()
         assert 'dicomnode_record_reviews_open{type="patient"} 1.0' in text
         for lang, words in (
-            ("en", ("Records changed at both ends", "to decide")),
-            ("zh", ("两端均有修改的记录", "待裁决")),
+            ("en", ("Records changed at both ends", "to decide", *SAID_IN["en"])),
+            ("zh", ("两端均有修改的记录", "待裁决", *SAID_IN["zh"])),
         ):
             async with client.get("/", params={"lang": lang}) as answer:
                 page = await answer.text()
-            assert all(w in page for w in words) and f"dicomnode conflicts show {number}" in page
+            assert [w for w in words if w not in page] == [] and f"dicomnode conflicts show {number}" in page
         async with client.get("/api/v1/records/refused") as answer:
             assert (await answer.json())["refused"][0] == REFUSED
         url = f"/api/v1/conflicts/{number}/decide"
@@ -166,3 +180,11 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert serving(db, "patient", "PABC") == {"PatientID": CANARY_ID, "PatientSex": "O"}
     assert Reviews(db, OFF).counts() == {} and settings.sync.conflicts.patients == "review"
     db.close()
+
+
+def test_a_dashboard_without_refused_records_has_no_section_for_them(db: Database, tmp_path: Path) -> None:
+    async def body(client: ClientSession) -> None:
+        async with client.get("/") as answer:
+            assert "refused_records" not in await answer.text()
+
+    drive(db, node(tmp_path), body)

@@ -68,6 +68,20 @@ def test_a_feed_that_goes_round_in_circles_is_told_once(
     run(tmp_path, body)
 
 
+def test_what_is_mended_at_the_cloud_is_no_longer_listed_as_refused(tmp_path: Path) -> None:
+    async def body(cloud: Cloud, node: Node) -> None:
+        await cloud.change(*PREF, language="xx")
+        assert await node.pull() == {Taken.refused: 1}
+        [left] = node.reviews.refused()
+        assert (left["cloud_id"], left["why"]) == ("dashboard", "language is not en, zh or empty")
+        await cloud.change(*PREF, language="yy")
+        assert await node.pull() == {Taken.refused: 1} and len(node.reviews.refused()) == 2
+        await cloud.change(*PREF, language="zh")
+        assert await node.pull() == {Taken.applied: 1} and node.reviews.refused() == []
+
+    run(tmp_path, body)
+
+
 def test_records_are_decided_some_in_a_commit_and_one_that_fails_takes_none_with_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
