@@ -214,13 +214,13 @@ def test_mutated_bytes_raise_only_our_error(
     for place, value in changes:
         data[place % len(data)] = value
     data = data[: len(data) if cut > 5000 else cut % len(data)] + extra
-    begin = time.perf_counter()
+    begin = time.process_time()
     try:
         found = read_header(data, sample[1], WANTED)
     except MalformedDataSet:
         found = {}
     assert all(isinstance(v, str) for v in found.values())
-    assert time.perf_counter() - begin < 2.0
+    assert time.process_time() - begin < 2.0, "of the processor: what a busy machine adds does not count"
 
 
 @given(st.binary(max_size=300), st.sampled_from([IMPLICIT, EXPLICIT, BIG, DEFLATED, "1.2.840.10008.1.2.4.70", "", "x"]))

@@ -40,18 +40,6 @@ CHANGE = {"X-Dicomnode": "1"}
 Body = Callable[[ClientSession], Awaitable[None]]
 
 
-@pytest.fixture
-def clock() -> FakeClock:
-    return FakeClock()
-
-
-@pytest.fixture
-def db(tmp_path: Path, clock: FakeClock) -> Any:
-    database = Database(tmp_path, clock)
-    yield database
-    database.close()
-
-
 def node(tmp_path: Path, **sections: Any) -> Settings:
     return make_settings(tmp_path, **{"peers": [PACS], "rules": [RULE], "dimse": {"workers": 1}, **sections})
 

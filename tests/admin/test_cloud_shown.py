@@ -31,11 +31,6 @@ TOLD = {
 
 
 @pytest.fixture
-def clock() -> FakeClock:
-    return FakeClock()
-
-
-@pytest.fixture
 def db(tmp_path: Path, clock: FakeClock) -> Any:
     database = Database(tmp_path, clock)
     add_results(database, tmp_path, 2, cloud=CloudPlan("cloud", Sync().lanes, records=True))

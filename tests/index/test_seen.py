@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -14,18 +14,6 @@ from tests.index.rows import START, FakeClock
 
 NOW = START.timestamp()
 PEERS = ("ct", "pacs")
-
-
-@pytest.fixture
-def clock() -> FakeClock:
-    return FakeClock()
-
-
-@pytest.fixture
-def db(tmp_path: Path, clock: FakeClock) -> Iterator[Database]:
-    database = Database(tmp_path, clock)
-    yield database
-    database.close()
 
 
 def test_kinds_of_processes_share_and_the_last_word_counts(db: Database) -> None:

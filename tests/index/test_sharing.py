@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 
 from dicomnode.index import sharing
 from dicomnode.index.database import Database, Row
 from dicomnode.index.jobs import Jobs
 from tests.index.rows import FakeClock, job, outcome
-
-
-@pytest.fixture
-def clock() -> FakeClock:
-    return FakeClock()
-
-
-@pytest.fixture
-def db(tmp_path: Path, clock: FakeClock) -> Iterator[Database]:
-    made = Database(tmp_path, clock=clock)
-    yield made
-    made.close()
 
 
 def together(db: Database, count: int = 3) -> list[int]:

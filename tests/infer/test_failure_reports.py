@@ -19,18 +19,6 @@ from dicomnode.settings import Settings
 from tests.index.rows import FakeClock, instance, series_row
 
 
-@pytest.fixture
-def clock() -> FakeClock:
-    return FakeClock()
-
-
-@pytest.fixture
-def db(tmp_path: Path, clock: FakeClock):
-    made = Database(tmp_path / "data", clock)
-    yield made
-    made.close()
-
-
 def refused(db: Database) -> int:
     """A refused job whose rule wants a report."""
     Catalogue(db).commit([instance()])

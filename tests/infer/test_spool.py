@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
-
 from dicomnode.cloud_settings import CloudPlan
 from dicomnode.index.cloud_outbox import CloudOutbox
 from dicomnode.index.database import Database
 from dicomnode.index.jobs import PRIORITIES, Jobs
 from dicomnode.index.spool import Spool
 from tests.index.rows import FakeClock, job, outcome
-
-
-@pytest.fixture
-def clock() -> FakeClock:
-    return FakeClock()
-
-
-@pytest.fixture
-def db(tmp_path, clock):
-    database = Database(tmp_path, clock)
-    yield database
-    database.close()
 
 
 def test_it_fills_and_empties(db: Database, clock: FakeClock) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from aiohttp import web
@@ -18,18 +17,6 @@ from tests.sync.cloud_fake import FakeCloud, served
 from tests.sync.index_case import FakeClock, add_results, as_they_are, make_settings, sender_of, states
 
 Fault = Callable[[FakeCloud, web.Request, bytes], web.Response | None]
-
-
-@pytest.fixture
-def clock() -> FakeClock:
-    return FakeClock()
-
-
-@pytest.fixture
-def db(tmp_path: Path, clock: FakeClock) -> Any:
-    database = Database(tmp_path, clock)
-    yield database
-    database.close()
 
 
 def drive(

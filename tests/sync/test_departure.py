@@ -43,11 +43,6 @@ PLAN = CloudPlan("cloud", Sync().lanes, records=True)
 
 
 @pytest.fixture
-def clock() -> FakeClock:
-    return FakeClock()
-
-
-@pytest.fixture
 def db(tmp_path: Path, clock: FakeClock) -> Any:
     database = Database(tmp_path / "data", clock)
     yield database

@@ -103,9 +103,7 @@ def test_soon_and_stop_in_the_middle_of_a_task() -> None:
         while not schedule.report()["long"]["running_seconds"]:
             await asyncio.sleep(0.001)
         assert schedule.report()["long"]["runs"] == 0, "one that hangs is seen while it does"
-        begin = time.monotonic()
         await schedule.stop()
-        assert time.monotonic() - begin < 1
-        assert cancelled == [1]
+        assert cancelled == [1], "it was not waited for"
 
     asyncio.run(main())

@@ -60,12 +60,13 @@ def test_the_sidecar_does_its_work_and_ends_at_once(tmp_path: Path) -> None:
             add_results(db, data)
             doorbell.ring(data, "sidecar")
             await until(lambda: states(db) == ["stored"])
+            pulled = 'dicomnode_scheduled_runs_total{outcome="ok",process="sidecar",task="model-pull"}'
             async with ClientSession() as client:
                 async with client.get(f"http://127.0.0.1:{port}/health") as answer:
                     assert await answer.json() == {"alive": True}
-                async with client.get(f"http://127.0.0.1:{port}/metrics") as answer:
-                    text = await answer.text()
-            assert 'dicomnode_scheduled_runs_total{outcome="ok",process="sidecar",task="model-pull"}' in text
+                async with asyncio.timeout(20):  # the model serves before the run that fetched it has ended
+                    while pulled not in await (await client.get(f"http://127.0.0.1:{port}/metrics")).text():
+                        await asyncio.sleep(0.05)
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             writer.write(b"NONSENSE\r\n\r\n")
             refusal = await reader.read()

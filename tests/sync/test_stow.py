@@ -21,18 +21,6 @@ from tests.sync.index_case import FakeClock, add_results, as_they_are, make_sett
 Body = Callable[[CloudSender, FakeCloud], Awaitable[None]]
 
 
-@pytest.fixture
-def clock() -> FakeClock:
-    return FakeClock()
-
-
-@pytest.fixture
-def db(tmp_path: Path, clock: FakeClock) -> Any:
-    database = Database(tmp_path, clock)
-    yield database
-    database.close()
-
-
 def drive(db: Database, tmp_path: Path, body: Body, script: list[Any] | None = None, **cloud: Any) -> FakeCloud:
     """With identity, so that what arrives can be compared with what is stored; see test_departure.py."""
     fake = FakeCloud(list(script or []))

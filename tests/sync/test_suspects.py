@@ -40,18 +40,6 @@ class Mortal(CloudSender):
         return await super()._ask(lane, request, things, items, alone)
 
 
-@pytest.fixture
-def clock() -> FakeClock:
-    return FakeClock()
-
-
-@pytest.fixture
-def db(tmp_path: Path, clock: FakeClock) -> Any:
-    database = Database(tmp_path, clock)
-    yield database
-    database.close()
-
-
 def one(db: Database, what: str, item: int) -> Any:
     return db.value(f"SELECT {what} FROM sync_items WHERE id = ?", (item,))
 
