@@ -175,7 +175,7 @@ def test_fragments_for_ever_end_at_a_limit(node: Node, kind: str) -> None:
     assoc.sock.close()
     assert rss(node) - before < 80 << 20
     node.wait(lambda: files(node) == stored, 10, "nothing of it stays")
-    node.wait(lambda: node.events("limit"), 5, "the event is there")
+    node.wait(lambda: node.events("limit"), 20, "the event is there")
 
 
 def stores(node: Node, syntax: str, data: bytes) -> int:

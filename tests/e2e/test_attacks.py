@@ -88,7 +88,7 @@ def test_connections_of_one_address_are_capped(node: Node) -> None:
         assert assoc.echo() == 0x0000
     for sock in (*held, surplus):
         sock.close()
-    node.wait(lambda: any("too many connections" in e["text"] for e in node.events("limit")), 5, "the event is there")
+    node.wait(lambda: any("too many connections" in e["text"] for e in node.events("limit")), 20, "the event is there")
 
     wait_for(lambda: admitted(node, "127.0.0.8"), 5, "closed connections no longer count")
 
@@ -150,7 +150,7 @@ def test_p_data_that_stalls_is_aborted_at_its_deadline(node: Node, drip: bool) -
     assoc.sock.close()
     assert took < PDU_SECONDS + 3
     assert node.instance(item.sop_instance_uid) is None
-    node.wait(lambda: any("deadline" in e["text"] for e in node.events("limit")), 5, "the event is there")
+    node.wait(lambda: any("deadline" in e["text"] for e in node.events("limit")), 20, "the event is there")
 
 
 def test_an_associations_between_messages_may_be_idle(node: Node) -> None:

@@ -38,9 +38,16 @@ def refusals(node: Node) -> list[str]:
     return [e["text"] for e in status["rejections"] + status["events"]]
 
 
-def log_has(node: Node, *words: str) -> bool:
-    lines = node.log.read_text(errors="replace").splitlines()
-    return any(all(w in line for w in words) for line in lines)
+def wait_told(node: Node, *words: str, event: str = "") -> None:
+    """The log, and the events of a kind, say so; a refusal is told once it was answered."""
+
+    def told() -> bool:
+        lines = node.log.read_text(errors="replace").splitlines()
+        if not any(all(w in line for w in words) for line in lines):
+            return False
+        return not event or any(all(w in e["text"] for w in words) for e in node.events(event))
+
+    node.wait(told, 20, f"it is told: {words}")
 
 
 # Objects
@@ -99,7 +106,7 @@ def test_command_and_data_set_must_name_the_same_instance(node: Node) -> None:
     with Association(node.port) as assoc:
         assert assoc.store(item, uid="1.2.3.4") == MISMATCH
         assert assoc.store(item) == SUCCESS
-    assert log_has(node, "0xA900", "SOPInstanceUID differs")
+    wait_told(node, "0xA900", "SOPInstanceUID differs", event="store-refused")
     assert any("0xA900 SOPInstanceUID differs" in text for text in refusals(node))
 
 
@@ -117,7 +124,7 @@ def test_without_its_uids_an_object_is_refused(node: Node, keyword: str) -> None
     item = Item(series.items[0].sop_class_uid, series.items[0].sop_instance_uid, EXPLICIT_LITTLE, buffer.getvalue())
     with Association(node.port) as assoc:
         assert assoc.store(item) == MISMATCH
-    assert log_has(node, "0xA900", f"{keyword} is missing")
+    wait_told(node, "0xA900", f"{keyword} is missing")
 
 
 @pytest.mark.parametrize("keep", [0, 7, 100, 300, 700])
@@ -163,7 +170,7 @@ def test_malformed_files_get_an_answer_and_harm_nothing(node: Node, path: Path, 
 def test_the_deeply_nested_file_is_not_understood(node: Node, shared_data: Path) -> None:
     item = item_of(shared_data / "malformed" / "2026-05-06-Deeply-Nested-Sequence.dcm")
     assert send_items(node.port, [item]) == [CANNOT_UNDERSTAND]
-    assert log_has(node, "0xC000", "nested deeper")
+    wait_told(node, "0xC000", "nested deeper")
 
 
 # Series that the model cannot take: a job that says why.
@@ -176,7 +183,7 @@ def test_a_gap_is_refused_with_its_reason(node: Node) -> None:
     job = node.wait_job(series.series_uid, state="refused")
     assert job["reason"].startswith("quiet-period")
     assert job["last_error"].startswith("GAP: 1 gap(s) between slices, about 2 slice(s) missing")
-    node.wait(lambda: any("GAP" in e["text"] for e in node.events("job-refused")), 5, "the event is there")
+    node.wait(lambda: any("GAP" in e["text"] for e in node.events("job-refused")), 20, "the event is there")
     next_study_works(node)
 
 
@@ -233,8 +240,8 @@ def test_strangers_are_rejected_with_the_reason_of_the_standard(
     with pytest.raises(Rejected) as rejected:
         Association(node.port, called=called, calling=calling)
     assert rejected.value.fields == fields
-    node.wait(lambda: any(words in e["text"] for e in node.events("association-rejected")), 5, "the event is there")
-    assert log_has(node, "association rejected", words)
+    node.wait(lambda: any(words in e["text"] for e in node.events("association-rejected")), 20, "the event is there")
+    wait_told(node, "association rejected", words)
     assert any(words in text for text in refusals(node))
     assert any(words in e["text"] for e in json.loads(node.cli("events", "--json")))
 
@@ -280,8 +287,7 @@ def test_a_full_disk_answers_a700_before_the_reserve_and_resumes(tmp_path: Path,
     free = os.statvfs(small_volume)
     assert free.f_bavail * free.f_frsize >= (reserve_mb - 1) << 20
     assert node.rows("SELECT count(*) AS n FROM instances")[0]["n"] == statuses.count(SUCCESS)
-    assert "0xA700" in node.events("store-refused")[0]["text"]
-    assert log_has(node, "0xA700", "free space is at the reserve")
+    wait_told(node, "0xA700", "free space is at the reserve", event="store-refused")
     ballast.unlink()
     assert set(send_items(node.port, make_series("resumed").items)) == {SUCCESS}
     assert node.stop() == 0

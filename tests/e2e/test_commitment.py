@@ -119,6 +119,7 @@ def test_a_pacs_that_lost_a_result_gets_it_again(site: Node, odd: Committer) -> 
     series = send(site, "odd")
     rows = wait_states(site, series, "committed", "committed")
     assert [odd.stored.count(r["SOPInstanceUID"]) for r in rows] == [1, 2]
+    site.wait(lambda: [e for e in site.events("commitment-failed") if e["subject"] == "odd"], 20, "the event is there")
     (event,) = [e for e in site.events("commitment-failed") if e["subject"] == "odd"]
     assert "1 with 0x0112" in event["text"]
 
@@ -151,7 +152,8 @@ def test_a_modality_that_went_away_gets_its_report(site: Node, ports: dict[str, 
         modality.assoc.abort()
     with Requester(port=ports["mod"]) as modality:
         assert modality.aside.wait() == [(1, "1.9.1", set(uids), {})]
-    assert site.rows("SELECT state FROM commitments WHERE TransactionUID = '1.9.1'") == [{"state": "reported"}]
+    state = "SELECT state FROM commitments WHERE TransactionUID = '1.9.1'"
+    site.wait(lambda: site.rows(state) == [{"state": "reported"}], 20, "its answer to the report is committed")
 
 
 def test_transactions_are_shown_without_uids_of_objects(site: Node, odd: Committer) -> None:

@@ -119,7 +119,7 @@ def test_a_refusal_for_good_is_parked_and_can_be_retried(node: Node, ports: dict
         lambda: [d["state"] for d in node.deliveries(series)] == ["rejected", "rejected"], 40, "both are rejected"
     )
     assert all("0xA900" in d["last_error"] for d in node.deliveries(series))
-    assert any(e["subject"] == "picky" for e in node.events("delivery-rejected"))
+    node.wait(lambda: any(e["subject"] == "picky" for e in node.events("delivery-rejected")), 20, "the event is there")
     willing.append(True)
     for delivery in node.deliveries(series):
         node.cli("deliveries", "retry", str(delivery["id"]))

@@ -119,7 +119,7 @@ def test_who_takes_no_label_map_gets_binary_with_its_own_report(site: Site) -> N
         evidence = read(site, by_peer[peer][sr]).to_json()
         assert by_peer[peer][seg]["SOPInstanceUID"] in evidence
     assert by_peer["new"]["LABELMAP"]["SOPInstanceUID"] in site.new.stored
-    assert any(e["kind"] == "delivery-fallback" for e in site.node.events())
+    site.node.wait(lambda: site.node.events("delivery-fallback"), 20, "the event is there")
     listed = json.loads(site.node.cli("deliveries", "list", "--json"))
     assert {"LABELMAP", "LABELMAP-SR"} <= {d["instead_of"] for d in listed}
 

@@ -250,7 +250,7 @@ def test_a_refused_query_is_told_to_findscu(flooded: Node) -> None:
 
     def ask(number: int) -> None:
         done = run_program(
-            "findscu", "-S", "-d", "-aet", "OTHER", "-aec", "DICOMNODE", *(["--repeat", 30] if number else []),
+            "findscu", "-S", "-d", "-aet", "OTHER", "-aec", "DICOMNODE", *(["--repeat", 6] if number else []),
             "-k", "QueryRetrieveLevel=STUDY", "-k", "StudyInstanceUID=1.2.3", "127.0.0.1", flooded.port,
         )  # fmt: skip
         out.append(done.stderr + done.stdout)

@@ -25,7 +25,7 @@ from dicomnode.index.desired import DesiredStates
 from dicomnode.index.record_reviews import serving
 from dicomnode.model_desk import ModelDesk
 from dicomnode.settings import Settings
-from dicomnode.sync import fleet_calls, http
+from dicomnode.sync import fleet_calls, http, pull_records
 from dicomnode.sync.departure import Departures
 from dicomnode.sync.desired import DesiredState
 from dicomnode.sync.endpoints import Endpoints
@@ -213,7 +213,9 @@ def test_a_feed_of_records(
             assert sum(counted.values()) <= 3 and set(counted) == {"applied"}
             assert not it.db.row("SELECT 1 AS one FROM record_conflicts")
 
-    asyncio.run(asyncio.wait_for(main(), 20))
+    for name in ("MAX_PAGE_BYTES", "MOST_SKIPPED_BYTES"):  # of a page without an end, which is read at a pace
+        monkeypatch.setattr(pull_records, name, 1 << 20)
+    asyncio.run(asyncio.wait_for(main(), 60))
 
 
 @pytest.fixture(scope="module")
