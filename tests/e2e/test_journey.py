@@ -119,5 +119,5 @@ def test_dcmsend_brings_a_series_and_results_arrive(node: Node, pacs: Orthanc, t
     done = run_program("dcmsend", "-aet", "CT1", "-aec", "DICOMNODE", "127.0.0.1", str(node.port), *files)
     assert done.returncode == 0, done.stderr
     node.wait_delivered(series.series_uid)
-    found = wait_for(lambda: pacs.instances(series.study_uid), 5, "the PACS has the study")
+    found = wait_for(lambda: pacs.instances(series.study_uid), 20, "the PACS has the study")
     assert {modality: len(ids) for modality, ids in found.items()} == {"SEG": 1, "SR": 1}

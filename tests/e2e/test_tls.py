@@ -122,7 +122,7 @@ def test_rejection_tells_the_administrator_the_certificate(receiver: SecureNode,
         texts = event_texts(receiver, "association-rejected")
         return any(site.mr.sha256 in text and "peer 'ct'" in text for text in texts)
 
-    receiver.wait(told, 5, "the event names the certificate")
+    receiver.wait(told, 20, "the event names the certificate")
 
 
 def test_peer_with_tls_may_not_call_plain(receiver: SecureNode) -> None:
@@ -144,7 +144,7 @@ def test_handshakes_that_are_refused(
     }[fault]
     with pytest.raises(Cut):
         Association(receiver.tls_port, calling="CT", secure=wrap(site, identity, version=version))
-    receiver.wait(lambda: event_texts(receiver, "tls-refused"), 5, "the event is there")
+    receiver.wait(lambda: event_texts(receiver, "tls-refused"), 20, "the event is there")
 
 
 def test_plain_dicom_at_the_tls_port_is_cut_at_once(receiver: SecureNode) -> None:
@@ -152,7 +152,7 @@ def test_plain_dicom_at_the_tls_port_is_cut_at_once(receiver: SecureNode) -> Non
     with pytest.raises(Cut):
         Association(receiver.tls_port, calling="CT1")
     assert time.monotonic() - begin < HANDSHAKE_SECONDS
-    receiver.wait(lambda: "does not speak TLS" in str(event_texts(receiver, "tls-refused")), 5, "the event is there")
+    receiver.wait(lambda: "does not speak TLS" in str(event_texts(receiver, "tls-refused")), 20, "the event is there")
 
 
 def test_the_end_of_a_peers_certificate_is_known_from_its_call(receiver: SecureNode, site: Site) -> None:

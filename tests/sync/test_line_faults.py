@@ -258,8 +258,11 @@ def test_metrics_into_prometheus(
                     assert settled == 0 or fault in (*DONE_UNDER, *SHORT), settled
                     assert bool(push.report()["error"]) == (push.report()["waiting"] > 0)
                     proxy.fault = "pass"
-                clock.pass_by(90)
-                await push.push()
+                for _ in range(20):  # a busy machine may need more than the second that a request has here
+                    clock.pass_by(90)
+                    await push.push()
+                    if not push.report()["waiting"]:
+                        break
             assert push.report()["waiting"] == 0 and push.report()["error"] == ""
             db.close()
             [one] = prometheus.series(f'dicomnode_try{{instance="{fault.upper()}"}}', time.time() + 60, 7200)

@@ -53,7 +53,7 @@ class Site:
         cloud = {
             "models": [{"name": NAME, "policy": self.policy}],
             "repository": repository,
-            "timeout_seconds": 2,
+            "timeout_seconds": 20,
             "keep_retired": 0,
         }
         return settings_of(self.folder, cloud=cloud, sync={"offline_mode": self.mode})
