@@ -82,7 +82,7 @@ def run_worker(settings: Settings) -> int:
 
 
 LOOKING_SHARE = 0.2
-"""Of the time for looks at open series: while images arrive the bell rings with each commit."""
+"""Of one core for looks at open series: while images arrive the bell rings with each commit."""
 
 
 def _select(shell: Shell, selector: Any, bell: doorbell.Doorbell, on_bell: Callable[[], None]) -> None:
@@ -91,10 +91,12 @@ def _select(shell: Shell, selector: Any, bell: doorbell.Doorbell, on_bell: Calla
     while not shell.stop.is_set():
         bell.wait(wait)
         on_bell()
-        begin = time.monotonic()
+        begin = time.thread_time()  # what it waited for the index took nothing from anybody
         try:
             wait = selector.run_once()
-            shell.stop.wait((time.monotonic() - begin) * (1.0 / LOOKING_SHARE - 1.0))
+            pause = (time.thread_time() - begin) * (1.0 / LOOKING_SHARE - 1.0)
+            shell.stop.wait(pause)
+            wait -= pause
         except NodeError as error:
             shell.log.error("selection failed, trying again", error=str(error))
             wait = doorbell.SLOW_BEAT_SECONDS

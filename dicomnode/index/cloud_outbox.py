@@ -162,6 +162,11 @@ class CloudOutbox(Outbox):
             del row["data"]
         return rows
 
+    def waiting(self, ids: Sequence[int]) -> set[int]:
+        """Those of these items that have not arrived and will be tried."""
+        look = "SELECT 1 FROM sync_items WHERE id = ? AND state IN ('pending', 'sending')"
+        return {item for item in ids if self.db.value(look, (item,))}
+
     def waiting_bytes(self) -> int:
         """Bytes of what has not arrived yet: stored objects and the content of records."""
         return int(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
+import apsw
+
 from dicomnode import durable, logs, metrics
 from dicomnode.durable import SyncFailed
 from dicomnode.errors import (
@@ -15,6 +17,7 @@ from dicomnode.errors import (
     NodeError,
     OperatorError,
     PeerAway,
+    StorageError,
     UnsuitableSeries,
 )
 from dicomnode.index.database import Row
@@ -22,6 +25,18 @@ from dicomnode.index.jobs import Jobs
 from dicomnode.index.operation import Events, Severity
 from dicomnode.infer.routing import Router
 from dicomnode.rollout import RunState
+
+_PASSES = (
+    StorageError,
+    OSError,
+    apsw.BusyError,
+    apsw.LockedError,
+    apsw.FullError,
+    apsw.IOError,
+    apsw.CantOpenError,
+    apsw.ReadOnlyError,
+)
+"""What the index or its disk raises until somebody has made room, or has let go of a lock."""
 
 MEMORY_WAITS = 100
 """Waits of one job for memory of the GPU, some eight hours in all: from then on it counts as too large for it."""
@@ -128,7 +143,7 @@ class Endings:
         """
         try:
             self._settle(job_id, end)
-        except Exception as error:  # noqa: BLE001 of the index or its disk, whatever it is: it is tried again
+        except _PASSES as error:
             self._owed.append((job_id, end))
             self._log.error(
                 "how a job ended could not be written, tried again",
@@ -145,18 +160,26 @@ class Endings:
         for owed in tuple(self._owed):
             try:
                 self._settle(*owed)
-            except Exception:  # noqa: BLE001 told when it was owed first
+            except _PASSES:  # told when it was owed first
                 return False
             with suppress(ValueError):  # the thread that leaves on a stop signal may have been quicker
                 self._owed.remove(owed)
         return True
 
     def _settle(self, job_id: int, end: Callable[[], None]) -> None:
+        """Raises what passes. What does not would keep this worker from all others: then the lease runs out."""
         try:
             end()
         except LeaseLost as error:
             metrics.job("lost")
             self._log.info("job was taken over", job=job_id, cause=error.cause)
+        except _PASSES:
+            raise
+        except Exception as error:  # noqa: BLE001
+            kind = type(error).__name__
+            self._log.exception("how a job ended could not be written", job=job_id, exc_type=kind)
+            text = f"how it ended cannot be written (unexpected {kind}); its lease runs out, then it is tried again"
+            self.tell("error", "job-ending", f"job {job_id}", f"{text}. Report this")
 
     def tell(self, severity: Severity, kind: str, about: str, text: str) -> None:
         """An event about what is committed already; one that is not taken must not undo it."""

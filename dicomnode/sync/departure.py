@@ -49,6 +49,7 @@ class Departures:
         self._rules = ServingRules(settings, db, tell=False)
         self._pseudonyms: Pseudonyms | None = None
         self._key = b""
+        self._told_apart = False
         self._leave = take_away
         self._new: dict[tuple[str, str], str] = {}
         self._kept: set[tuple[str, str]] = set()
@@ -58,11 +59,13 @@ class Departures:
     def ready(self) -> None:
         """Raises OperatorError when there is no usable key; then nothing leaves."""
         with self._lock:
-            if self._pseudonyms is not None:
-                return
-            self._key = ensure_key(self._settings, used=self._rows.used)
-            self._pseudonyms = codec = Pseudonyms(self._key)
-        self._rows.tell_apart(codec)  # once, and not under _lock: as in keep
+            if self._pseudonyms is None:
+                self._key = ensure_key(self._settings, used=self._rows.used)
+                self._pseudonyms = Pseudonyms(self._key)
+            codec = self._pseudonyms
+        if not self._told_apart:
+            self._rows.tell_apart(codec)  # not under _lock: as in keep
+            self._told_apart = True
 
     def object(self, item: Row, path: Path) -> tuple[str, bytes | None]:
         if self._identified(item):
@@ -146,9 +149,8 @@ class Departures:
             if not new:
                 return
             try:
-                self._rows.keep(
-                    new, self._pseudonyms
-                )  # not under _lock: who has the index's turn may be about to note something
+                # Not under _lock: who has the index's turn may be about to note something.
+                self._rows.keep(new, self._pseudonyms)
             except BaseException:
                 with self._lock:
                     self._new = {**new, **self._new}

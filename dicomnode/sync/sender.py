@@ -83,6 +83,7 @@ class CloudSender:
         self._blame = Blame()
         self._lone = asyncio.Lock()
         self._unread = set[int]()
+        """Items that the disk did not give when they were tried last."""
         self._node = node_name(settings.node.ae_title)
         self._log = logs.get()
 
@@ -334,6 +335,7 @@ class CloudSender:
         else:
             self.outbox.retry(item["id"], self.owner, cause, first=first, longest=longest)
         if disk:
+            self._unread &= self.outbox.waiting(tuple(self._unread))  # others were withdrawn, or parked by an operator
             if not self._unread:
                 Events(self.db).add("error", "disk", f"item {item['id']}", cause)
             self._unread.add(item["id"])

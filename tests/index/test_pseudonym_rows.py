@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +13,8 @@ import pytest
 import sqlite_utils
 
 from dicomnode.cloud_settings import OFF
+from dicomnode.errors import StorageError
+from dicomnode.index import database
 from dicomnode.index.catalogue import Catalogue
 from dicomnode.index.corrections import corrected_study, read_corrections
 from dicomnode.index.database import Database
@@ -112,6 +116,23 @@ def test_pseudonyms_of_an_earlier_version_stay_and_are_told_apart_by_the_key(
         assert corrected(db).get("A^B", {"PatientSex": "F"}) == {"PatientSex": "F"}
     finally:
         db.close()
+
+
+def test_they_are_told_apart_as_soon_as_the_index_takes_it(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    keep(db, None)
+    assert {r["issuer"] for r in PseudonymRows(db).find("A^B")} == {None}
+    key = db.data_dir / "cloud-pseudonyms.key"
+    key.write_bytes(b"k" * 32)
+    key.chmod(0o600)
+    departures = Departures(make_settings(db.data_dir), db)
+    monkeypatch.setattr(database, "BUSY_MILLISECONDS", 20)
+    fd = os.open(db.data_dir / "index.turn", os.O_RDWR)
+    fcntl.flock(fd, fcntl.LOCK_EX)  # another process writes
+    with pytest.raises(StorageError):
+        departures.ready()
+    os.close(fd)
+    departures.ready()
+    assert {r["issuer"] for r in PseudonymRows(db).find("A^B")} == {"", "B"}
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,31 @@ def test_nothing_new_is_begun_while_the_index_takes_no_endings(db: Database, mon
     assert worker.run_once() and column(db, "state", ids) == ["refused", "done"] and trap.rows == [1]
 
 
+@pytest.mark.parametrize("error", [KeyError("CANARY"), apsw.ConstraintError("CANARY")])
+def test_an_ending_that_can_never_be_written_keeps_no_other_job_waiting(
+    db: Database, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """It is our own fault, and the next ending of that job may be one that can be written."""
+    worker, trap = a_worker(db)
+    ids = [queue(db, 1, PresentationIntentType="FOR PROCESSING"), queue(db, 2, priority="batch")]
+    with monkeypatch.context() as patch:
+        patch.setattr(Jobs, "refuse", lambda *_: _raise(error))
+        assert worker.run_once() and column(db, "state", ids) == ["running", "pending"]
+        assert worker.run_once() and column(db, "state", ids) == ["running", "done"] and trap.rows == [1]
+    [event] = [e for e in Events(db).listing() if e["kind"] == "job-ending"]
+    assert event["subject"] == f"job {ids[0]}" and type(error).__name__ in event["text"]
+    assert "CANARY" not in event["text"]
+    with db.transaction():  # its lease runs out
+        db.execute("UPDATE jobs SET lease_until = 0 WHERE id = ?", (ids[0],))
+    while worker.run_once():
+        pass
+    with db.transaction():
+        db.execute("UPDATE jobs SET next_at = 0 WHERE id = ?", (ids[0],))
+    while worker.run_once():
+        pass
+    assert column(db, "state", ids) == ["refused", "done"]
+
+
 def test_an_event_that_is_not_taken_undoes_nothing(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     worker, _ = a_worker(db)
     ids = [queue(db, 1), queue(db, 2, PresentationIntentType="FOR PROCESSING"), queue(db, 3)]

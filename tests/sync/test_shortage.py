@@ -136,6 +136,36 @@ def test_what_cannot_be_made_ready_hits_one_item_and_no_other(tmp_path: Path, ki
     db.close()
 
 
+def test_a_disk_that_errs_is_told_again_when_what_it_kept_before_is_not_wanted_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = FakeClock()
+    db = Database(tmp_path, clock)
+    for _ in range(2):
+        add_results(db, tmp_path)
+    as_they_are(db)
+    sender = sender_of(make_settings(tmp_path, cloud={"stow_url": "http://127.0.0.1:9/studies"}), db)
+
+    def errs(path: Path) -> str:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(durable, "sha256_file", errs)
+
+    def told() -> list[str]:
+        asyncio.run(sender.flush())
+        clock.now += 3600
+        return [str(r["subject"]) for r in db.rows("SELECT subject FROM events WHERE kind = 'disk' ORDER BY id")]
+
+    assert told() == told() == ["item 1"], "once, for all that wait"
+    with db.transaction():
+        db.execute("UPDATE sync_items SET state = 'rejected'")  # an operator has given them up
+    assert told() == ["item 1"]
+    add_results(db, tmp_path)
+    as_they_are(db)
+    assert told() == told() == ["item 1", "item 3"]
+    db.close()
+
+
 def test_a_disk_that_errs_while_a_file_is_sent_blames_neither_object_nor_endpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
