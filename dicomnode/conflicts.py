@@ -186,6 +186,18 @@ def _field(edge: Any, cloud: Any, common: Any) -> Any:
     return cloud if _same(edge, common) else edge
 
 
+def filled_since(winner: Data, other: Data, common: Data) -> dict[str, Any]:
+    """Fields that were an empty text at both ends, and that the side that did not win has filled since.
+
+    The winner decided nothing about them: it has them empty as they came. One that it emptied itself stays so.
+    """
+
+    def blank(value: Any) -> bool:
+        return isinstance(value, str) and not value.strip()
+
+    return {k: other[k] for k, v in winner.items() if blank(v) and blank(common.get(k)) and not empty(other.get(k))}
+
+
 def differing(one: Data, other: Data) -> tuple[str, ...]:
     """Names of top-level fields that are not the same on both sides, sorted."""
     return tuple(

@@ -10,7 +10,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dicomnode.conflicts import DEFAULTS, KIND_OF, Decision, Kind, Limits, Outcome, Side, Strategy, decide, empty, merge
+from dicomnode.conflicts import (
+    DEFAULTS,
+    KIND_OF,
+    Data,
+    Decision,
+    Kind,
+    Limits,
+    Outcome,
+    Side,
+    Strategy,
+    decide,
+    empty,
+    filled_since,
+    merge,
+)
 from dicomnode.conflicts import returned as came_back
 
 NOW = datetime(2026, 11, 29, 12, 0, tzinfo=UTC)
@@ -142,6 +156,25 @@ def test_the_decision_is_one_side_or_a_merge_of_both(strategy: Strategy, history
     else:
         assert made.data == cloud.data  # also under review: the cloud's value serves until then
     assert (made.outcome is Outcome.same) == (not made.fields)
+
+
+@pytest.mark.parametrize(
+    ("winner", "other", "common", "filled"),
+    [
+        ({"a": ""}, {"a": "x"}, {"a": ""}, {"a": "x"}),
+        ({"a": " "}, {"a": 0}, {"a": ""}, {"a": 0}),
+        ({"a": ""}, {"a": "x"}, {"a": "y"}, {}),  # it was emptied, and that won
+        ({"a": ""}, {"a": "x"}, {}, {}),  # so it was here
+        ({"a": ""}, {}, {"a": ""}, {}),
+        ({}, {"a": "x"}, {"a": ""}, {}),  # taken away
+        ({"a": None}, {"a": "x"}, {"a": ""}, {}),
+        ({"a": "z"}, {"a": "x"}, {"a": ""}, {}),
+    ],
+)
+def test_what_was_empty_and_is_filled_by_the_other_side_is_no_decision(
+    winner: Data, other: Data, common: Data, filled: Data
+) -> None:
+    assert filled_since(winner, other, common) == filled
 
 
 @pytest.mark.parametrize(

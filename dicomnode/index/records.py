@@ -14,7 +14,7 @@ from typing import Any
 
 from dicomnode.clock import iso
 from dicomnode.cloud_settings import CloudPlan, Conflicts
-from dicomnode.conflicts import KIND_OF, Decision, Outcome, Side, decide, differing, returned
+from dicomnode.conflicts import KIND_OF, Decision, Outcome, Side, decide, differing, filled_since, returned
 from dicomnode.index.cloud_rows import canonical, put_record
 from dicomnode.index.database import Database, Row
 from dicomnode.index.record_reviews import close, origin_of
@@ -235,7 +235,11 @@ class Records:
             self._note(came, name, held, made, strategy, home, taken, keys)
         if made.outcome is Outcome.review:
             return Taken.review
-        serves = returned(home, ours, made.data)
+        data = made.data
+        if common is not None and made.conflict and made.outcome in (Outcome.edge, Outcome.cloud):
+            sides = (ours, cloud.data) if made.outcome is Outcome.edge else (cloud.data, ours)
+            data = {**data, **filled_since(*sides, common.data)}
+        serves = returned(home, ours, data)
         if differing(serves, taken) or keys:
             put_record(self.db, self.rules.plan, kind, name, serves, reported=False, settles=keys, **origin)
         return {Outcome.edge: Taken.kept, Outcome.merged: Taken.merged}.get(made.outcome, Taken.applied)

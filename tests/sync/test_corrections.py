@@ -224,6 +224,34 @@ def test_an_empty_side_of_a_conflict_serves_where_it_wins_and_not_by_merging(
     run(tmp_path, body, conflicts={"studies": strategy})
 
 
+@pytest.mark.parametrize("at_cloud", [True, False])
+def test_what_was_empty_all_along_is_no_decision_against_what_came_since(tmp_path: Path, *, at_cloud: bool) -> None:
+    """The side that wins has the whole value: what it never knew must not blank what the other has learnt."""
+
+    async def body(cloud: Cloud, node: Node) -> None:
+        add_results(node.db, node.settings.node.data_dir, cloud=node.settings.cloud_plan)
+        node.db._connection().execute("UPDATE sync_items SET identified = 1")
+        await node.exchange()
+        study = str(node.db.value("SELECT record_id FROM records WHERE type = 'study'"))
+        told = cloud.holds("study", study)
+        assert told["AccessionNumber"] == "" == told["StudyDescription"]
+        here, there = {"StudyDescription": "learnt"}, {"AccessionNumber": "A9"}
+        if at_cloud:
+            here, there = there, here
+        node.clock.now += -60.0 if at_cloud else 60.0
+        node.reviews.change("study", study, here)
+        node.clock.now += 60.0 if at_cloud else -60.0
+        await cloud.change("study", study, **{**told, **there})
+        for _ in range(3):
+            await node.exchange()
+        [conflict] = node.reviews.listing()
+        assert conflict["outcome"] == ("cloud" if at_cloud else "edge")
+        assert node.holds("study", study) == cloud.holds("study", study) == {**told, **here, **there}
+        assert cloud.open() == []
+
+    run(tmp_path, body, conflicts={"studies": "newest"})
+
+
 UNFIT = {
     "PatientID": "ID\\2",
     "PatientName": "A=B=C=D",
