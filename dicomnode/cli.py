@@ -21,7 +21,7 @@ from dicomnode.cli_common import settings_of as _settings
 from dicomnode.cli_common import table as _table
 from dicomnode.cli_conformance import conformance
 from dicomnode.cli_delivery import alerts_app, commitments_app, deliveries_app, notifications_app
-from dicomnode.cli_fleet import cloud_waits, desired_app, fleet_lines
+from dicomnode.cli_fleet import cloud_waits, desired_app, fleet_lines, repository_line
 from dicomnode.cli_models_import import models_import
 from dicomnode.cli_records import conflicts_app, records_app
 from dicomnode.cli_sync import sync_app
@@ -168,8 +168,7 @@ def status(config: Config = None, as_json: Json = False) -> None:
         for name, build in data["models"]["building"].items():
             console.print(f"engine for {name}: {build['step']}, {build['share']:.0%}, {build['seconds']} s")
         if trust := data["models"]["repository"]:
-            ends = f", valid until {trust['expires_time']}" if trust.get("expires_time") else ""
-            console.print(f"model repository: {trust['state']}{ends} {trust['reason']}".rstrip())
+            console.print(f"model repository: {repository_line(trust)}")
         for one in data["models"]["waiting"]:
             console.print(f"model {one['name']} {one['version']} is {one['state']} and waits: {one['waits_for']}")
         for pull in data["models"]["pulls"]:

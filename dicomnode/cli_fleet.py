@@ -25,6 +25,14 @@ def cloud_waits(cloud: Mapping[str, Any]) -> str:
     return text
 
 
+def repository_line(trust: Mapping[str, Any]) -> str:
+    """State of the signed repository, until when what it signed holds, and why nothing new comes."""
+    parts = [str(trust["state"])]
+    if trust.get("expires_time") and trust["state"] != "expired":
+        parts.append(f"what was signed last is valid until {trust['expires_time'][:19]}")
+    return ", ".join(parts) + (f": {trust['reason']}" if trust["reason"] else "")
+
+
 def _long(seconds: float) -> str:
     for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
         if seconds >= 2 * size:

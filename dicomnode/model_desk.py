@@ -75,8 +75,8 @@ class ModelDesk:
                     "previous": bool(row.get("previous")),
                     "faulty": bool(row.get("faulty")),
                     "since_time": row.get("since_time"),
-                    "waits": row.get("waits"),
-                    "waits_for": row.get("waits_for"),
+                    "waits": None if row.get("state") == ModelState.active else row.get("waits"),
+                    "waits_for": None if row.get("state") == ModelState.active else row.get("waits_for"),
                     "approved_by": row.get("approved_by"),
                     "path": str(folder.path) if folder else None,
                 }

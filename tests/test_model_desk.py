@@ -16,7 +16,9 @@ from aiohttp.test_utils import TestServer
 from typer.testing import CliRunner
 
 from dicomnode.admin.application import make_app
+from dicomnode.admin.status import waiting_versions
 from dicomnode.cli import app
+from dicomnode.cli_fleet import repository_line
 from dicomnode.errors import BundleError, OperatorError
 from dicomnode.index.database import Database
 from dicomnode.index.life import Change, Life
@@ -271,6 +273,15 @@ def test_the_page_and_the_metrics_tell_why_a_model_does_not_come(settings: Setti
     assert re.search(r"^dicomnode_model_repository_expiry_timestamp_seconds \d", text, re.M)
     assert (told["repository"]["state"], told["repository"]["versions"]) == ("refused", {"root": 1})
     assert [(w["version"], w["waits_for"]) for w in told["waiting"]] == [("1.1.0", "an operator has to approve it")]
+    line = repository_line(told["repository"])
+    assert line.startswith("refused, what was signed last is valid until 20") and line.endswith("0/1 keys")
+    assert repository_line(
+        {"state": "expired", "expires_time": "2026-01-01T00:00:00", "reason": "timestamp.json is"}
+    ) == ("expired: timestamp.json is")
+    life.activate(NAME, "1.1.0", who="me")
+    assert waiting_versions(db) == [], "it serves, whatever the policy waited for"
+    [active] = [v for v in desk(chosen, db).listing() if v["version"] == "1.1.0"]
+    assert (active["state"], active["waits_for"]) == ("active", None)
 
 
 def test_the_page_and_the_metrics_tell_how_versions_do(settings: Settings, db: Database) -> None:

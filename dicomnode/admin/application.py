@@ -284,8 +284,8 @@ async def _errors_middleware(request: web.Request, handler: Handler) -> web.Stre
     try:
         return await handler(request)
     except web.HTTPException as error:
-        if error.content_type == "application/json":
-            raise
+        if error.content_type == "application/json":  # raised, its text would be taken for aiohttp's own
+            return web.Response(text=error.text, status=error.status, content_type="application/json")
         answer = _problem(error.status, NodeError("answer request", error.reason))
         if isinstance(error, web.HTTPMethodNotAllowed):
             answer.headers["Allow"] = error.headers["Allow"]

@@ -24,6 +24,7 @@ from dicomnode.index.database import Database, Row
 from dicomnode.index.desired import serving_settings
 from dicomnode.index.jobs import Jobs
 from dicomnode.index.life import Life
+from dicomnode.index.model_states import ModelState
 from dicomnode.index.notices import Notices
 from dicomnode.index.operation import Events, Figures, Models, Processes
 from dicomnode.index.outbox import Outbox
@@ -103,8 +104,8 @@ def models_disk(settings: Settings) -> dict[str, Any]:
 
 def waiting_versions(db: Database) -> list[Row]:
     """Versions on their way up by a policy, and what each waits for."""
-    kept = ("name", "version", "state", "waits", "waits_for", "approved_by")
-    return [{k: row[k] for k in kept} for row in Life(db).versions() if row["waits"]]
+    kept, rows = ("name", "version", "state", "waits", "waits_for", "approved_by"), Life(db).versions()
+    return [{k: row[k] for k in kept} for row in rows if row["waits"] and row["state"] != ModelState.active]
 
 
 def _process(row: Row) -> dict[str, Any]:

@@ -240,7 +240,8 @@ class ModelPuller:
                 new = await in_daemon_thread(self._install, wanted, place)
         except transfer.WrongDigest as error:
             if wanted.signed:  # what is true is signed; the bytes may come right the next time
-                await asyncio.to_thread(self._again, wanted, attempts, error.cause, None)
+                why = f"{error.cause}: damaged on its way, or not what was signed; it is fetched again"
+                await asyncio.to_thread(self._again, wanted, attempts, why, None)
                 return False
             await asyncio.to_thread(self._rejected, wanted, place, attempts, str(error))
             return False

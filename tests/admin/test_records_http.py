@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from aiohttp import ClientSession
+from aiohttp import ClientSession, web
 from typer.testing import CliRunner
 
+from dicomnode.admin.application import make_app
+from dicomnode.admin.connection import Runner
 from dicomnode.cli import app
 from dicomnode.cloud_settings import OFF
 from dicomnode.conflicts import Outcome
@@ -188,3 +191,20 @@ def test_a_dashboard_without_refused_records_has_no_section_for_them(db: Databas
             assert "refused_records" not in await answer.text()
 
     drive(db, node(tmp_path), body)
+
+
+def test_who_may_not_see_values_is_told_why_by_the_real_server(db: Database, tmp_path: Path) -> None:
+    """Its connections take an exception for one of aiohttp's own, whose text may quote a request."""
+    number = conflict(db)
+
+    async def main() -> None:
+        runner = Runner(make_app(db, node(tmp_path)), access_log=None, shutdown_timeout=1.0)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        url = f"http://127.0.0.1:{runner.addresses[0][1]}/api/v1/conflicts/{number}"
+        async with ClientSession() as client, client.get(url) as answer:
+            assert answer.status == 403
+            assert "X-Dicomnode: 1" in (await answer.json())["error"]["hint"]
+        await runner.cleanup()
+
+    asyncio.run(main())

@@ -335,7 +335,7 @@ def test_a_tampered_archive_is_not_believed_and_a_right_one_is_taken_later(case:
     case.old_one_serves()
     assert case.pull is not None
     assert case.pull["state"] == "pending"
-    assert "SHA-256" in case.pull["last_error"]
+    assert "SHA-256" in case.pull["last_error"] and "it is fetched again" in case.pull["last_error"]
     case.repository.files[where] = ARCHIVE
     case.run(refresh=False)
     case.activated()
