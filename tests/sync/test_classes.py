@@ -104,13 +104,13 @@ def test_an_object_is_sent_as_a_stream(tmp_path: Path, monkeypatch: pytest.Monke
     parts = [Part({}, "1.2.3", path.stat().st_size, path), Part({}, "1.2.4", 3, Path("unused"), b"abc")]
 
     async def read() -> list[int]:
-        return [len(chunk) async for chunk in stow._body(b"head", parts, b"tail")]
+        return [len(chunk) async for chunk in stow._body(b"head", parts, b"tail", {})]
 
     sizes = asyncio.run(read())
     assert max(sizes) == CHUNK_BYTES and sum(sizes) == 2 * len(b"head") + 2 * 2 + 4 + path.stat().st_size + 3
 
     async def shorter() -> None:
-        body = stow._body(b"head", [Part({}, "1.2.3", path.stat().st_size + 1, path)], b"tail")
+        body = stow._body(b"head", [Part({}, "1.2.3", path.stat().st_size + 1, path)], b"tail", {})
         with pytest.raises(OSError, match="shorter"):
             async for _ in body:
                 pass
