@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import http.client
+import json
 import threading
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 
 import psutil
 
-from benchmarks import clients, data
+from benchmarks import clients, data, line
 from benchmarks.data import ObjectSet
 from benchmarks.node import AE_TITLE, Node
 from benchmarks.report import Figures, Goal, Row, Section
@@ -32,21 +35,9 @@ def run(bench: Bench) -> Section:
         resting = _poll(node, bench.amount(8, 2))
         cost = _cost(node, bench.amount(200, 50))
         say.print(f"admin API: with {SENDERS} senders …")
-        stop = threading.Event()
-        sent: list[int] = []
-        faults: list[BaseException] = []
-        threads = [threading.Thread(target=_fill, args=(node, s, stop, sent, faults)) for s in sets]
-        before = node.instances()
-        for thread in threads:
-            thread.start()
-        loaded = _poll(node, bench.amount(20, 3))
-        stop.set()
-        for thread in threads:
-            thread.join()
-        wait_until_visible(node.data_dir / "journal")
-        arrived = node.instances() - before
-        if faults or arrived != sum(sent):
-            raise BenchError(f"intake beside the admin API: {arrived} of {sum(sent)} arrived; {faults[:1]}")
+        loaded, arrived = _under_load(node, sets, bench.amount(20, 3))
+    say.print(f"admin API: with {SENDERS} senders and results for the cloud …")
+    clouded, arrived_beside = _with_cloud(bench, sets)
     for objects in sets:
         remove(objects.folder)
     remove(node.folder)
@@ -59,21 +50,69 @@ def run(bench: Bench) -> Section:
                 "p50 ms": f"{percentile(loaded[path], 0.5):.1f}",
                 "p95 ms": f"{percentile(loaded[path], 0.95):.1f}",
                 "most ms": f"{max(loaded[path]):.1f}",
+                "p95 ms, also to the cloud": f"{percentile(clouded[path], 0.95):.1f}",
                 "p95 ms at rest": f"{percentile(resting[path], 0.95):.1f}",
                 "CPU ms": f"{cost[path]:.1f}",
             }
         )
     every = [ms for path in PATHS for ms in loaded[path]]
     worst = percentile(every, 0.95)
+    beside = percentile([ms for path in PATHS for ms in clouded[path]], 0.95)
     note = (
-        f"{SENDERS} dcmsend sent {arrived} objects of 526 KB meanwhile, all stored. One connection, "
-        f"{PAUSE_SECONDS * 1000:.0f} ms between requests. CPU: of the sidecar for one request, at rest."
+        f"{SENDERS} dcmsend sent {arrived} objects of 526 KB meanwhile, all stored; {arrived_beside} while two results "
+        "a second went to the reference cloud by TLS, with records, heartbeat, desired state and remote-write each "
+        f"second. One connection, {PAUSE_SECONDS * 1000:.0f} ms between requests. CPU: of the sidecar for one request, "
+        "at rest."
     )
     section = Section([Figures("Admin API under intake load", rows, note)])
-    text = f"{worst:.1f} ms of {len(every)} requests"
-    section.goals.append(Goal("admin API under intake load, p95", f"< {LIMIT_MS:.0f} ms", text, worst < LIMIT_MS))
-    section.samples = {"loaded_ms": loaded, "resting_ms": resting, "cpu_ms": cost, "objects_meanwhile": arrived}
+    text = f"{worst:.1f} ms of {len(every)} requests; {beside:.1f} ms beside the cloud"
+    met = max(worst, beside) < LIMIT_MS
+    section.goals.append(Goal("admin API under intake load, p95", f"< {LIMIT_MS:.0f} ms", text, met))
+    section.samples = {
+        "clouded_ms": clouded,
+        "loaded_ms": loaded,
+        "resting_ms": resting,
+        "cpu_ms": cost,
+        "objects_meanwhile": arrived,
+    }
     return section
+
+
+def _under_load(node: Node, sets: Sequence[ObjectSet], seconds: float) -> tuple[dict[str, list[float]], int]:
+    """Milliseconds of each request while all senders send, and how many objects came meanwhile."""
+    stop = threading.Event()
+    sent: list[int] = []
+    faults: list[BaseException] = []
+    threads = [threading.Thread(target=_fill, args=(node, s, stop, sent, faults)) for s in sets]
+    before = node.instances()
+    for thread in threads:
+        thread.start()
+    try:
+        found = _poll(node, seconds)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    wait_until_visible(node.data_dir / "journal")
+    arrived = node.instances() - before
+    if faults or arrived < sum(sent):
+        raise BenchError(f"intake beside the admin API: {arrived} of {sum(sent)} arrived; {faults[:1]}")
+    return found, arrived
+
+
+def _with_cloud(bench: Bench, sets: Sequence[ObjectSet]) -> tuple[dict[str, list[float]], int]:
+    """As :func:`_under_load`, with a node that sends its results to the reference cloud."""
+    folder = bench.folder("admin-cloud")
+    folder.mkdir(parents=True)
+    with ExitStack() as stack:
+        cloud = line.Other(stack, "cloud", str(folder), nice=10)
+        node = Node(bench.folder("admin"), rules=line.cloud_rules(json.loads(cloud.answer())))
+        stack.enter_context(node.serving())
+        cloud.ask("pass")
+        with line.results(node, line.PLAN):
+            found = _under_load(node, sets, bench.amount(20, 3))
+    remove(node.folder)
+    return found
 
 
 def _fill(node: Node, objects: ObjectSet, stop: threading.Event, sent: list[int], faults: list[BaseException]) -> None:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +65,14 @@ interval_seconds = 1
 """Far more often than by default, so that a fault strikes all the time; with rules= of :class:`Node`."""
 
 
+PLAN = CloudPlan("cloud", Sync().lanes, records=True)
+
+
+def cloud_rules(where: Mapping[str, Any]) -> str:
+    """With rules= of :class:`Node`. ``where``: the first line that the cloud of :class:`Other` says."""
+    return CLOUD.format(at=f"https://localhost:{where['line']}", **where)
+
+
 @dataclass(frozen=True)
 class Turn:
     """Milliseconds of each C-STORE, by size. ``place``: of the turn within its round."""
@@ -110,8 +118,6 @@ class Other:
 
 
 def run(bench: Bench) -> Section:
-    if str(ROOT) not in sys.path:
-        sys.path.insert(0, str(ROOT))  # the fault proxy is the tests'
     seconds, rounds = bench.amount(6, 1), max(bench.repeat, bench.amount(3, 1))
     turns: list[Turn] = []
     seen: dict[str, int] = dict.fromkeys(FAULTS, 0)
@@ -121,7 +127,7 @@ def run(bench: Bench) -> Section:
         folder.mkdir(parents=True)
         cloud, senders = Other(stack, "cloud", str(folder), nice=10), Other(stack, "senders")
         where = json.loads(cloud.answer())
-        told = CLOUD.format(at=f"https://localhost:{where['line']}", **where)
+        told = cloud_rules(where)
         nodes = [Node(bench.folder("line"), rules=more) for more in ("", told)]
         nodes[1].environment = {"PYTHONPATH": f"{folder}:{environment({})['PYTHONPATH']}"}
         for node in nodes:
@@ -135,7 +141,7 @@ def run(bench: Bench) -> Section:
                 settle()
                 fault = case if case in FAULTS else "pass"
                 before = cloud.ask(fault)["seen"]
-                plan = CloudPlan("cloud", Sync().lanes, records=True) if node is nodes[1] else OFF
+                plan = PLAN if node is nodes[1] else OFF
                 with results(node, plan):
                     time.sleep(SETTLE_SECONDS)
                     times = senders.ask(f"{node.port} {seconds} {1 + len(turns)}")
@@ -180,6 +186,8 @@ def results(node: Node, plan: CloudPlan) -> Iterator[None]:
 
 def _make_result(db: Database, data_dir: Path, plan: CloudPlan) -> None:
     """Source and result are durable first; in the transaction nobody else can lease the job."""
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
     from tests.sync.index_case import new_instance
 
     store = ObjectStore(data_dir)
