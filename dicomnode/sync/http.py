@@ -204,7 +204,10 @@ async def read_bounded(response: aiohttp.ClientResponse, limit: int, progress: P
 async def read_ends(
     response: aiohttp.ClientResponse, limit: int, end: int, most: int, progress: Progress
 ) -> tuple[bytes, bytes]:
-    """The body up to a chunk beyond ``limit``, and its last ``end`` bytes; no more than ``most`` is read for them."""
+    """The body up to a byte beyond ``limit``, and its last ``end`` bytes; no more than ``most`` is read for them.
+
+    Both are the same for the same body, however the line cuts it.
+    """
     begin, tail, size, pace = bytearray(), b"", 0, _Pace()
     async for chunk in response.content.iter_chunked(64 * 1024):
         progress.touch(len(chunk))
@@ -215,4 +218,5 @@ async def read_ends(
         if size > most:
             break
         await pace(len(chunk))
+    del begin[limit + 1 :]
     return bytes(begin), tail

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from dicomnode.errors import PeerError
 from dicomnode.index.database import Database
 from dicomnode.index.records import TOGETHER, Taken
+from dicomnode.sync.http import Progress, read_ends
 from tests.sync.test_records import PREF, Cloud, Node, run
 from tests.sync.test_records_bounds import feed, row
 
@@ -66,6 +69,29 @@ def test_a_feed_that_goes_round_in_circles_is_told_once(
         assert (await node.pull())[Taken.applied] == 1
 
     run(tmp_path, body)
+
+
+class Reply:
+    """A body in chunks of some size, as a line may cut it."""
+
+    def __init__(self, body: bytes, size: int) -> None:
+        self.content, self._body, self._size = self, body, size
+
+    async def iter_chunked(self, _: int) -> AsyncIterator[bytes]:
+        for begin in range(0, len(self._body), self._size):
+            yield self._body[begin : begin + self._size]
+
+
+@pytest.mark.parametrize("length", [1, 99, 100, 101, 102, 999])
+def test_what_is_read_of_a_reply_does_not_depend_on_the_chunks_in_which_it_comes(length: int) -> None:
+    """Only what is the same twice is left out: a page that is too long was another one each time."""
+    body = bytes(n % 251 for n in range(length))
+
+    async def read(size: int) -> tuple[bytes, bytes]:
+        return await read_ends(cast(Any, Reply(body, size)), 100, 10, 9999, Progress())
+
+    for size in (1, 7, 64, 150, 1000):
+        assert asyncio.run(read(size)) == (body[:101], body[-10:])
 
 
 def test_what_is_mended_at_the_cloud_is_no_longer_listed_as_refused(tmp_path: Path) -> None:
