@@ -61,6 +61,11 @@ class Endpoints:
         """Which endpoint to use now."""
         return choose(self.health, self._db.clock.ticks(), self.limits.mode)
 
+    def best(self, among: Sequence[int]) -> int | None:
+        """Which of these to use now."""
+        chosen = choose([self.health[n] for n in among], self._db.clock.ticks(), self.limits.mode)
+        return None if chosen is None else among[chosen]
+
     @property
     def link(self) -> Link:
         return link(self.health, self._db.clock.ticks(), self.limits)

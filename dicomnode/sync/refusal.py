@@ -1,13 +1,17 @@
 """Whom an HTTP status blames that answers a whole request: one item, or the endpoint. Pure.
 
-| status                            | in a batch       | alone, others stored   | alone, nothing stored              |
-|-----------------------------------|------------------|------------------------|------------------------------------|
-| 400 413 415 422, other 4xx        | each by itself   | the item is parked     | parked; but where another item was |
-|                                   |                  |                        | refused so before: endpoint, mend  |
-| 3xx 401 403 404 405 407 and alike | endpoint, mend   | a strike of the item   | endpoint, mend                     |
-| 408 425 429 5xx, no answer        | endpoint, passes | a strike of the item   | endpoint, passes                   |
+| status                            | in a batch       | alone, others stored   | alone, nothing stored               |
+|-----------------------------------|------------------|------------------------|-------------------------------------|
+| 400 413 415 422, other 4xx        | each by itself   | the item is parked     | a doubt of the item; where others   |
+|                                   | (413: in halves) |                        | were refused so, too: endpoint, mend |
+| 3xx 401 403 404 405 407 and alike | endpoint, mend   | a strike of the item   | endpoint, mend                      |
+| 408 425 429 5xx, no answer        | endpoint, passes | a strike of the item   | endpoint, passes                    |
 
-"Stored": of the same kind (objects or records), in the same round or since the item failed last.
+"Stored": of the same kind (objects or records) at the same endpoint. For a strike: in the same round, or since the
+item failed last. For parking at once: **after** the item was refused, later in the round or before it was refused
+again. What was stored before proves nothing: something before the endpoint may refuse everything from one moment on.
+So nothing is parked because evidence was lost, as it is with a restart: without any, an item waits.
+
 Whatever is in the endpoint's column waits for it and nothing of it is parked. 200, 202 and 409 speak
 of each instance by itself (:mod:`dicomnode.sync.reply`).
 """
@@ -31,6 +35,7 @@ class Step(StrEnum):
 
     each = "each"
     park = "park"
+    doubt = "doubt"  # it waits by itself until others were stored, and is asked for again
     strike = "strike"  # it waits by itself; after some of them it is parked
     endpoint = "endpoint"
     operator = "operator"  # the endpoint, and somebody has to mend something
@@ -70,7 +75,7 @@ def decide(fault: Fault, *, together: bool, stored: bool, alike: int) -> Step:
     if together:
         return Step.each if fault is Fault.item else _endpoint(fault)
     if fault is Fault.item:
-        return Step.park if stored or not alike else Step.operator
+        return Step.park if stored else Step.operator if alike else Step.doubt
     return Step.strike if stored else _endpoint(fault)
 
 

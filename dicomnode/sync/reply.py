@@ -47,6 +47,7 @@ class Fate(StrEnum):
 _FATES = {
     Step.each: Fate.alone,
     Step.park: Fate.reject,
+    Step.doubt: Fate.reject,  # seen beside the others: dicomnode.sync.blame.weighed
     Step.strike: Fate.retry,
     Step.endpoint: Fate.retry,
     Step.operator: Fate.operator,

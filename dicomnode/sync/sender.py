@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from time import perf_counter
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import aiohttp
 import apsw
@@ -27,44 +25,20 @@ from dicomnode.index.database import Database, Row
 from dicomnode.index.operation import Events
 from dicomnode.metrics_cloud import RECORDS_TOTAL
 from dicomnode.settings import Settings
+from dicomnode.sync.batch import Batch, Prepare, Ready, class_of, first_of, runs
 from dicomnode.sync.blame import MOST_REFUSED, MOST_TRIES, Blame, Class, least_tried_first, one_by_one, together
 from dicomnode.sync.endpoints import Endpoints
+from dicomnode.sync.refusal import Fault, fault_of
 from dicomnode.sync.reply import Fate, Verdict
 from dicomnode.sync.send_records import send_records
+from dicomnode.sync.sizes import TOO_LARGE, Sizes
 from dicomnode.sync.stow import Answer, Part, store
 from dicomnode.sync.trouble import After, trouble
 
 T = TypeVar("T")
-MOST_REQUEST_BYTES = 32 << 20
+MEBIBYTE = 1 << 20
+MOST_REQUEST_BYTES = 32 * MEBIBYTE
 """Objects of one request together; a larger one goes by itself. What is de-identified is held in memory."""
-
-
-class Prepare(Protocol):
-    """What leaves in place of what is stored (:class:`dicomnode.sync.departure.Departures`)."""
-
-    def ready(self) -> None:
-        """Raises OperatorError when nothing can be prepared, so nothing may leave."""
-
-    def object(self, item: Row, path: Path) -> tuple[str, bytes | None]:
-        """SOPInstanceUID and content of an object; None: the file as it is. Raises InputError for one that cannot."""
-
-    def record(self, item: Row) -> Mapping[str, Any]:
-        """A record as config/cloud-api.yaml has it. Raises InputError for one that cannot leave."""
-
-    def keep(self) -> None:
-        """Commit what the pseudonyms stand for; before anything of it is sent."""
-
-
-@dataclass(slots=True)
-class _Batch:
-    """What became of the items of one lease."""
-
-    stored: list[int] = field(default_factory=list)
-    conflicts: set[int] = field(default_factory=set)
-    again: list[tuple[int, str]] = field(default_factory=list)
-    untried: list[int] = field(default_factory=list)
-    settled: int = 0
-    failed: bool = False
 
 
 class CloudSender:
@@ -80,7 +54,7 @@ class CloudSender:
         self.outbox = CloudOutbox(db)
         self.objects = durable.ObjectStore(settings.node.data_dir)
         self._prepare = prepare
-        self._blame = Blame()
+        self._blame, self._sizes = Blame(), Sizes()
         self._lone = asyncio.Lock()
         self._unread = set[int]()
         """Items that the disk did not give when they were tried last."""
@@ -118,7 +92,7 @@ class CloudSender:
                 await self.endpoints.tell()
                 if batch.failed and self.endpoints.current() == number:
                     break
-                if not batch.failed and not batch.settled and not alone:
+                if not (batch.failed or batch.settled or batch.moved or alone):
                     break
         finally:
             for session in sessions.values():
@@ -127,8 +101,8 @@ class CloudSender:
 
     async def _try(
         self, lane: Lane, number: int, sessions: dict[int, aiohttp.ClientSession], items: Sequence[Row]
-    ) -> _Batch:
-        batch = _Batch()
+    ) -> Batch:
+        batch = Batch()
         try:
             await self._send(lane, number, sessions, items, batch)
         except BaseException:  # a stop, or a fault of ours: they must not wait for their lease to end
@@ -158,27 +132,58 @@ class CloudSender:
         number: int,
         sessions: dict[int, aiohttp.ClientSession],
         items: Sequence[Row],
-        batch: _Batch,
+        batch: Batch,
     ) -> None:
         """Requests of one kind each, so that every stream keeps its order; ends at the first that fails as a whole."""
         blocked = set[str]()
         for run in runs(items):
-            alone = run[0]["suspect"] or self._blame.alone(_class(lane, run[0]))
-            wanted = [i for i in run if i["stream"] not in blocked]
-            batch.untried += [i["id"] for i in run if i["stream"] in blocked or batch.failed]
-            if not wanted or batch.failed:
+            for at, some in self._places(number, run, batch, blocked):
+                wanted = [i for i in some if i["stream"] not in blocked]
+                batch.untried += [i["id"] for i in some if i["stream"] in blocked or batch.failed]
+                if not wanted or batch.failed:
+                    continue
+                alone = wanted[0]["suspect"] or self._blame.alone(class_of(lane, wanted[0]), at)
+                try:
+                    if at not in sessions:
+                        sessions[at] = self.endpoints.session(at)
+                    headers = await self.endpoints.headers(at)
+                except OperatorError as error:
+                    self.endpoints.failed(at, str(error), mendable=True)
+                    batch.again += [(i["id"], str(error)) for i in wanted]
+                    batch.failed = True
+                    continue
+                send = self._objects if wanted[0]["result_id"] is not None else self._records
+                blocked |= await send(lane, at, sessions[at], headers, wanted, batch, alone)
+
+    def _places(
+        self, number: int, run: Sequence[Row], batch: Batch, blocked: set[str]
+    ) -> Sequence[tuple[int, Sequence[Row]]]:
+        """``run`` by endpoint: ``number``, but what is too large for it to another that may take it."""
+        here: list[Row] = []
+        elsewhere: dict[int, list[Row]] = {}
+        moved = set[str]()
+        for item in run:
+            if item["stream"] in moved:  # behind one that goes elsewhere
+                batch.untried.append(item["id"])
                 continue
-            try:
-                if number not in sessions:
-                    sessions[number] = self.endpoints.session(number)
-                headers = await self.endpoints.headers(number)
-            except OperatorError as error:
-                self.endpoints.failed(number, str(error), mendable=True)
-                batch.again += [(i["id"], str(error)) for i in wanted]
-                batch.failed = True
+            others = self._others(number, item)
+            if not others or not self._too_large(number, item):
+                here.append(item)
                 continue
-            send = self._objects if wanted[0]["result_id"] is not None else self._records
-            blocked |= await send(lane, number, sessions[number], headers, wanted, batch, alone)
+            moved.add(item["stream"])
+            if (at := self.endpoints.best(others)) is not None:
+                elsewhere.setdefault(at, []).append(item)
+            elif item["stream"] not in blocked:
+                names = ", ".join(self.endpoints.all[n].name for n in others)
+                self._wait(item, f"too large for {self.endpoints.all[number].name} (HTTP 413); {names}: not there now")
+        return [(number, here), *elsewhere.items()]
+
+    def _too_large(self, number: int, item: Row) -> bool:
+        return self._sizes.too_large(number, item["result_id"] is not None, item["size"], self.db.clock.ticks())
+
+    def _others(self, number: int, item: Row) -> list[int]:
+        """Endpoints that may take it although this one does not."""
+        return [n for n in range(len(self.endpoints.all)) if n != number and not self._too_large(n, item)]
 
     async def _objects(
         self,
@@ -187,7 +192,7 @@ class CloudSender:
         session: aiohttp.ClientSession,
         headers: dict[str, str],
         items: Sequence[Row],
-        batch: _Batch,
+        batch: Batch,
         alone: bool,
     ) -> set[str]:
         parts, held = await asyncio.to_thread(self._parts, items, batch)
@@ -197,14 +202,8 @@ class CloudSender:
         async def request(some: Sequence[Part]) -> Answer:
             return await store(session, self.endpoints.all[number].stow_url, headers, some, **self._limits(lane))
 
-        begin = perf_counter()
-        items = [p.item for p in parts]
-        answer = await self._ask(lane, request, {p.uid: p for p in parts}, items, alone)
-        metrics.observe("sync", perf_counter() - begin)
-        self._note(_class(lane, items[0]), number, answer, perf_counter() - begin, batch)
-        pairs = [(p.item, answer.verdicts.get(p.uid)) for p in parts]
-        sizes = {p.item["id"]: p.size for p in parts}
-        return held | await asyncio.to_thread(self._settle, _class(lane, items[0]), pairs, answer, batch, sizes)
+        ready = [Ready(p.uid, p.item, p.size, p) for p in parts]
+        return held | await self._rounds(lane, number, request, ready, batch, alone)
 
     async def _records(
         self,
@@ -213,7 +212,7 @@ class CloudSender:
         session: aiohttp.ClientSession,
         headers: dict[str, str],
         items: Sequence[Row],
-        batch: _Batch,
+        batch: Batch,
         alone: bool,
     ) -> set[str]:
         ready, held = await asyncio.to_thread(self._bodies, items, batch)
@@ -224,30 +223,77 @@ class CloudSender:
         async def request(some: Sequence[tuple[Row, Mapping[str, Any]]]) -> Answer:
             return await send_records(session, url, headers, self._node, [r for _, r in some], **self._limits(lane))
 
-        begin = perf_counter()
-        things = {i["idempotency_key"]: (i, r) for i, r in ready}
-        answer = await self._ask(lane, request, things, [i for i, _ in ready], alone)
-        self._note(_class(lane, items[0]), number, answer, perf_counter() - begin, batch)
-        pairs = [(i, answer.verdicts.get(i["idempotency_key"])) for i, _ in ready]
-        return held | await asyncio.to_thread(self._settle, _class(lane, items[0]), pairs, answer, batch, {})
+        things = [Ready(i["idempotency_key"], i, i["size"], (i, r)) for i, r in ready]
+        return held | await self._rounds(lane, number, request, things, batch, alone)
+
+    async def _rounds(
+        self,
+        lane: Lane,
+        number: int,
+        request: Callable[[Sequence[T]], Awaitable[Answer]],
+        ready: Sequence[Ready[T]],
+        batch: Batch,
+        alone: bool,
+    ) -> set[str]:
+        """Requests that are no larger than the endpoint takes; the streams that have to wait."""
+        key, blocked = class_of(lane, ready[0].item), set[str]()
+        objects, left = key[1], list(ready)
+        while left:
+            most = float("inf") if alone else self._sizes.most(number, objects, self.db.clock.ticks())
+            some = first_of(left, most)
+            left = [r for r in left[len(some) :] if r.item["stream"] not in blocked]
+            begin = perf_counter()
+            answer = await self._ask(key, number, self._measured(number, objects, request, some), some, alone)
+            if objects:
+                metrics.observe("sync", perf_counter() - begin)
+            self._note(key, number, answer, perf_counter() - begin, batch)
+            blocked |= await asyncio.to_thread(self._settle, key, number, some, answer, batch)
+            if batch.failed:
+                break
+            batch.untried += [r.item["id"] for r in left if r.item["stream"] in blocked]
+            left = [r for r in left if r.item["stream"] not in blocked]
+        batch.untried += [r.item["id"] for r in left]
+        return blocked
+
+    def _measured(
+        self, number: int, objects: bool, request: Callable[[Sequence[T]], Awaitable[Answer]], some: Sequence[Ready[T]]
+    ) -> Callable[[Sequence[T]], Awaitable[Answer]]:
+        """``request``, whose answers show how much the endpoint takes at a time."""
+        sizes = {id(r.thing): (r.size, r.item["size"]) for r in some}
+
+        async def measured(things: Sequence[T]) -> Answer:
+            answer = await request(things)
+            size = sum(sizes[id(t)][0] for t in things)
+            if any(v.status == TOO_LARGE for v in answer.verdicts.values()):
+                alone = len(things) == 1
+                size = sizes[id(things[0])][1] if alone else size
+                self._sizes.refused(number, objects, size, self.db.clock.ticks(), alone=alone)
+            elif any(v.fate is Fate.stored for v in answer.verdicts.values()):
+                self._sizes.passed(number, objects, size)
+            return answer
+
+        return measured
 
     async def _ask(
         self,
-        lane: Lane,
+        lane: Class,
+        number: int,
         request: Callable[[Sequence[T]], Awaitable[Answer]],
-        things: Mapping[str, T],
-        items: Sequence[Row],
+        some: Sequence[Ready[T]],
         alone: bool,
     ) -> Answer:
-        """``things`` by key, and the rows that they belong to."""
-        key = _class(lane, items[0])
-        others, alike = self._blame.others_stored(key, items), self._blame.alike(key, items)
-        streams = {k: str(i["stream"]) for k, i in zip(things, items, strict=True)}
+        items = [r.item for r in some]
+        things = {r.key: r.thing for r in some}
+        streams = {r.key: str(r.item["stream"]) for r in some}
+        others = self._blame.others_stored(lane, number, items)
+        shown = self._blame.proven(lane, number, items)
+        proven = {r.key for r in some if r.item["id"] in shown}
+        alike = self._blame.alike(lane, number, items)
         if not alone:
-            return await together(request, things, streams, others_stored=others, alike=alike)
-        there = self._blame.there(key, self.endpoints.answers)
+            return await together(request, things, streams, others_stored=others, proven=proven, alike=alike)
+        there = self._blame.there(lane, number, self.endpoints.answers)
         things = least_tried_first(things, items)
-        return await one_by_one(request, things, streams, there=there, others_stored=others, alike=alike)
+        return await one_by_one(request, things, streams, there=there, others_stored=others, proven=proven, alike=alike)
 
     def _limits(self, lane: Lane) -> dict[str, Any]:
         return {
@@ -257,17 +303,17 @@ class CloudSender:
             "throttle": self.endpoints.line.borrow if lane == "urgent" else self.endpoints.line.wait,
         }
 
-    def _note(self, lane: Class, number: int, answer: Answer, seconds: float, batch: _Batch) -> None:
+    def _note(self, lane: Class, number: int, answer: Answer, seconds: float, batch: Batch) -> None:
         if answer.whole:
             self.endpoints.failed(number, answer.whole, wait=answer.wait, mendable=answer.mendable)
             batch.failed = True
-            self._blame.lane_failed(lane, self.endpoints.answers)
+            self._blame.lane_failed(lane, number, self.endpoints.answers)
         else:
-            self._blame.lane_went(lane, answer.verdicts)
+            self._blame.lane_went(lane, number, answer.verdicts)
             if answer.heard:  # a suspect that fails once more says nothing of the endpoint, which may be away
                 self.endpoints.succeeded(number, seconds)
 
-    def _parts(self, items: Sequence[Row], batch: _Batch) -> tuple[list[Part], set[str]]:
+    def _parts(self, items: Sequence[Row], batch: Batch) -> tuple[list[Part], set[str]]:
         """Check each file against its digest and prepare it, and the streams that have to wait.
 
         What cannot leave is parked, never sent; a shortage (open files, memory, a disk that errs) passes.
@@ -292,7 +338,7 @@ class CloudSender:
         uid, content = self._prepare.object(item, path)
         return Part(item, uid, size if content is None else len(content), path, content)
 
-    def _bodies(self, items: Sequence[Row], batch: _Batch) -> tuple[list[tuple[Row, Mapping[str, Any]]], set[str]]:
+    def _bodies(self, items: Sequence[Row], batch: Batch) -> tuple[list[tuple[Row, Mapping[str, Any]]], set[str]]:
         """Records as they leave, and the streams that have to wait."""
         ready: list[tuple[Row, Mapping[str, Any]]] = []
         held: set[str] = set()
@@ -306,7 +352,7 @@ class CloudSender:
         self._prepare.keep()
         return ready, held
 
-    def _made(self, item: Row, make: Callable[[], T], batch: _Batch, held: set[str]) -> T | None:
+    def _made(self, item: Row, make: Callable[[], T], batch: Batch, held: set[str]) -> T | None:
         """What ``make`` returns; None where it fails, which hits this item and what has to wait for it alone."""
         try:
             return make()
@@ -340,7 +386,7 @@ class CloudSender:
                 Events(self.db).add("error", "disk", f"item {item['id']}", cause)
             self._unread.add(item["id"])
 
-    def _ended(self, item: Row, cause: str, batch: _Batch) -> bool:
+    def _ended(self, item: Row, cause: str, batch: Batch) -> bool:
         """It ended a process, or as good as; whether it was parked for it."""
         ended = int(item["ended"]) + 1
         if ended >= MOST_ENDED:
@@ -352,7 +398,7 @@ class CloudSender:
         )
         return False
 
-    def _park(self, item: Row, cause: str, batch: _Batch) -> None:
+    def _park(self, item: Row, cause: str, batch: Batch) -> None:
         self.outbox.reject(item["id"], self.owner, cause)
         self._blame.acquit(item["id"])
         self._unread.discard(item["id"])
@@ -363,31 +409,28 @@ class CloudSender:
         Events(self.db).add("error", "sync-rejected", f"item {item['id']}", cause)
         self._count(item, "rejected")
 
-    def _settle(
-        self,
-        lane: Class,
-        pairs: Sequence[tuple[Row, Verdict | None]],
-        answer: Answer,
-        batch: _Batch,
-        sizes: Mapping[int, int],
-    ) -> set[str]:
+    def _settle(self, lane: Class, number: int, some: Sequence[Ready[Any]], answer: Answer, batch: Batch) -> set[str]:
         """Streams that have to wait for one of these items; one without a verdict was not asked for."""
         blocked: set[str] = set()
-        for item, verdict in pairs:
+        for ready in some:
+            item, verdict = ready.item, answer.verdicts.get(ready.key)
             if verdict is None:
                 batch.untried.append(item["id"])
-            elif verdict.fate is Fate.stored:
-                self._unread.discard(item["id"])
-                self._blame.acquit(item["id"])
-                batch.stored.append(item["id"])
-                if verdict.conflict:
-                    batch.conflicts.add(item["id"])
-                batch.settled += 1
-                self._count(item, "stored", sizes.get(item["id"], 0))
-            elif verdict.fate is Fate.reject:
-                self._park(item, verdict.cause, batch)
-                if verdict.status:
-                    self._blame.item_refused(lane, item, verdict.status)
+                continue
+            if verdict.fate is Fate.stored:
+                self._stored(item, verdict, batch, ready.size)
+                continue
+            large = verdict.status == TOO_LARGE
+            if large and not answer.whole and self._others(number, item):
+                self._count(item, "retried")
+                batch.moved.append((item["id"], f"too large for {self.endpoints.all[number].name} (HTTP 413)"))
+                blocked.add(item["stream"])
+                continue
+            if verdict.status and fault_of(verdict.status) is Fault.item:
+                self._blame.item_refused(lane, number, item, verdict.status)
+            if verdict.fate is Fate.reject:
+                size = f"{ready.size / MEBIBYTE:.1f} MiB are more than the endpoint takes (HTTP 413): raise its limit"
+                self._park(item, f"{size}, or that of what is before it" if large else verdict.cause, batch)
             elif verdict.disk:
                 blocked.add(item["stream"])
                 self._wait(item, verdict.cause, disk=True, alone=True)
@@ -395,17 +438,26 @@ class CloudSender:
                 blocked.add(item["stream"])
                 self._count(item, "retried")
                 batch.again.append((item["id"], verdict.cause))
-            elif not self._strike(lane, item, verdict, batch):
+            elif not self._strike(lane, number, item, verdict, batch):
                 blocked.add(item["stream"])
         return blocked
 
-    def _strike(self, lane: Class, item: Row, verdict: Verdict, batch: _Batch) -> bool:
+    def _stored(self, item: Row, verdict: Verdict, batch: Batch, size: int) -> None:
+        self._unread.discard(item["id"])
+        self._blame.acquit(item["id"])
+        batch.stored.append(item["id"])
+        if verdict.conflict:
+            batch.conflicts.add(item["id"])
+        batch.settled += 1
+        self._count(item, "stored", size)
+
+    def _strike(self, lane: Class, number: int, item: Row, verdict: Verdict, batch: Batch) -> bool:
         """It failed and others did not; whether it was parked for that."""
         first, longest = self.delivery.backoff_seconds, self.delivery.backoff_max_seconds
         if verdict.full:
             self.outbox.retry(item["id"], self.owner, verdict.cause, first=first, longest=longest)
         else:
-            strikes = self._blame.item_failed(lane, item)
+            strikes = self._blame.item_failed(lane, number, item)
             if strikes >= (MOST_REFUSED if verdict.fate is Fate.operator else MOST_TRIES):
                 self._park(item, f"{verdict.cause}, again and again while others were stored", batch)
                 return True
@@ -421,11 +473,12 @@ class CloudSender:
         self._count(item, "retried")
         return False
 
-    def _finish(self, batch: _Batch) -> None:
+    def _finish(self, batch: Batch) -> None:
         if batch.stored:
             self.outbox.settle(batch.stored, self.owner, batch.conflicts)
-        for cause in dict.fromkeys(c for _, c in batch.again):
-            self.outbox.release([i for i, c in batch.again if c == cause], self.owner, cause)
+        again = [*batch.again, *batch.moved]
+        for cause in dict.fromkeys(c for _, c in again):
+            self.outbox.release([i for i, c in again if c == cause], self.owner, cause)
         if batch.untried:
             self.outbox.release(batch.untried, self.owner, tried=False)
 
@@ -436,25 +489,3 @@ class CloudSender:
         else:
             metrics.sync(outcome)
             metrics.SYNC_BYTES.inc(size)
-
-
-def _class(lane: Lane, item: Row) -> Class:
-    return lane, item["result_id"] is not None
-
-
-def runs(items: Sequence[Row]) -> Iterator[list[Row]]:
-    """Items in as few requests as possible: objects or records each, and every stream in its order. Pure."""
-    left = list(items)
-    while left:
-        objects = left[0]["result_id"] is not None
-        run: list[Row] = []
-        rest: list[Row] = []
-        held: set[str] = set()
-        for item in left:
-            if (item["result_id"] is not None) == objects and item["stream"] not in held:
-                run.append(item)
-            else:
-                held.add(item["stream"])
-                rest.append(item)
-        yield run
-        left = rest

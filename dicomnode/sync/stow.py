@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import IO
 
 import aiohttp
 
@@ -137,7 +139,9 @@ async def store(
     return Answer(verdicts, "", wait) if speaks_of_each(status, reply, uids) else answer_of(verdicts, wait)
 
 
-async def _body(head: bytes, parts: Sequence[Part], tail: bytes, unread: dict[str, OSError]) -> AsyncIterator[bytes]:
+async def _body(
+    head: bytes, parts: Sequence[Part], tail: bytes, unread: dict[str, OSError]
+) -> AsyncGenerator[bytes, None]:
     """``unread``: SOPInstanceUID -> what the disk said, where it does not give a file; then the request breaks off."""
     for part in parts:
         yield head
@@ -145,23 +149,29 @@ async def _body(head: bytes, parts: Sequence[Part], tail: bytes, unread: dict[st
             for begin in range(0, len(part.content), CHUNK_BYTES):
                 yield part.content[begin : begin + CHUNK_BYTES]
         else:
-            chunks = _file(part)
-            while True:
+            async with contextlib.aclosing(_file(part)) as chunks:
                 try:
-                    chunk = await anext(chunks, b"")
+                    async for chunk in chunks:
+                        yield chunk
                 except OSError as error:
                     unread[part.uid] = error
                     raise
-                if not chunk:
-                    break
-                yield chunk
         yield b"\r\n"
     yield tail
 
 
-async def _file(part: Part) -> AsyncIterator[bytes]:
-    file = await asyncio.to_thread(part.path.open, "rb")
-    with file:
+async def _opened(path: Path) -> IO[bytes]:
+    """In a thread. Where the request is over meanwhile (refused by its head alone), the file is closed again."""
+    opening = asyncio.get_running_loop().run_in_executor(None, path.open, "rb")
+    try:
+        return await asyncio.shield(opening)
+    except asyncio.CancelledError:
+        opening.add_done_callback(lambda done: None if done.exception() else done.result().close())
+        raise
+
+
+async def _file(part: Part) -> AsyncGenerator[bytes, None]:
+    with await _opened(part.path) as file:
         left = part.size
         while left:
             chunk = await asyncio.to_thread(file.read, min(CHUNK_BYTES, left))
@@ -187,13 +197,14 @@ async def unburdened(throttle: Throttle, progress: Progress) -> None:
         await throttle(0)
 
 
-async def capped(chunks: AsyncIterator[bytes], throttle: Throttle, progress: Progress) -> AsyncIterator[bytes]:
+async def capped(chunks: AsyncGenerator[bytes, None], throttle: Throttle, progress: Progress) -> AsyncIterator[bytes]:
     """``chunks`` under the cap; then ``progress`` waits for the reply."""
-    async for chunk in chunks:
-        with progress.held():
-            await throttle(len(chunk))
-        yield chunk
-        progress.touch(len(chunk))
+    async with contextlib.aclosing(chunks):
+        async for chunk in chunks:
+            with progress.held():
+                await throttle(len(chunk))
+            yield chunk
+            progress.touch(len(chunk))
     progress.waiting_for_reply()
 
 

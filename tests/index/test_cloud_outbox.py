@@ -19,7 +19,7 @@ from dicomnode.index.database import Database
 from dicomnode.index.jobs import Jobs, Outcome, Request, Result
 from dicomnode.index.schema import migrations
 from dicomnode.orders import Order, dump, join, load
-from dicomnode.sync.sender import runs
+from dicomnode.sync.batch import runs
 from tests.index.rows import FakeClock, instance, job, outcome, select, uid
 
 PLAN = CloudPlan("cloud", Sync().lanes, records=True)

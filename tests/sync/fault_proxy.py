@@ -89,6 +89,13 @@ class FaultProxy:
     async def _http_503(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await _answer(reader, writer, b"503 Service Unavailable", b"")
 
+    async def _http_400(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """A proxy with a mistake in its configuration refuses whatever comes."""
+        await _answer(reader, writer, b"400 Bad Request", b"")
+
+    async def _http_413(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await _answer(reader, writer, b"413 Content Too Large", b"")
+
     async def _http_429(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await _answer(reader, writer, b"429 Too Many Requests", b"Retry-After: 1\r\n")
 

@@ -31,6 +31,10 @@ def drive(
     asyncio.run(main())
 
 
+def one(db: Database, what: str, item: int) -> Any:
+    return db.value(f"SELECT {what} FROM sync_items WHERE id = ?", (item,))
+
+
 def more(db: Database, tmp_path: Path, count: int) -> list[str]:
     """As many results, each of a study of its own."""
     uids = [add_results(db, tmp_path)[0] for _ in range(count)]
@@ -194,22 +198,56 @@ def test_as_many_403_at_the_front_as_are_tried_do_not_hide_what_is_behind(
 
 
 @pytest.mark.parametrize("status", [400, 413, 415, 422])
-def test_one_that_is_refused_alone_is_parked_the_next_one_alike_blames_the_endpoint(
+def test_one_that_is_refused_alone_waits_for_others_the_next_one_alike_blames_the_endpoint(
     db: Database, tmp_path: Path, clock: FakeClock, status: int
 ) -> None:
-    more(db, tmp_path, 1)
+    """What was stored before proves nothing: only what is stored after a refusal shows that the item is to blame."""
+    bad: list[str] = []
 
     async def body(sender: CloudSender, fake: FakeCloud) -> None:
-        await sender.flush()
-        assert states(db) == ["rejected"]
+        before, fake.script = fake.script, []
+        more(db, tmp_path, 2)
+        await later(sender, clock)
+        fake.script = before
+        bad.extend(more(db, tmp_path, 1))
+        for _ in range(4):
+            await later(sender, clock)
+        assert states(db)[2] == "pending", "nobody knows whether others would be taken"
+        assert sender.endpoints.health[0].failures == 0
         more(db, tmp_path, 1)
         await later(sender, clock)
-        assert states(db) == ["rejected", "pending"] and sender.endpoints.link == "offline"
-        fake.script = [answering(more(db, tmp_path, 2)[:1], status)] * 9
+        assert states(db)[2:] == ["pending"] * 2 and sender.endpoints.link == "offline"
+        [event] = db.rows("SELECT * FROM events WHERE severity = 'error'")
+        assert f"HTTP {status}, and so for each item by itself" in event["text"]
+        fake.script = [answering(bad, status)] * 99
+        more(db, tmp_path, 1)
+        await later(sender, clock)
         await later(sender, clock)
 
     drive(db, tmp_path, lambda *_: web.Response(status=status), body)
-    assert states(db) == ["rejected", "stored", "rejected", "stored"]
+    assert states(db) == ["stored", "stored", "rejected", "stored", "stored"]
+    assert f"HTTP {status}" in one(db, "last_error", 3)
+    assert ("raise its limit" in one(db, "last_error", 3)) == (status == 413)
+
+
+def test_what_a_backup_stores_says_nothing_of_the_primary(db: Database, tmp_path: Path, clock: FakeClock) -> None:
+    """The primary refuses everything, and its probes are answered; between them the backup takes what there is."""
+    primary, backup = FakeCloud([lambda *_: web.Response(status=400)] * 1000), FakeCloud()
+
+    async def main() -> None:
+        async with served(primary.handle) as url, served(backup.handle) as other:
+            cloud = {"stow_url": url, "backups": [{"name": "second", "stow_url": other}]}
+            sender = sender_of(make_settings(tmp_path, cloud=cloud), db)
+            for n in range(12):
+                more(db, tmp_path, 1 + n % 3)
+                await later(sender, clock)
+                await sender.flush()
+                for number in (0, 1):
+                    sender.endpoints.succeeded(number, 0.01, proven=False)
+
+    asyncio.run(main())
+    assert len(primary.requests) > 12 and not primary.stored
+    assert set(states(db)) <= {"stored", "pending"} and states(db).count("stored") >= 20
 
 
 def test_records_whose_address_is_wrong_wait_though_objects_are_stored(

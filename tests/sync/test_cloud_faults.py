@@ -226,6 +226,53 @@ def test_a_dripping_primary_is_left_for_the_backup(tmp_path: Path, monkeypatch: 
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("fault", ["http-400", "http-413"])
+def test_a_proxy_that_refuses_everything_parks_nothing(tmp_path: Path, fault: str) -> None:
+    """From one moment on, in the middle of a round, with suspects, of all classes and kinds, over restarts."""
+    data, clock = tmp_path / "data", FakeClock()
+
+    async def main() -> None:
+        db = Database(data, clock)
+        async with (
+            endpoint(tmp_path / "cloud") as (url, storage),
+            fault_proxy(("127.0.0.1", int(url.rsplit(":", 1)[1]))) as proxy,
+        ):
+            at = f"http://127.0.0.1:{proxy.port}"
+            settings = make_settings(data, cloud={"stow_url": f"{at}/studies", "records_url": f"{at}/v1"})
+
+            def results() -> None:
+                add_results(db, data, 1, cloud=PLAN)
+                critical_result(db, data)
+
+            for day in range(4):
+                sender = sender_of(settings, db)  # the sidecar is restarted
+                sender.start()
+                proxy.fault = "pass"
+                results()
+                await sender.flush()
+                results()
+                with db.transaction():
+                    db.execute("UPDATE sync_items SET suspect = 1, strikes = 2 WHERE id % 5 = 0 AND state = 'pending'")
+                proxy.fault = fault
+                for _ in range(3):
+                    before = proxy.seen.get(fault, 0)
+                    await sender.flush()
+                    assert proxy.seen.get(fault, 0) - before <= 24, "nor is it flooded"
+                    sender.endpoints.succeeded(0, 0.01, proven=False)  # a probe is answered
+                    clock.now += 3600
+                found = {r["state"] for r in db.rows("SELECT state FROM sync_items")}
+                assert found == {"stored", "pending"}, day
+            assert not db.rows("SELECT * FROM events WHERE kind = 'sync-rejected'")
+            proxy.fault = "pass"
+            for _ in range(4):
+                await sender.flush()
+                clock.now += 3600
+            assert_exactly_once_in_order(db, data, storage)
+        db.close()
+
+    asyncio.run(main())
+
+
 def test_a_week_without_the_cloud_and_then_all_of_it(tmp_path: Path) -> None:
     """``scripts/measure_cloud_drain.py`` does the same with 5,000 results."""
     data, clock = tmp_path / "data", FakeClock()

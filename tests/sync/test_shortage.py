@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +175,7 @@ def test_a_disk_that_errs_while_a_file_is_sent_blames_neither_object_nor_endpoin
     as_they_are(db)
     real = stow._file
 
-    async def broken(part: stow.Part) -> AsyncIterator[bytes]:
+    async def broken(part: stow.Part) -> AsyncGenerator[bytes, None]:
         if part.uid == uids[1]:
             raise OSError(errno.EIO, "Input/output error")
         async for chunk in real(part):

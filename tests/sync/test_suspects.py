@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ import pytest
 
 from dicomnode.deidentify import Departure
 from dicomnode.index.cloud_outbox import MOST_ENDED, CloudOutbox
-from dicomnode.index.database import Database, Row
+from dicomnode.index.database import Database
 from dicomnode.sync.aside import ChildEnded, leave
+from dicomnode.sync.batch import Ready
 from dicomnode.sync.blame import MOST_TRIES
 from dicomnode.sync.departure import Departures
 from dicomnode.sync.endpoints import Endpoints
@@ -32,12 +33,12 @@ class Mortal(CloudSender):
     poison: Sequence[str] = ()
     died_alone = False
 
-    async def _ask(self, lane: Any, request: Any, things: Mapping[str, Any], items: Sequence[Row], alone: bool) -> Any:
-        if {i["SOPInstanceUID"] for i in items} & set(self.poison):
+    async def _ask(self, lane: Any, number: int, request: Any, some: Sequence[Ready[Any]], alone: bool) -> Any:
+        if {r.item["SOPInstanceUID"] for r in some} & set(self.poison):
             self.outbox.release = lambda *_, **__: None  # type: ignore[method-assign]
-            self.died_alone = len(items) == 1
+            self.died_alone = len(some) == 1
             raise Died
-        return await super()._ask(lane, request, things, items, alone)
+        return await super()._ask(lane, number, request, some, alone)
 
 
 def one(db: Database, what: str, item: int) -> Any:
