@@ -30,6 +30,8 @@ ANSWER_SECONDS = 5.0
 AWAY_SECONDS = 30.0
 """Between two looks at one that did not answer the look before. Its back-off is for what is sent: it may reach a
 quarter of an hour, and whoever is back should not wait so long for the results."""
+TRIAL_SECONDS = 60.0
+"""Longest pause until one that refuses what it is sent is tried with results again, whatever its probes say."""
 
 
 class Endpoints:
@@ -51,6 +53,8 @@ class Endpoints:
         self._left_alone_until = [float("-inf")] * len(self.all)
         self._silent_since = [float("inf")] * len(self.all)
         """When a look had no answer; infinite for those that answer, whatever else is wrong with them."""
+        self._trial_at: dict[int, float] = {}
+        """Those that refused what they were sent, and nothing was taken since."""
         self._untold: list[tuple[Any, str, str]] = []
         self._db = db
         self._link: Link | None = None
@@ -60,6 +64,16 @@ class Endpoints:
     def current(self) -> int | None:
         """Which endpoint to use now."""
         return choose(self.health, self._db.clock.ticks(), self.limits.mode)
+
+    def for_results(self) -> int | None:
+        """As :meth:`current`; but a primary that refused what it was sent is tried with results from time to time.
+
+        That its probes are answered proves nothing, and without a trial it would never be taken again.
+        """
+        chosen = self.current()
+        if chosen is not None and 0 in self._trial_at and self.health[0].usable(self._db.clock.ticks()):
+            return 0
+        return chosen
 
     def best(self, among: Sequence[int]) -> int | None:
         """Which of these to use now."""
@@ -100,18 +114,31 @@ class Endpoints:
     def succeeded(self, number: int, latency: float, *, proven: bool = True) -> None:
         """``proven``: something was taken, it was not only a probe."""
         self.answers += 1
-        self.health[number] = succeeded(self.health[number], latency, proven=proven)
         self._quiet_since[number] = self._db.clock.ticks()
         self._silent_since[number] = float("inf")
+        if not proven and number in self._trial_at:
+            before = self.health[number]
+            self.health[number] = replace(before, not_before=min(before.not_before, self._trial_at[number]))
+            self.refresh()
+            return
+        self._trial_at.pop(number, None)
+        self.health[number] = succeeded(self.health[number], latency, proven=proven)
         if self.health[number].well:
             self._causes[number] = ""
             self._tell(number, "", mendable=False)
         self.refresh()
 
-    def failed(self, number: int, cause: str, *, wait: float | None = None, mendable: bool = False) -> None:
-        """``mendable``: an operator has to act; told once for each cause."""
+    def failed(
+        self, number: int, cause: str, *, wait: float | None = None, mendable: bool = False, refused: bool = False
+    ) -> None:
+        """``mendable``: an operator has to act; told once for each cause. ``refused``: it answers and takes nothing."""
         now = self._db.clock.ticks()
         self.health[number] = failed(self.health[number], now, self.limits, wait)
+        if refused:
+            found = self.health[number]
+            soonest = found.not_before if wait is not None else min(found.not_before, now + TRIAL_SECONDS)
+            self._trial_at[number] = soonest
+            self.health[number] = replace(found, not_before=soonest)
         self._causes[number] = cause
         self._tell(number, cause, mendable=mendable)
         self.refresh()

@@ -78,7 +78,7 @@ class CloudSender:
     async def _flush(self, lane: Lane) -> int:
         settled, sessions = 0, dict[int, aiohttp.ClientSession]()
         try:
-            while (number := self.endpoints.current()) is not None:
+            while (number := self.endpoints.for_results()) is not None:
                 items = await asyncio.to_thread(self._lease, lane)
                 alone = not items
                 if alone and self._lone.locked():  # a suspect of another class is tried: which one ends us must show
@@ -90,7 +90,7 @@ class CloudSender:
                     batch = await self._try(lane, number, sessions, items)
                 settled += batch.settled
                 await self.endpoints.tell()
-                if batch.failed and self.endpoints.current() == number:
+                if batch.failed and self.endpoints.for_results() == number:
                     break
                 if not (batch.failed or batch.settled or batch.moved or alone):
                     break
@@ -305,7 +305,8 @@ class CloudSender:
 
     def _note(self, lane: Class, number: int, answer: Answer, seconds: float, batch: Batch) -> None:
         if answer.whole:
-            self.endpoints.failed(number, answer.whole, wait=answer.wait, mendable=answer.mendable)
+            mend = answer.mendable
+            self.endpoints.failed(number, answer.whole, wait=answer.wait, mendable=mend, refused=mend)
             batch.failed = True
             self._blame.lane_failed(lane, number, self.endpoints.answers)
         else:

@@ -250,6 +250,40 @@ def test_what_a_backup_stores_says_nothing_of_the_primary(db: Database, tmp_path
     assert set(states(db)) <= {"stored", "pending"} and states(db).count("stored") >= 20
 
 
+@pytest.mark.parametrize("status", [400, 401])
+@pytest.mark.parametrize("backup", [True, False])
+def test_what_refuses_for_days_is_told_once_and_asked_seldom_though_its_probes_are_answered(
+    db: Database, tmp_path: Path, clock: FakeClock, status: int, backup: bool
+) -> None:
+    primary, second = FakeCloud([lambda *_: web.Response(status=status)] * 10_000), FakeCloud()
+
+    async def main() -> None:
+        async with served(primary.handle) as url, served(second.handle) as other:
+            backups = [{"name": "second", "stow_url": other}] if backup else []
+            sender = sender_of(make_settings(tmp_path, cloud={"stow_url": url, "backups": backups}), db)
+            await sender.endpoints.probe()
+            more(db, tmp_path, 2)
+            for second_of in range(0, 1800, 15):  # the class looks seldom, so that probes get between
+                if second_of % 300 == 0:
+                    more(db, tmp_path, 1)
+                await sender.flush()
+                for _ in range(3):
+                    clock.now += 5
+                    await sender.endpoints.probe()
+            assert len([e for e in db.rows("SELECT * FROM events") if e["severity"] == "error"]) == 1
+            assert len(primary.requests) <= 40 * (MOST_UNPROVEN + 1)
+            assert sender.endpoints.current() == (1 if backup else 0)
+            primary.script.clear()
+            more(db, tmp_path, 1)
+            clock.now += 61
+            await sender.flush()
+            assert primary.stored and sender.endpoints.link == "online"
+
+    asyncio.run(main())
+    assert set(states(db)) == {"stored"}
+    assert [e["severity"] for e in db.rows("SELECT * FROM events ORDER BY id")] == ["error", "info"]
+
+
 def test_records_whose_address_is_wrong_wait_though_objects_are_stored(
     db: Database, tmp_path: Path, clock: FakeClock
 ) -> None:
