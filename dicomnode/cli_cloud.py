@@ -17,10 +17,12 @@ def cloud(
     host: Annotated[str, typer.Option(help="address to listen on; other than loopback needs tokens")] = ("127.0.0.1"),
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 lets the system choose")] = 8090,
     token_file: Annotated[
-        Path | None, typer.Option(help="file with the administrator's token; without --nodes all use it")
+        Path | None,
+        typer.Option(help="file with the administrator's token, the password of pages; without --nodes all use it"),
     ] = None,
     nodes: Annotated[
-        Path | None, typer.Option(help="folder with a token per file, SITE/NODE: each node sees its own site only")
+        Path | None,
+        typer.Option(help="folder with a token per file, SITE/NODE, followed: each node sees its own site only"),
     ] = None,
     certificate: Annotated[Path | None, typer.Option(help="PEM file with a certificate chain; then https")] = None,
     key: Annotated[Path | None, typer.Option(help="PEM file with its key, where it is not in the same file")] = None,
