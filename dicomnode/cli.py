@@ -14,7 +14,7 @@ from rich.console import Console
 
 from dicomnode import __version__, cli_models, logs
 from dicomnode.cli_cloud import cloud, models_publish
-from dicomnode.cli_common import Config, Json, Limit, console
+from dicomnode.cli_common import Config, Json, Limit, check_state, console
 from dicomnode.cli_common import index as _index
 from dicomnode.cli_common import output as _print
 from dicomnode.cli_common import settings_of as _settings
@@ -321,6 +321,7 @@ def jobs_list(
     """Jobs, newest first."""
     from dicomnode.index.jobs import Jobs
 
+    check_state("jobs", state)
     columns = {
         "id": "job", "state": "state", "model": "model", "step": "step", "revision": "rev", "instances": "images",
         "critical": "critical", "created_time": "made", "reason": "why complete", "last_error": "error",

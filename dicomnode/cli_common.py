@@ -58,6 +58,20 @@ def index(settings: Settings) -> Iterator[Any]:
         db.close()
 
 
+def check_state(what: str, state: str | None) -> None:
+    """Of ``--state`` of a list: what is no state would list nothing, as if all were well. Raises BadParameter."""
+    if state is None:
+        return
+    from dicomnode.index.commitment import AskState, PromiseState
+    from dicomnode.index.notices import NoticeState
+    from dicomnode.index.states import JobState, SendState
+
+    kinds = {"jobs": [JobState], "storage commitment": [PromiseState, AskState], "notifications": [NoticeState]}
+    known = ["open", "decided"] if what == "conflicts" else [s.value for k in kinds.get(what, [SendState]) for s in k]
+    if state not in known:
+        raise typer.BadParameter(f"one of {', '.join(dict.fromkeys(known))}", param_hint="--state")
+
+
 def output(data: Any, as_json: bool, show: Callable[[Any], None]) -> None:
     if as_json:
         sys.stdout.write(json.dumps(data, indent=2, default=str, ensure_ascii=False) + "\n")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dicomnode.cli_common import Config, Json, Limit, console, index, output, settings_of, table
+from dicomnode.cli_common import Config, Json, Limit, check_state, console, index, output, settings_of, table
 
 deliveries_app = typer.Typer(no_args_is_help=True, help="Results on their way to DICOM peers: list, retry.")
 commitments_app = typer.Typer(
@@ -33,6 +33,7 @@ def _list(
 ) -> None:
     """Print rows, newest first. ``more`` makes what people see of a row that is none of its columns."""
     config, as_json, limit, state = selection
+    check_state(empty.removeprefix("no "), state)
     with index(settings_of(config)) as db:
         rows = box(db).listing(limit, state)
     output(rows, as_json, lambda _: table([more(row) for row in rows], {**columns, "last_error": "last error"}, empty))

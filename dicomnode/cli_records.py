@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dicomnode.cli_common import Config, Json, Limit, console, index, output, settings_of, table
+from dicomnode.cli_common import Config, Json, Limit, check_state, console, index, output, settings_of, table
 from dicomnode.errors import OperatorError
 from dicomnode.settings import Settings
 
@@ -127,6 +127,7 @@ def conflicts_list(
     state: Annotated[str | None, typer.Option(help="open or decided")] = None,
 ) -> None:
     """Conflicts, newest first: which fields differ, and what became of it. Values: 'conflicts show'."""
+    check_state("conflicts", state)
     settings = settings_of(config)
     with index(settings) as db:
         rows = _reviews(db, settings).listing(limit, state)

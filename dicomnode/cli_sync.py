@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dicomnode.cli_common import Config, Json, Limit, console, index, output, settings_of, table
+from dicomnode.cli_common import Config, Json, Limit, check_state, console, index, output, settings_of, table
 from dicomnode.cloud_settings import LANES
 
 UNKNOWN = "it is not known here; --study UID (its UID at home) searches the images of a study, too"
@@ -24,6 +24,7 @@ def sync_list(
     """Results and records on their way to the cloud, newest first: class, state, attempts, last error."""
     from dicomnode.index.cloud_outbox import CloudOutbox
 
+    check_state("sync", state)
     with index(settings_of(config)) as db:
         rows = CloudOutbox(db).listing(limit, state)
     columns = {"id": "item", "job_id": "job", "kind": "what", "class": "class", "state": "state"}

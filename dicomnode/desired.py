@@ -13,12 +13,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
+from pydantic_core import ErrorDetails
 
 from dicomnode.errors import SettingsError
 from dicomnode.fleet_settings import Part
 from dicomnode.peer_settings import Section
 from dicomnode.rule_settings import Rule
 from dicomnode.settings import Settings
+from dicomnode.settings_words import plain
 
 OPERATION = "take the desired state"
 VERSION = r"^[0-9A-Za-z][0-9A-Za-z.+_-]{0,63}$"
@@ -60,9 +62,16 @@ def read_desired(state: Mapping[str, Any]) -> Desired:
         # As JSON has it: a list is a tuple, and 1 is no text.
         return Desired.model_validate_json(json.dumps(dict(state)))
     except ValidationError as error:
-        lines = [f"{'.'.join(map(str, e['loc'])) or 'state'}: {e['msg']}" for e in error.errors(include_url=False)]
-        text = "; ".join(line.replace("Value error, ", "") for line in lines)
-        raise SettingsError(OPERATION, text, "See config/cloud-api.yaml") from None
+        lines = [f"{'.'.join(map(str, e['loc'])) or 'state'}: {_said(e)}" for e in error.errors(include_url=False)]
+        raise SettingsError(OPERATION, "; ".join(lines), "See config/cloud-api.yaml") from None
+
+
+def _said(error: ErrorDetails) -> str:
+    """What pydantic found, without its name for a key that is unknown."""
+    if error["type"] != "extra_forbidden":
+        return plain(error)
+    parts = ", ".join(Desired.model_fields)
+    return f"this version does not know it; a state has {parts}" if len(error["loc"]) == 1 else "unknown key"
 
 
 def check_accepted(desired: Desired, accept: Sequence[Part]) -> None:

@@ -132,3 +132,13 @@ def test_a_model_serves_only_where_its_repository_and_its_trial_say_so(tmp_path:
         assert Models(case.db).active()["ct-one"] == "2.0.0"
 
     run(tmp_path, models, main)
+
+
+def test_a_part_that_this_version_does_not_know_is_refused_with_those_that_it_does() -> None:
+    """The reason is read at the cloud, by somebody who has another version's description before them."""
+    with pytest.raises(
+        SettingsError, match="peers: this version does not know it; a state has models, rules, log_level"
+    ):
+        read_desired({"peers": []})
+    with pytest.raises(SettingsError, match=r"rules\.0\.colour: unknown key"):
+        read_desired({"rules": [{"name": "x", "models": ["m"], "colour": "red"}]})
