@@ -66,10 +66,15 @@ def check_state(what: str, state: str | None) -> None:
     from dicomnode.index.notices import NoticeState
     from dicomnode.index.states import JobState, SendState
 
-    kinds = {"jobs": [JobState], "storage commitment": [PromiseState, AskState], "notifications": [NoticeState]}
-    known = ["open", "decided"] if what == "conflicts" else [s.value for k in kinds.get(what, [SendState]) for s in k]
-    if state not in known:
-        raise typer.BadParameter(f"one of {', '.join(dict.fromkeys(known))}", param_hint="--state")
+    known: dict[str, list[str]] = {
+        "jobs": list(JobState),
+        "storage commitment": [*PromiseState, *AskState],
+        "notifications": list(NoticeState),
+        "conflicts": ["open", "decided"],
+    }
+    states = [str(one) for one in known.get(what, list(SendState))]
+    if state not in states:
+        raise typer.BadParameter(f"one of {', '.join(dict.fromkeys(states))}", param_hint="--state")
 
 
 def output(data: Any, as_json: bool, show: Callable[[Any], None]) -> None:
