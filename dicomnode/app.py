@@ -23,7 +23,7 @@ from dicomnode.errors import NodeError, OperatorError, SettingsError, StorageErr
 from dicomnode.index.database import Database
 from dicomnode.index.operation import Events, Processes
 from dicomnode.settings import Settings
-from dicomnode.supervisor import EXIT_CONFIGURATION, Child, Supervisor
+from dicomnode.supervisor import EXIT_CONFIGURATION, Child, Supervisor, how_it_ended
 from dicomnode.tls import Transport
 
 PROCESSES = ("receiver", "worker", "courier", "sidecar")
@@ -277,7 +277,7 @@ def serve(settings: Settings, config: Path | None) -> int:
 
 def _restart_event(db: Database) -> Callable[[str, int], None]:
     def record(name: str, code: int) -> None:
-        Events(db).add("error", "process-restarted", name, f"it ended with exit code {code} and was started again")
+        Events(db).add("error", "process-restarted", name, f"it {how_it_ended(code)} and was started again")
 
     return record
 

@@ -25,6 +25,18 @@ STOP_SECONDS = 6.0
 POLL_SECONDS = 0.05
 
 
+def how_it_ended(code: int) -> str:
+    """For people: by which signal, or with which exit code. SIGKILL is most often the kernel's, for want of memory."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    why = " (by the kernel, when memory is short: 'journalctl -k' tells)" if -code == signal.SIGKILL else ""
+    return f"was ended by {name}{why}"
+
+
 def _child_environment() -> dict[str, str]:
     """Only the parent talks to systemd; the child dies with the parent."""
     kept = {k: v for k, v in os.environ.items() if k not in {"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"}}

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from dicomnode import supervisor
-from dicomnode.supervisor import BACKOFF_FIRST, BACKOFF_LONGEST, EXIT_CONFIGURATION, Child, Supervisor
+from dicomnode.supervisor import BACKOFF_FIRST, BACKOFF_LONGEST, EXIT_CONFIGURATION, Child, Supervisor, how_it_ended
 
 
 class Stop:
@@ -87,3 +87,16 @@ def test_back_off_is_capped_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     child.process, child.started = dead, now - 3600  # it ran for an hour: begins anew
     supervised._tend(child)
     assert child.due - now == pytest.approx(BACKOFF_FIRST)
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (74, "ended with exit code 74"),
+        (-11, "was ended by SIGSEGV"),
+        (-9, "was ended by SIGKILL (by the kernel, when memory is short: 'journalctl -k' tells)"),
+        (-99, "was ended by signal 99"),
+    ],
+)
+def test_how_a_process_ended_is_said_for_people(code: int, said: str) -> None:
+    assert how_it_ended(code) == said
