@@ -59,6 +59,7 @@ class Promoter:
         if pulled is None or row is None:
             return False
         name, version = entry.name, str(row["version"])
+        self._supersede(entry, version)
         move = next_move(entry.plan, self._facts(entry, pulled, row))
         if isinstance(move, Wait):
             self._waits(name, version, move)
@@ -69,6 +70,30 @@ class Promoter:
         if self._db.clock.ticks() < self._not_before.get((name, version), 0.0):
             return False
         return self._take(name, version, move, entry.canary_percent if move.action == "canary" else 0.0)
+
+    def _supersede(self, entry: ModelPull, newest: str) -> None:
+        """Older ones that the policy had on trial: nobody looks at them any more, but they would analyse for ever.
+
+        A canary would even serve its share beside what is newer. What an operator has set stays, and so does
+        what an entry names by its version.
+        """
+        if entry.version:
+            return
+        named = {e.version for e in self._entries if e.name == entry.name}
+        pulled = {p["version"] for p in self._models.pulls() if p["name"] == entry.name and p["state"] == "placed"}
+        for row in self._life.versions(entry.name):
+            version = str(row["version"])
+            if row["state"] not in ("staged", "shadow", "canary") or version not in pulled - named:
+                continue
+            if release(version) >= release(newest) or self._life.by_hand(entry.name, version, SYNC):
+                continue
+            try:
+                why = f"policy: {newest} came after it"
+                self._desk.change("retire", entry.name, version, who=SYNC, why=why)
+            except NodeError as error:
+                self._waits(entry.name, version, Wait("failed", f"'retire' was not possible: {error}"))
+            else:
+                self._life.wait_for(entry.name, version, None, None)
 
     def _take(self, name: str, version: str, move: Move, percent: float) -> bool:
         try:

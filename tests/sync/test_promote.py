@@ -205,3 +205,26 @@ def test_approvals_that_are_none(case: Case) -> None:
         with pytest.raises(NodeError, match="approve"):
             case.desk.approve(NAME, version, who="cli")
     assert case.waits == "goal"
+
+
+@pytest.mark.parametrize("reached", ["shadow", "canary"])
+def test_what_a_newer_version_has_overtaken_on_trial_goes(case: Case, reached: str) -> None:
+    """The policy looks at the newest alone; the other one would be compared, or serve its share, for ever."""
+    way = {"shadow_studies": 3} if reached == "shadow" else {"canary_percent": 20.0, "canary_studies": 2}
+    assert case.look(**way) == reached
+    (case.data_dir / "models" / NAME / "3.0.0").mkdir()
+    case.pulled("3.0.0")
+    assert case.look(**way) == "retired" and case.waits is None
+    assert case.life.state(NAME, "3.0.0") == reached and case.active == "1.0.0"
+    [event] = [e for e in Events(case.db).listing(50) if e["subject"] == f"{NAME}@2.0.0" and "retired" in e["text"]]
+    assert "sync" in event["text"]
+
+
+def test_what_an_operator_has_on_trial_or_an_entry_names_stays(case: Case) -> None:
+    way = {"canary_percent": 20.0, "canary_studies": 2}
+    case.look(**way)
+    case.desk.change("canary", NAME, "2.0.0", who="cli:me", percent=50.0)
+    (case.data_dir / "models" / NAME / "3.0.0").mkdir()
+    case.pulled("3.0.0")
+    assert case.look(**way) == "canary", "it was set by hand"
+    assert case.look(version="2.0.0", **way) == "canary"
