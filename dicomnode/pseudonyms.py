@@ -21,6 +21,8 @@ LONGEST_SHIFT_DAYS = 365
 _DOTTED = re.compile(r"(?<!\d)(?<!\d\.)\d++(?:\.\d++){2,}+", re.ASCII)
 _UID = re.compile(r"2\.25\.\d+|[012](?:\.\d+){3,}")
 _ADDRESS = re.compile(r"\d{1,3}(?:\.\d{1,3}){3}")
+_DAY = re.compile(r"([12]\d{3})(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])", re.ASCII)
+"""DA, PS3.5 6.2."""
 _ISO_DATE = re.compile(r"(?<!\d)(\d{4})-(\d{2})-(\d{2})(?!\d)")
 
 
@@ -105,7 +107,8 @@ def traces(*values: str) -> re.Pattern[str] | None:
     """What would give a patient away in free text: names and numbers, as whole words without regard to case.
 
     ``values``: names by their components, identifiers, dates. Words of fewer than three ASCII
-    characters are too common; of other scripts two characters count, wherever they stand.
+    characters are too common; of other scripts two characters count, wherever they stand. A date counts as
+    people write it in numbers, too.
     """
     words: set[str] = set()
     for value in values:
@@ -117,4 +120,14 @@ def traces(*values: str) -> re.Pattern[str] | None:
         return None
     some = sorted(words, key=lambda w: (-len(w), w))
     parts = [rf"(?<!\w){re.escape(w)}(?!\w)" if w.isascii() else re.escape(w) for w in some]
+    parts += [_written(*found.groups()) for w in some if (found := _DAY.fullmatch(w))]
     return re.compile("|".join(parts), re.IGNORECASE)
+
+
+def _written(year: str, month: str, day: str) -> str:
+    """A day with its year first, or last and then of two digits, too; month first or second; also as in Chinese."""
+    m, d, gap = f"0?{int(month)}", f"0?{int(day)}", r"\s?[./-]\s?"
+    end = r"(?!\w|\.\d)"
+    last = rf"(?:{d}{gap}{m}|{m}{gap}{d}){gap}(?:{year}|{year[2:]}){end}"
+    first = rf"{year}{gap}{m}{gap}{d}{end}|{year}\s?年\s?{m}\s?月\s?{d}(?!\d)(?:\s?日)?"
+    return rf"(?<!\w)(?<!\d\.)(?:{last}|{first})"

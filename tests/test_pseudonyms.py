@@ -64,6 +64,31 @@ def test_a_short_key_is_refused() -> None:
         Pseudonyms(b"short")
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["09.03.1970", "9.3.1970", "9. 3. 70", "03/09/1970", "3-9-70", "1970/03/09", "19700309", "1970年3月9日",
+     "1970 年 03 月 09 日"],
+)  # fmt: skip
+def test_a_birth_date_in_text_is_a_trace_however_it_is_written(text: str) -> None:
+    known = traces("Do^Li", "19700309")
+    assert known is not None
+    assert known.sub("*", f"(born {text}), size 3.9 mm") == "(born *), size 3.9 mm"
+    assert known.sub("*", f"born {text}.") == "born *."
+
+
+@pytest.mark.parametrize(
+    "text", ["9.3.1971", "19.3.1970", "9.3.19701", "1970.3", "3.9 cm, 70 years", "13.9.70", "1.9.3.70"]
+)
+def test_other_days_and_numbers_are_none(text: str) -> None:
+    known = traces("19700309", "4711")
+    assert known is not None and known.sub("*", text) == text
+
+
+def test_what_looks_like_no_day_is_a_trace_as_it_is() -> None:
+    known = traces("19701309")
+    assert known is not None and known.sub("*", "19701309 9.13.1970") == "* 9.13.1970"
+
+
 def test_traces_of_a_patient_in_text() -> None:
     known = traces("Mustermann^Eva=王^小明", "ID-4711", "")
     assert known is not None
