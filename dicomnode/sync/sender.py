@@ -37,6 +37,8 @@ from dicomnode.sync.trouble import After, trouble
 
 T = TypeVar("T")
 MEBIBYTE = 1 << 20
+ABOUT_BYTES = 320
+"""What a request says of each record beside its data: key, names, times."""
 MOST_REQUEST_BYTES = 32 * MEBIBYTE
 """Objects of one request together; a larger one goes by itself. What is de-identified is held in memory."""
 
@@ -223,7 +225,7 @@ class CloudSender:
         async def request(some: Sequence[tuple[Row, Mapping[str, Any]]]) -> Answer:
             return await send_records(session, url, headers, self._node, [r for _, r in some], **self._limits(lane))
 
-        things = [Ready(i["idempotency_key"], i, i["size"], (i, r)) for i, r in ready]
+        things = [Ready(i["idempotency_key"], i, i["size"] + ABOUT_BYTES, (i, r)) for i, r in ready]
         return held | await self._rounds(lane, number, request, things, batch, alone)
 
     async def _rounds(
@@ -415,7 +417,8 @@ class CloudSender:
         blocked: set[str] = set()
         for ready in some:
             item, verdict = ready.item, answer.verdicts.get(ready.key)
-            if verdict is None:
+            if verdict is None:  # what is behind it in its stream must not overtake it
+                blocked.add(item["stream"])
                 batch.untried.append(item["id"])
                 continue
             if verdict.fate is Fate.stored:

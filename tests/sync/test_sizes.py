@@ -96,6 +96,24 @@ def test_batches_become_as_large_as_the_endpoint_takes_them(db: Database, clock:
     assert set(states(db)) == {"stored"}
 
 
+def test_a_stream_keeps_its_order_where_the_limit_is_lower_than_it_was(db: Database) -> None:
+    """The first of several requests is halved; what was behind what it then left untried must not overtake it."""
+    fake = Limited(limit=200_000)
+
+    async def main() -> None:
+        async with served(fake.handle) as url:
+            sender = sender_of(make_settings(db.data_dir, cloud={"stow_url": url}), db)
+            results(db, *[SMALL] * 24)
+            assert await sender.flush() == 24 and fake.sizes
+            fake.limit = 70_000
+            wanted = results(db, *[SMALL] * 24)
+            assert await sender.flush() == 24
+            assert fake.puts[24:] == wanted
+
+    asyncio.run(main())
+    assert set(states(db)) == {"stored"}
+
+
 def test_records_are_halved_too(db: Database, tmp_path: Path) -> None:
     refused: list[int] = []
 
