@@ -37,8 +37,7 @@ from dicomnode.sync.trouble import After, trouble
 
 T = TypeVar("T")
 MEBIBYTE = 1 << 20
-ABOUT_BYTES = 320
-"""What a request says of each record beside its data: key, names, times."""
+ABOUT_BYTES = 320  # of each record in a request beside its data: key, names, times
 MOST_REQUEST_BYTES = 32 * MEBIBYTE
 """Objects of one request together; a larger one goes by itself. What is de-identified is held in memory."""
 
@@ -139,7 +138,8 @@ class CloudSender:
         """Requests of one kind each, so that every stream keeps its order; ends at the first that fails as a whole."""
         blocked = set[str]()
         for run in runs(items):
-            for at, some in self._places(number, run, batch, blocked):
+            places, behind = self._places(number, run, batch, blocked)
+            for at, some in places:
                 wanted = [i for i in some if i["stream"] not in blocked]
                 batch.untried += [i["id"] for i in some if i["stream"] in blocked or batch.failed]
                 if not wanted or batch.failed:
@@ -156,16 +156,18 @@ class CloudSender:
                     continue
                 send = self._objects if wanted[0]["result_id"] is not None else self._records
                 blocked |= await send(lane, at, sessions[at], headers, wanted, batch, alone)
+            blocked |= behind
 
     def _places(
         self, number: int, run: Sequence[Row], batch: Batch, blocked: set[str]
-    ) -> Sequence[tuple[int, Sequence[Row]]]:
-        """``run`` by endpoint: ``number``, but what is too large for it to another that may take it."""
+    ) -> tuple[Sequence[tuple[int, Sequence[Row]]], set[str]]:
+        """``run`` by endpoint: ``number``, or another for what is too large for it; the streams that have to wait."""
         here: list[Row] = []
         elsewhere: dict[int, list[Row]] = {}
-        moved = set[str]()
+        moved, behind = set[str](), set[str]()
         for item in run:
-            if item["stream"] in moved:  # behind one that goes elsewhere
+            if item["stream"] in moved:
+                behind.add(item["stream"])
                 batch.untried.append(item["id"])
                 continue
             others = self._others(number, item)
@@ -175,10 +177,13 @@ class CloudSender:
             moved.add(item["stream"])
             if (at := self.endpoints.best(others)) is not None:
                 elsewhere.setdefault(at, []).append(item)
-            elif item["stream"] not in blocked:
+            elif item["stream"] in blocked:
+                batch.untried.append(item["id"])
+            else:
+                behind.add(item["stream"])
                 names = ", ".join(self.endpoints.all[n].name for n in others)
                 self._wait(item, f"too large for {self.endpoints.all[number].name} (HTTP 413); {names}: not there now")
-        return [(number, here), *elsewhere.items()]
+        return [(number, here), *elsewhere.items()], behind
 
     def _too_large(self, number: int, item: Row) -> bool:
         return self._sizes.too_large(number, item["result_id"] is not None, item["size"], self.db.clock.ticks())

@@ -180,6 +180,44 @@ def test_what_is_too_large_goes_to_the_backup_that_takes_it(db: Database, clock:
     assert set(states(db)) == {"stored"}
 
 
+def test_records_do_not_overtake_an_object_behind_one_that_goes_elsewhere(db: Database) -> None:
+    primary, backup = Limited(limit=100_000), Limited()
+    order: list[int] = []
+
+    async def main() -> None:
+        async with served(primary.handle) as url, served(backup.handle) as other:
+            cloud = {"stow_url": url, "backups": [{"name": "second", "stow_url": other}]}
+            sender = sender_of(make_settings(db.data_dir, cloud=cloud), db)
+            for number in (0, 1):
+                sender.endpoints.succeeded(number, 0.01)
+            results(db, LARGE)
+            assert await sender.flush() == 1, "how much the primary takes is known"
+            objects = sender._objects
+
+            async def sent(*arguments: Any) -> set[str]:
+                order.extend(i["id"] for i in arguments[4])
+                return await objects(*arguments)
+
+            async def told(*arguments: Any) -> set[str]:
+                ids = [i["id"] for i in arguments[4]]
+                order.extend(ids)
+                arguments[5].stored += ids
+                arguments[5].settled += len(ids)
+                return set()
+
+            sender._objects, sender._records = sent, told  # type: ignore[method-assign]
+            pictures = [("SEG", secondary_capture(one)[1]) for one in (LARGE, SMALL)]
+            add_objects(db, db.data_dir, pictures, CloudPlan("cloud", records=True))
+            as_they_are(db)
+            await sender.flush()
+
+    asyncio.run(main())
+    assert set(states(db)) == {"stored"}
+    stream = {r["id"]: r["stream"] for r in db.rows("SELECT id, stream FROM sync_items")}
+    last = [n for n in order if stream[n] == stream[max(order)]]
+    assert len(last) > 2 and last == sorted(last)
+
+
 def test_what_is_too_large_for_all_is_parked_with_that_reason(db: Database, clock: FakeClock) -> None:
     primary, backup = Limited(limit=100_000), Limited(limit=200_000)
 
