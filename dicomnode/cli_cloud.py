@@ -60,6 +60,17 @@ def cloud(
     raise typer.Exit(code)
 
 
+def _check_before_signing(path: Path) -> None:
+    """Every node would refuse it later; here its author still looks at it. Raises BundleError, EngineError."""
+    from tempfile import TemporaryDirectory
+
+    from dicomnode.app import verify_model
+    from dicomnode.settings import Settings
+
+    with TemporaryDirectory() as folder:
+        verify_model(Settings(node={"data_dir": folder}), path)
+
+
 def models_publish(
     to: Annotated[Path, typer.Option(help="folder of the repository; made when it is not there")],
     folders: Annotated[list[Path] | None, typer.Argument(help="bundle folders, NAME/VERSION")] = None,
@@ -67,6 +78,7 @@ def models_publish(
     withdraw: Annotated[list[str] | None, typer.Option(help="NAME@VERSION that is not offered any more")] = None,
     rotate: Annotated[list[str] | None, typer.Option(help="root, targets, snapshot or timestamp: a new key")] = None,
     days: Annotated[int | None, typer.Option(min=1, max=365, help="until it has to be signed again")] = None,
+    golden_cases: Annotated[bool, typer.Option(help="run those of each bundle on this machine first")] = True,
     as_json: Json = False,
 ) -> None:
     """Sign a repository of model bundles, for nodes to follow; without a folder its dates are renewed."""
@@ -77,6 +89,8 @@ def models_publish(
     if unknown:
         raise OperatorError("publish models", f"there is no role '{unknown[0]}'", f"Roles: {', '.join(ROLES)}")
     bundles = [load_bundle(path.resolve()) for path in folders or ()]
+    for bundle in bundles if golden_cases else ():
+        _check_before_signing(bundle.path)
     done = Publisher(to, keys, days=days).publish(
         [Bundle(b.identity.name, b.identity.version, b.path) for b in bundles],
         withdraw=withdraw or (),

@@ -8,18 +8,21 @@ import socket
 import ssl
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import urlsplit
 
+from dicomnode.clock import SystemClock, iso
 from dicomnode.cloud_check import cloud_findings
 from dicomnode.cloud_settings import PRIMARY, CloudEndpoint, node_name
-from dicomnode.errors import OperatorError
+from dicomnode.errors import NodeError, OperatorError
 from dicomnode.findings import Finding, Level
 from dicomnode.offline import HELD, may_ask
 from dicomnode.settings import Repository, Settings
 
 CONNECT_SECONDS = 3.0
 ANSWER_SECONDS = 5.0
+METADATA_SECONDS = 15.0
 MAX_ANSWER_BYTES = 1 << 20
 WAITS = "Results wait on this box and lose nothing. Check the outbound firewall, DNS and proxy"
 
@@ -38,6 +41,8 @@ def examine_cloud(settings: Settings) -> Iterable[Finding]:
     urls = [pull.url for pull in cloud.models if pull.url]
     if cloud.repository.metadata_url:
         yield _root_file(cloud.repository)
+        if may_ask(settings.sync.offline_mode) and not cloud.repository.metadata_url.startswith("s3:"):
+            yield _metadata(settings)
         urls += [u for u in (cloud.repository.metadata_url, cloud.repository.archives_url) if not u.startswith("s3:")]
     for host in dict.fromkeys(urlsplit(url)._replace(path="", query="", fragment="") for url in urls):
         yield ask("model pull", host.geturl(), cloud.ca_file)
@@ -131,6 +136,26 @@ def _root_file(repository: Repository) -> Finding:
     except OperatorError as error:
         return Finding(Level.fault, "models", f"{error.operation}: {error.cause}", error.hint)
     return Finding(Level.ok, "models", "cloud.repository.root_file holds a signed root")
+
+
+def _metadata(settings: Settings) -> Finding:
+    """What the repository has signed now, as a node takes it that knows nothing but the root file; nothing is kept."""
+    from dicomnode.sync.source import source_for
+    from dicomnode.sync.trust import BoundedFetcher, Expired, Refused, read_root, refresh
+
+    cloud = settings.cloud
+    url, root_file = cloud.repository.metadata_url, cloud.repository.root_file
+    assert root_file is not None  # the settings see to it
+    try:
+        fetcher = BoundedFetcher(source_for(url, cloud, SystemClock()), min(cloud.timeout_seconds, METADATA_SECONDS))
+        with TemporaryDirectory() as folder:
+            trusted = refresh(read_root(root_file), url, Path(folder, "cache"), Path(folder, "work"), fetcher)
+    except (Expired, Refused) as error:
+        return Finding(Level.fault, "models", f"cloud.repository.metadata_url: {error.cause}", error.hint)
+    except NodeError as error:
+        return Finding(Level.warn, "models", f"cloud.repository.metadata_url: {error.cause}", error.hint)
+    found = f"{len(trusted.offers)} archives are signed, until {iso(trusted.expires)}"
+    return Finding(Level.ok, "models", f"cloud.repository.metadata_url: {found}")
 
 
 def _not_asked(name: str, url: str, ca_file: Path | None) -> Finding:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import shutil
 import socket
@@ -13,11 +14,13 @@ import pytest
 
 from dicomnode import doctor, durable
 from dicomnode.doctor import Finding, Level, examine
+from dicomnode.doctor_cloud import examine_cloud
 from dicomnode.index.database import Database
 from dicomnode.index.life import Life
 from dicomnode.settings import Settings
 from tests import peers
 from tests.infer.life_case import add_version
+from tests.sync.cloud_fake import served
 from tests.sync.tuf_case import TufRepository
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -246,6 +249,29 @@ def test_the_root_of_the_model_repository(make: Callable[..., Settings], tmp_pat
     root.write_bytes(b"{}")
     wrong = one(examine(make(cloud=cloud)), "models", "no signed root")
     assert (wrong.level, "root.json" in wrong.hint) == (Level.fault, True)
+
+
+def test_the_signed_metadata_is_asked_for(make: Callable[..., Settings], tmp_path: Path) -> None:
+    repository = TufRepository()
+    root = tmp_path / "root.json"
+    root.write_bytes(repository.trusted_root)
+
+    async def found() -> Finding:
+        async with served(repository.handle, "/{path:.*}") as url:
+            base = url.removesuffix("/{path:.*}")
+            where = {"metadata_url": f"{base}/metadata", "root_file": root}
+            settings = make(cloud={"repository": where})
+            return await asyncio.to_thread(
+                lambda: next(f for f in examine_cloud(settings) if "metadata_url: " in f.text)
+            )
+
+    well = asyncio.run(found())
+    assert (well.level, "0 archives are signed, until " in well.text) == (Level.ok, True)
+    repository.files["metadata/timestamp.json"] = b"{}"
+    assert asyncio.run(found()).level is Level.fault
+    repository.files.clear()
+    missing = asyncio.run(found())
+    assert (missing.level, "404" in missing.text) == (Level.warn, True)
 
 
 def test_named_gpu_engine_without_gpu(make: Callable[..., Settings]) -> None:

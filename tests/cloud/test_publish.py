@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -144,6 +145,15 @@ def test_the_verb(case: Case) -> None:
     code, text = run("--withdraw", "ct-lung@1.0.0", "--days", "7")
     assert (code, "withdrawn: ct-lung/1.0.0.tar.gz" in text) == (0, True)
     assert run("--rotate", "everything")[0] != 0
+    wrong = shutil.copytree(MODEL, case.folder.parent / "ct-lung" / "1.0.0")
+    manifest = json.loads((wrong / "manifest.json").read_text())
+    manifest["golden"][0]["measurements"]["right_lung.volume_ml"] *= 2
+    manifest["identity"]["version"] = "1.0.1"
+    (wrong / "manifest.json").write_text(json.dumps(manifest))
+    wrong = wrong.rename(wrong.with_name("1.0.1"))
+    code, text = run(str(wrong))
+    assert code != 0, "its author still looks at it; nodes would refuse it"
+    assert run(str(wrong), "--no-golden-cases")[0] == 0
     assert run(str(case.bundle))[0] != 0, "what is no bundle is not signed"
 
 
