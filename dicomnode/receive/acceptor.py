@@ -35,6 +35,10 @@ YIELDS, YIELD_SECONDS = 4, 0.001
 """How often, and how long, a receiver lets a less busy one go first."""
 
 
+FEW = 2
+"""Associations of one receiver that have short turns: with many, they wait for each other, and the API for them."""
+
+
 class Acceptor:
     """``serve(sock, address, door)`` runs in the connection's thread and owns the socket.
 
@@ -139,7 +143,8 @@ class Acceptor:
             time.sleep(BUSY_SECONDS)
 
     def _run(self, sock: socket.socket, address: Any, door: Door) -> None:
-        ask_for_short_turns(INTAKE_NANOSECONDS)
+        if self._running <= FEW:
+            ask_for_short_turns(INTAKE_NANOSECONDS)
         try:
             self._serve(sock, address, door)
         finally:

@@ -44,6 +44,12 @@ stow_url = "{at}/studies"
 records_url = "{at}/v1"
 health_url = "{at}/health"
 ca_file = "{ca_file}"
+[metrics]
+remote_write_url = "https://localhost:{metrics}/api/v1/write"
+ca_file = "{ca_file}"
+"""
+OFTEN = """
+[cloud]
 stall_seconds = 1
 timeout_seconds = 2
 [sync]
@@ -58,19 +64,21 @@ backoff_max_seconds = 0.3
 heartbeat_seconds = 1
 desired_seconds = 1
 [metrics]
-remote_write_url = "https://localhost:{metrics}/api/v1/write"
-ca_file = "{ca_file}"
 interval_seconds = 1
 """
-"""Far more often than by default, so that a fault strikes all the time; with rules= of :class:`Node`."""
-
+"""Far more often than by default, so that a fault strikes all the time."""
 
 PLAN = CloudPlan("cloud", Sync().lanes, records=True)
 
 
-def cloud_rules(where: Mapping[str, Any]) -> str:
+def cloud_rules(where: Mapping[str, Any], more: str = "") -> str:
     """With rules= of :class:`Node`. ``where``: the first line that the cloud of :class:`Other` says."""
-    return CLOUD.format(at=f"https://localhost:{where['line']}", **where)
+    told = CLOUD.format(at=f"https://localhost:{where['line']}", **where)
+    for section in filter(str.strip, more.split("[")):  # TOML has each table once
+        name, _, keys = section.strip().partition("]")
+        head = f"[{name}]\n"
+        told = told.replace(head, f"{head}{keys.strip()}\n") if head in told else f"{told}{head}{keys.strip()}\n"
+    return told
 
 
 @dataclass(frozen=True)
@@ -127,7 +135,7 @@ def run(bench: Bench) -> Section:
         folder.mkdir(parents=True)
         cloud, senders = Other(stack, "cloud", str(folder), nice=10), Other(stack, "senders")
         where = json.loads(cloud.answer())
-        told = cloud_rules(where)
+        told = cloud_rules(where, OFTEN)
         nodes = [Node(bench.folder("line"), rules=more) for more in ("", told)]
         nodes[1].environment = {"PYTHONPATH": f"{folder}:{environment({})['PYTHONPATH']}"}
         for node in nodes:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dicomnode.promptness import ANSWER_NANOSECONDS, INTAKE_NANOSECONDS
-from dicomnode.receive.acceptor import Acceptor, Door, listen
+from dicomnode.receive.acceptor import FEW, Acceptor, Door, listen
 from dicomnode.receive.guard import ConnectionCounter
 from dicomnode.receive.progress import SUFFIX, Progress, least_open, wait_until_visible
 from tests.test_promptness import kernel_has_them, slice_now
@@ -87,19 +87,25 @@ def test_a_receiver_that_starts_anew_has_stored_all(tmp_path: Path, receiver: Pr
 def test_an_association_has_shorter_turns_than_inference_and_longer_ones_than_the_api() -> None:
     listening = listen("127.0.0.1", 0)
     seen: list[int] = []
-    served = threading.Event()
+    served, over = threading.Semaphore(0), threading.Event()
 
     def serve(*_: object) -> None:
         seen.append(slice_now())
-        served.set()
+        served.release()
+        over.wait(60)
 
     acceptor = Acceptor([Door(listening)], ConnectionCounter(9, 9), serve, lambda _: None)
     acceptor.start()
-    with socket.create_connection(listening.getsockname()):
-        assert served.wait(20)
+    callers = []
+    for _ in range(FEW + 1):
+        callers.append(socket.create_connection(listening.getsockname()))
+        assert served.acquire(timeout=20)
+    over.set()
     acceptor.stop()
-    listening.close()
-    assert seen == [INTAKE_NANOSECONDS] and INTAKE_NANOSECONDS > ANSWER_NANOSECONDS
+    for sock in (*callers, listening):
+        sock.close()
+    assert seen[:FEW] == [INTAKE_NANOSECONDS] * FEW and INTAKE_NANOSECONDS > ANSWER_NANOSECONDS
+    assert seen[FEW] != INTAKE_NANOSECONDS, "many would keep each other waiting"
 
 
 def test_a_busy_receiver_leaves_the_connection_to_another() -> None:
