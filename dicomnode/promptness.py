@@ -29,7 +29,7 @@ ANSWER_NANOSECONDS = 100_000
 """Of threads that answer the API: the shortest that the kernel gives. Its own is 1.4 ms on two cores, 2.8 on eight."""
 
 INTAKE_NANOSECONDS = 300_000
-"""Of few associations, which receive more than they answer: longer than the API's, shorter than inference's and all else.
+"""Of few associations, which receive more than they answer: longer than the API's, shorter than all others'.
 
 With other work on both of two cores a C-STORE of 131 KB took 3.5 ms in the median instead of 5.5, p95 14 instead of 20
 (2026-11-29, 12 turns of 300 each); turns of 1 ms gained a tenth.

@@ -1,4 +1,4 @@
-"""The aiohttp application: routes, middlewares, JSON. SQLite calls run off the event loop."""
+"""The aiohttp application: routes, middlewares, JSON. What writes or may take long runs off the event loop."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from dicomnode.admin.exchange import limit_of
 from dicomnode.admin.model_figures import version_figures
 from dicomnode.admin.models_api import Desk, IndexOnly, ModelsApi
 from dicomnode.admin.models_page import RECENT
+from dicomnode.admin.reading import Reading
 from dicomnode.admin.ready import Check, check_port, local_checks
 from dicomnode.admin.records_api import RecordsApi
 from dicomnode.admin.status import status_report
@@ -63,6 +64,7 @@ class Admin:
         self._threads = ThreadPoolExecutor(
             max_workers=2, thread_name_prefix="admin-index", initializer=ask_for_short_turns
         )
+        self.reading = Reading(self._threads)
         self._ready: tuple[float, dict[str, Check]] | None = None
         self._ready_lock = asyncio.Lock()
 
@@ -91,7 +93,7 @@ class Admin:
         return json_response(body, status=200 if ready else 503)
 
     async def metrics(self, _: web.Request) -> web.Response:
-        body = await self.blocking(exposition.exposition, self.db, self.settings, self.own_process)
+        body = await self.reading(exposition.exposition, self.db, self.settings, self.own_process)
         return web.Response(body=body, headers={"Content-Type": exposition.CONTENT_TYPE})
 
     async def dashboard(self, request: web.Request) -> web.Response:
@@ -135,15 +137,15 @@ class Admin:
         return web.Response(body=body, content_type=_STATIC_TYPES[name], charset="utf-8")
 
     async def status(self, _: web.Request) -> web.Response:
-        return json_response(await self.blocking(status_report, self.db, self.settings))
+        return json_response(await self.reading(status_report, self.db, self.settings))
 
     async def jobs(self, request: web.Request) -> web.Response:
         limit, state = _listing_query(request, JobState)
-        rows = await self.blocking(Jobs(self.db).listing, limit, state)
+        rows = await self.reading(Jobs(self.db).listing, limit, state)
         return json_response({"jobs": rows})
 
     async def job(self, request: web.Request) -> web.Response:
-        job = await self.blocking(Jobs(self.db).show, int(request.match_info["id"]))
+        job = await self.reading(Jobs(self.db).show, int(request.match_info["id"]))
         if job is None:
             return _problem(404, OperatorError("show job", f"there is no job {request.match_info['id']}"))
         for part in ("results", "deliveries"):
@@ -161,14 +163,14 @@ class Admin:
         async def listing(request: web.Request) -> web.Response:
             limit, state = _listing_query(request, SendState)
             box = CloudOutbox(self.db) if table == "sync_items" else Outbox(self.db, table)
-            rows = await self.blocking(box.listing, limit, state)
+            rows = await self.reading(box.listing, limit, state)
             return json_response({key: [_shown(row) for row in rows]})
 
         return listing
 
     async def notifications(self, request: web.Request) -> web.Response:
         limit, state = _listing_query(request, NoticeState)
-        rows = await self.blocking(Notices(self.db).listing, limit, state)
+        rows = await self.reading(Notices(self.db).listing, limit, state)
         return json_response({"notifications": [_shown(row) for row in rows]})
 
     async def retry_notification(self, request: web.Request) -> web.Response:
@@ -179,7 +181,7 @@ class Admin:
 
     async def alerts(self, request: web.Request) -> web.Response:
         limit, state = _listing_query(request, SendState)
-        return json_response({"alerts": await self.blocking(Alerts(self.db).listing, limit, state)})
+        return json_response({"alerts": await self.reading(Alerts(self.db).listing, limit, state)})
 
     async def retry_alert(self, request: web.Request) -> web.Response:
         alert_id = int(request.match_info["id"])
@@ -189,7 +191,7 @@ class Admin:
 
     async def commitments(self, request: web.Request) -> web.Response:
         limit, state = _listing_query(request, PromiseState, AskState)
-        rows = await self.blocking(Commitments(self.db).listing, limit, state)
+        rows = await self.reading(Commitments(self.db).listing, limit, state)
         return json_response({"commitments": rows})
 
     async def retry_commitment(self, request: web.Request) -> web.Response:
@@ -199,7 +201,7 @@ class Admin:
         return json_response({"id": commitment_id, "state": state}, status=202)
 
     async def desired(self, _: web.Request) -> web.Response:
-        states = await self.blocking(DesiredStates(self.db).listing)
+        states = await self.reading(DesiredStates(self.db).listing)
         rows = [{k: v for k, v in row.items() if k not in ("decided_at", "digest")} for row in states]
         return json_response({"accept": list(self.settings.fleet.accept), "states": rows})
 
