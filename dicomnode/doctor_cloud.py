@@ -40,8 +40,13 @@ def examine_cloud(settings: Settings) -> Iterable[Finding]:
         yield Finding(Level.note, "cloud", "not configured: nothing leaves the building")
     urls = [pull.url for pull in cloud.models if pull.url]
     if cloud.repository.metadata_url:
-        yield _root_file(cloud.repository)
-        if may_ask(settings.sync.offline_mode) and not cloud.repository.metadata_url.startswith("s3:"):
+        root = _root_file(cloud.repository)
+        yield root
+        if (
+            root.level is Level.ok
+            and may_ask(settings.sync.offline_mode)
+            and not cloud.repository.metadata_url.startswith("s3:")
+        ):
             yield _metadata(settings)
         urls += [u for u in (cloud.repository.metadata_url, cloud.repository.archives_url) if not u.startswith("s3:")]
     for host in dict.fromkeys(urlsplit(url)._replace(path="", query="", fragment="") for url in urls):
