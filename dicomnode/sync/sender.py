@@ -248,7 +248,7 @@ class CloudSender:
         while left:
             most = float("inf") if alone else self._sizes.most(number, objects, self.db.clock.ticks())
             some = first_of(left, most)
-            left = [r for r in left[len(some) :] if r.item["stream"] not in blocked]
+            left = left[len(some) :]
             begin = perf_counter()
             answer = await self._ask(key, number, self._measured(number, objects, request, some), some, alone)
             if objects:
